@@ -1,0 +1,212 @@
+"""Decodes many videos side by side, each in a process that may crash, hang or run out of memory alone.
+
+A worker process decodes one video after another and sends the frames in chunks; a thread per worker takes
+them into one bounded queue, from which the encoder is fed. A worker that dies or says nothing for too long is
+replaced and its video rejected, with the reason.
+"""
+
+import contextlib
+import multiprocessing
+import queue
+import resource
+import signal
+import threading
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.layouts import Preprocess
+
+MEMORY = 8 * 2**30  # bytes of private memory that one decoder may take
+
+
+@dataclass(frozen=True)
+class Task:
+    """A video to read. `key` is the caller's; `chunk` is in frames, 0 for an estimate only."""
+
+    key: int
+    path: str
+    size: int
+    how: Preprocess
+    chunk: int
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """The reason why a video cannot be used."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """The decoder was lost in the middle of the video, which begins again: what came of it so far is void."""
+
+
+def decode(tasks: Iterable[Task], *, workers: int, timeout: float = 120.0) -> Generator[tuple[int, Any], None, None]:
+    """Reads the videos of `tasks`, several at a time.
+
+    Args:
+        tasks: the videos; taken one by one as workers become free.
+        workers: number of processes, >= 1.
+        timeout: seconds after which a decoder that has sent nothing is killed.
+
+    Yields:
+        `(key, chunk)` with uint8 (n 3 size size) in the order of each video's frames, the videos interleaved;
+        for each video once at its end `(key, Info)`, `(key, Rejected)` or its estimate; and `(key,
+        Restarted)` when a decoder was lost: one that the machine killed for lack of memory says nothing of
+        the video. The second time, it is rejected.
+    """
+    out: queue.Queue[tuple[int, Any]] = queue.Queue(maxsize=2 * workers)
+    stop = threading.Event()
+    source = iter(tasks)
+    lock = threading.Lock()
+    threads = [
+        threading.Thread(target=_serve, args=(source, lock, out, stop, timeout), daemon=True) for _ in range(workers)
+    ]
+    for thread in threads:
+        thread.start()
+    alive = len(threads)
+    try:
+        while alive:
+            key, item = out.get()
+            if item is None:
+                alive -= 1
+            elif isinstance(item, BaseException):
+                raise item
+            else:
+                yield key, item
+    finally:
+        stop.set()
+        for thread in threads:
+            while thread.is_alive():  # a thread may be waiting for room in the queue
+                with contextlib.suppress(queue.Empty):
+                    out.get_nowait()
+                thread.join(0.05)
+
+
+def estimate(paths: list[str], *, workers: int, timeout: float = 60.0) -> list[int]:
+    """About how many frames each video has, from the headers; 0 where that is not known."""
+    frames = [0] * len(paths)
+    tasks = (Task(key, path, 0, Preprocess(), 0) for key, path in enumerate(paths))
+    for key, item in decode(tasks, workers=min(workers, max(1, len(paths))), timeout=timeout):
+        frames[key] = item if isinstance(item, int) else 0
+    return frames
+
+
+def _serve(
+    source: Iterator[Task],
+    lock: threading.Lock,
+    out: "queue.Queue[tuple[int, Any]]",
+    stop: threading.Event,
+    timeout: float,
+) -> None:
+    """Runs in a thread: drives one worker process after another until the tasks are used up."""
+    worker: _Worker | None = None
+    try:
+        while not stop.is_set():
+            with lock:
+                task = next(source, None)
+            if task is None:
+                break
+            for trial in (1, 2):
+                worker = worker or _Worker()
+                for item in worker.read(task, timeout, stop):
+                    out.put((task.key, item if worker.healthy or trial == 2 else Restarted()))
+                if worker.healthy or stop.is_set():
+                    break
+                worker.close()
+                worker = None
+                stop.wait(1.0)
+    except BaseException as error:  # brought to the caller, in its own thread
+        out.put((-1, error))
+    finally:
+        if worker:
+            worker.close()
+        out.put((-1, None))
+
+
+class _Worker:
+    """One decoder process and the pipe to it."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["data_prep.videos"])
+        self.pipe, child = context.Pipe()
+        self.process = context.Process(target=_work, args=(child,), daemon=True)
+        self.process.start()
+        child.close()
+        self.healthy = True
+
+    def read(self, task: Task, timeout: float, stop: threading.Event) -> Iterator[Any]:
+        """Yields chunks, then Info or Rejected. After trouble `healthy` is False."""
+        try:
+            self.pipe.send(task)
+            while True:
+                if not self._wait(timeout, stop):
+                    self.healthy = False
+                    if not stop.is_set():
+                        yield Rejected(f"decoder said nothing for {timeout:.0f} s")
+                    return
+                item = self.pipe.recv()
+                yield item
+                if not isinstance(item, np.ndarray):
+                    return
+        except (EOFError, OSError):
+            self.healthy = False
+            self.process.join(5)
+            code = self.process.exitcode
+            yield Rejected(f"decoder died ({f'signal {-code}' if code and code < 0 else f'exit code {code}'})")
+
+    def _wait(self, timeout: float, stop: threading.Event) -> bool:
+        waited = 0.0
+        while waited < timeout and not stop.is_set():
+            if self.pipe.poll(0.25):
+                return True
+            waited += 0.25
+        return False
+
+    def close(self) -> None:
+        """Ends the process, by force if it is in the middle of a video."""
+        self.pipe.close()
+        if not self.healthy:
+            self.process.kill()
+        self.process.join(2)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.process.close()
+
+
+def _work(pipe: Connection) -> None:
+    """The worker process: reads tasks until the pipe closes. A signal meant for the job is not for it."""
+    import torch
+
+    from data_prep.videos import VideoError, estimate_frames, read_video
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError, OSError):  # the parent is gone
+        while True:
+            task: Task = pipe.recv()
+            if not task.chunk:
+                pipe.send(estimate_frames(task.path))
+                continue
+            try:
+                for item in read_video(Path(task.path), task.size, task.how, task.chunk):
+                    pipe.send(item)
+            except VideoError as error:
+                pipe.send(Rejected(str(error)))
+            except MemoryError:
+                pipe.send(Rejected(f"decoding takes more than {MEMORY / 2**30:.0f} GiB of memory"))
+            except (BrokenPipeError, EOFError):
+                return
+            except Exception as error:  # whatever a damaged file brings about costs that file alone
+                pipe.send(Rejected(f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"))

@@ -1,0 +1,173 @@
+"""Turns a folder of videos into WebDataset shards of VAE latents.
+
+    python data_prep/encode_latents.py --videos DIR --out DIR [--vae builtin] [--size 128]
+
+Killed at any moment and started again with the same command, it goes on. Exit status: 0 all videos encoded, 3
+some rejected (see rejected.jsonl), 2 nothing usable or wrong usage.
+"""
+
+import errno
+import fcntl
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __package__ in (None, ""):  # run as a file: the folder above holds the packages
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data_prep.options import EncodeConfig, encoders, parse, workers
+
+if TYPE_CHECKING:
+    from fvdm.vae import VAE
+
+    from data_prep.encoder import Progress
+    from data_prep.shards import Plan, ShardPlan, Work
+    from fvdm.shards import Manifest
+
+
+def main(config: EncodeConfig) -> int:
+    """Runs the command; returns the exit status."""
+    from data_prep.planning import make_plan, open_vae
+    from data_prep.shards import Work
+
+    out = Path(config.out)
+    if config.job is not None:
+        return job(config, config.job)
+    out.mkdir(parents=True, exist_ok=True)
+    with _alone(out):
+        vae = open_vae(config)
+        plan = make_plan(config, vae)
+        work = Work(out, plan)
+        missing = [shard for shard in plan.shards if not work.whole(shard)]
+        begun = time.monotonic()
+        if not missing:
+            print("Every shard is whole.")
+        elif config.jobs == 1 and config.cluster == "local":
+            _encode_here(config, work, plan.shards, vae)
+        else:
+            from data_prep.jobs import run_jobs
+
+            run_jobs(config, work)
+        if not all(work.whole(shard) for shard in plan.shards):
+            print("Stopped at a video that cannot be used (--strict).", file=sys.stderr)
+            return 3
+        return _finish(config, plan, vae, time.monotonic() - begun)
+
+
+def job(config: EncodeConfig, number: int) -> int:
+    """One of `config.jobs` jobs: makes every jobs-th shard of the plan that the command has written."""
+    from data_prep.planning import open_vae
+    from data_prep.shards import Plan, Work
+
+    plan = Plan.from_json((Path(config.out) / "plan.json").read_text())
+    config = replace(config, precision=plan.settings["precision"])  # this machine may have another default
+    shards = plan.shards[number :: config.jobs]
+    work = Work(Path(config.out), plan)
+    _encode_here(config, work, shards, open_vae(config))
+    return 0 if all(work.whole(shard) for shard in shards) else 3
+
+
+def _encode_here(config: EncodeConfig, work: "Work", shards: "list[ShardPlan]", vae: "VAE") -> None:
+    """Encodes in this process, with a progress bar."""
+    from tqdm import tqdm
+
+    from data_prep.encoder import encode_shards
+
+    videos = [video for shard in shards for video in work.missing(shard)]
+    total = sum(work.plan.estimates[video] for video in videos)
+    shown = 0
+    begun = time.monotonic()
+    often = 0.5 if sys.stderr.isatty() else 30.0  # seconds between two lines; a log file wants few
+    with tqdm(total=total or None, unit=" frames", mininterval=often, disable=config.job is not None) as bar:
+
+        def report(progress: "Progress") -> bool:
+            nonlocal shown
+            for name, reason in progress.rejected[shown:]:
+                tqdm.write(f"rejected {name!a}: {reason}", file=sys.stderr)
+            shown = len(progress.rejected)
+            rate = progress.videos / (time.monotonic() - begun)
+            bar.set_postfix_str(f"{progress.videos} videos, {rate:.2f} videos/s, {shown} rejected", refresh=False)
+            bar.update(progress.frames - bar.n)
+            return not (config.strict and shown)
+
+        encode_shards(
+            Path(config.videos),
+            work,
+            shards,
+            vae,
+            decoders=min(workers(config), max(1, len(videos))),
+            encoders=encoders(config),
+            timeout=config.timeout,
+            report=report,
+        )
+
+
+def _finish(config: EncodeConfig, plan: "Plan", vae: "VAE", seconds: float) -> int:
+    """Writes the manifest, prints the summary and returns the exit status."""
+    from data_prep.planning import latent_shape
+    from data_prep.shards import finish
+    from fvdm.shards import FORMAT
+
+    about = {
+        "format": FORMAT,
+        "vae": config.vae,
+        "vae_identity": vae.identity,
+        "normalisation": vae.normalisation.to_dict(),
+        "latent_shape": latent_shape(config, vae),
+        "size": config.size,
+        "dtype": config.dtype,
+        "flip": plan.settings["preprocess"]["flip"],
+        "preprocess": plan.settings["preprocess"],
+    }
+    manifest = finish(Path(config.out), plan, about)
+    print(_summary(config, manifest, seconds))
+    if not manifest.shards:
+        raise ValueError(f"No video of {len(plan.sources)} could be used; {config.out}/rejected.jsonl says why.")
+    return 3 if manifest.rejected else 0
+
+
+def _summary(config: EncodeConfig, manifest: "Manifest", seconds: float) -> str:
+    videos = sum(shard.samples for shard in manifest.shards)
+    frames = sum(shard.frames for shard in manifest.shards)
+    size = sum(shard.bytes for shard in manifest.shards)
+    text = f"{config.out}: {videos} videos, {frames} frames, {len(manifest.shards)} shards, {size / 1e6:.1f} MB"
+    text += f", {manifest.rejected} videos rejected (rejected.jsonl)" if manifest.rejected else ""
+    return f"{text}, {seconds:.0f} s"
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Holds the folder's lock: a second run on this machine is refused with a sentence."""
+    with open(out / ".lock", "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"Another encode_latents.py is writing to {str(out)!r}: wait for it, or stop it."
+            ) from None
+        yield
+
+
+def run(config: EncodeConfig) -> int:
+    """Runs the command, prints user errors as one sentence; returns the exit status."""
+    try:
+        return main(config)
+    except ValueError as error:
+        print(f"encode_latents.py: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(
+            f"encode_latents.py: cannot write: {error.strerror}. What is done is kept; mend that and start the "
+            "same command again.",
+            file=sys.stderr,
+        )
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(run(parse(__doc__)))

@@ -1,0 +1,228 @@
+"""Checks a folder of latent shards and shows what is in it.
+
+    python data_prep/inspect_shards.py DIR [--images DIR] [--videos DIR]
+
+Verifies every checksum, prints a table, and writes contact_sheet.png (frames decoded from the latents, one
+row per video) and reconstruction.png (a video's frames above their reconstruction, with its PSNR). Exit
+status: 0 all well, 3 damage found, 2 wrong usage.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __package__ in (None, ""):  # run as a file: the folder above holds the packages
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fvdm.shards import LatentShards, Manifest
+    from fvdm.vae import VAE
+
+ROWS, COLUMNS = 8, 8  # of the contact sheet
+
+
+def main(words: list[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        "inspect_shards.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("shards", help="folder that encode_latents.py wrote")
+    parser.add_argument("--images", help="folder for the two images [the folder of the shards]")
+    parser.add_argument("--no-images", action="store_true", help="only verify and print")
+    parser.add_argument("--vae", help="the VAE to decode with, if its name is another here [as in the manifest]")
+    parser.add_argument("--videos", help="the folder of the videos, if it has moved [as in plan.json]")
+    config = parser.parse_args(words)
+    folder = Path(config.shards)
+    try:
+        problems = verify(folder)
+        for problem in problems:
+            print(f"DAMAGED {problem}", file=sys.stderr)
+        if problems:
+            return 3
+        print(table(folder))
+        if not config.no_images:
+            write_images(folder, Path(config.images or folder), config.vae, config.videos)
+    except ValueError as error:
+        print(f"inspect_shards.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def verify(folder: Path) -> list[str]:
+    """Reads every byte of every shard; returns one line per problem.
+
+    Raises:
+        ValueError: the folder holds no shards, or shards of another format.
+    """
+    from fvdm.shards import Manifest
+
+    path = folder / "manifest.json"
+    if not path.exists():
+        raise ValueError(f"{str(folder)!r} has no manifest.json: is it a folder that encode_latents.py finished?")
+    manifest = Manifest.from_json(path.read_bytes(), str(path))
+    problems = [line for shard in manifest.shards for line in _verify_shard(folder, manifest, shard.name)]
+    if not problems:
+        keys = Counter(key for split in _splits(manifest) for key in _open(folder, split).keys)
+        problems = [f"the sample {key} is there {times} times" for key, times in keys.items() if times > 1]
+    return problems
+
+
+def _verify_shard(folder: Path, manifest: "Manifest", name: str) -> Iterator[str]:
+    """Problems of one shard: its checksum, its index, and the numbers of every sample."""
+    import numpy as np
+
+    from data_prep.shards import file_sha256, index_tar
+    from fvdm.shards import index_name, to_float32
+
+    info = next(shard for shard in manifest.shards if shard.name == name)
+    path, index = folder / name, folder / index_name(name)
+    for file, expected in ((path, info.sha256), (index, info.index_sha256)):
+        if not file.exists():
+            yield f"{file.name} is missing"
+            return
+        if file_sha256(file) != expected:
+            yield f"{file.name} is not the file that was written (sha256 differs)"
+            return
+    rows = json.loads(index.read_bytes())["samples"]
+    if rows != list(index_tar(path)) or len(rows) != info.samples:
+        yield f"{name} and its index disagree"
+        return
+    c, h, w = manifest.latent_shape
+    data = np.memmap(path, np.uint8, mode="r")
+    for row in rows:
+        starts = [row["moments"], row["flip"]] if manifest.flip else [row["moments"]]
+        size = row["frames"] * 2 * c * h * w * 2
+        arrays = [data[start : start + size].tobytes() for start in starts]
+        if hashlib.sha256(b"".join(arrays)).hexdigest() != row["sha256"]:
+            yield f"{name}: {row['source']!a} ({row['key']}) does not have its checksum"
+        elif not all(np.isfinite(to_float32(array, manifest.dtype)).all() for array in arrays):
+            yield f"{name}: {row['source']!a} ({row['key']}) has numbers that are not finite"
+
+
+def table(folder: Path) -> str:
+    """A table of the splits, and one of the classes, as text."""
+    from fvdm.shards import Manifest, index_name
+
+    manifest = Manifest.from_json((folder / "manifest.json").read_bytes(), str(folder))
+    lines = [
+        f"{folder}: {manifest.size} px, latents {' x '.join(map(str, manifest.latent_shape))} as {manifest.dtype}"
+        f"{', with mirrored twins' if manifest.flip else ''}; VAE {manifest.vae} ({manifest.vae_identity}); "
+        f"layout {manifest.layout}; {manifest.rejected} videos rejected",
+        f"{'split':<8}{'shards':>8}{'videos':>10}{'frames':>12}{'hours':>9}{'classes':>9}{'MB':>10}",
+    ]
+    per_class: Counter[int] = Counter()
+    for split in _splits(manifest):
+        shards = [shard for shard in manifest.shards if shard.split == split]
+        rows = [
+            row for shard in shards for row in json.loads((folder / index_name(shard.name)).read_bytes())["samples"]
+        ]
+        labels = Counter(row["label"] for row in rows if row["label"] is not None)
+        per_class += labels
+        hours = sum(row["frames"] / row["fps"] for row in rows if row["fps"]) / 3600
+        frames, size = sum(shard.frames for shard in shards), sum(shard.bytes for shard in shards)
+        lines.append(
+            f"{split:<8}{len(shards):>8}{len(rows):>10}{frames:>12}{hours:>9.2f}{len(labels):>9}{size / 1e6:>10.1f}"
+        )
+    lines += [f"  class {label:>4} {manifest.classes[label]!a}: {n} videos" for label, n in sorted(per_class.items())]
+    return "\n".join(lines)
+
+
+def write_images(folder: Path, to: Path, vae_name: str | None, videos: str | None) -> None:
+    """Writes contact_sheet.png and, if the videos are at hand, reconstruction.png; prints where, and the
+    PSNR.
+
+    Raises:
+        ValueError: the VAE is not the one that made the shards.
+    """
+    import torch
+
+    from fvdm.shards import Manifest
+    from fvdm.vae import load_vae
+
+    manifest = Manifest.from_json((folder / "manifest.json").read_bytes(), str(folder))
+    shards = _open(folder, _splits(manifest)[0])
+    vae = load_vae(vae_name or manifest.vae, device="cuda" if torch.cuda.is_available() else "cpu")
+    shards.require(vae_identity=vae.identity)
+    to.mkdir(parents=True, exist_ok=True)
+    _contact_sheet(shards, vae, to / "contact_sheet.png")
+    _reconstruction(folder, shards, vae, videos, to / "reconstruction.png")
+
+
+def _contact_sheet(shards: "LatentShards", vae: "VAE", path: Path) -> None:
+    import numpy as np
+
+    chosen = np.unique(np.linspace(0, len(shards) - 1, ROWS).round().astype(int))
+    rows = [
+        _decode(shards, vae, int(video), np.linspace(0, shards.frames[video] - 1, COLUMNS).astype(int))
+        for video in chosen
+    ]
+    _save(rows, path)
+    print(f"{path}: {len(chosen)} videos, from top to bottom " + ", ".join(ascii(shards.sources[v]) for v in chosen))
+
+
+def _reconstruction(folder: Path, shards: "LatentShards", vae: "VAE", videos: str | None, path: Path) -> None:
+    import numpy as np
+
+    from data_prep.layouts import Preprocess
+    from data_prep.shards import Plan
+    from data_prep.videos import VideoError, read_video
+
+    plan = Plan.from_json((folder / "plan.json").read_text())
+    source = Path(videos or plan.videos) / shards.sources[0]
+    try:
+        how = Preprocess(**plan.settings["preprocess"])
+        chunks = [item for item in read_video(source, plan.settings["size"], how, 16) if isinstance(item, np.ndarray)]
+    except (VideoError, OSError) as error:
+        print(f"no reconstruction.png: {str(source)!a}: {error} (--videos says where the videos are)")
+        return
+    frames = np.linspace(0, shards.frames[0] - 1, COLUMNS).astype(int)
+    real = np.concatenate(chunks)[frames]
+    made = _decode(shards, vae, 0, frames)
+    squared = np.square(real.astype(np.float64) - made).mean()
+    _save([real, made], path)
+    psnr = 10 * np.log10(255**2 / max(squared, 1e-12))
+    print(f"{path}: {shards.sources[0]!a} above its reconstruction, PSNR {psnr:.2f} dB over {len(frames)} frames")
+
+
+def _decode(shards: "LatentShards", vae: "VAE", video: int, frames: "np.ndarray") -> "np.ndarray":
+    """Frames of a video decoded from the mean of its latents: uint8 (n 3 s s)."""
+    import torch
+
+    from fvdm.vae import sample_latents
+
+    moments = torch.from_numpy(shards.read(video, frames))
+    latents = sample_latents(moments, shards.normalisation, None)
+    return vae.decode(latents).cpu().numpy()
+
+
+def _save(rows: "list[np.ndarray]", path: Path) -> None:
+    """Writes rows of uint8 (n 3 s s) frames as one image."""
+    import numpy as np
+    from PIL import Image
+
+    from data_prep.shards import atomic
+
+    grid = np.concatenate([np.concatenate(list(row), axis=2) for row in rows], axis=1)
+    with atomic(path) as file:
+        Image.fromarray(grid.transpose(1, 2, 0)).save(file, format="png")
+
+
+def _splits(manifest: "Manifest") -> list[str]:
+    return sorted({shard.split for shard in manifest.shards})
+
+
+def _open(folder: Path, split: str) -> "LatentShards":
+    from fvdm.shards import LatentShards
+
+    return LatentShards(folder, split)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""Runs the jobs of an encoding: processes on this machine, or a Slurm job array. The only submitit import
+here.
+
+Job `j` of `n` makes the shards j, j + n, j + 2n, ... of the plan, so the jobs share nothing and wait for
+nobody.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from data_prep.shards import Work, atomic
+
+if TYPE_CHECKING:
+    from data_prep.options import EncodeConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+SLURM_LOGS = ".slurm"
+
+
+def run_jobs(config: "EncodeConfig", work: Work) -> None:
+    """Starts the jobs and waits for them, with a progress bar.
+
+    Raises:
+        ValueError: a job failed; says which and where its log is.
+    """
+    idle = config.jobs - sum(any(work.plan.shards[job :: config.jobs]) for job in range(config.jobs))
+    if idle:
+        print(f"{idle} of {config.jobs} jobs have no shard to make: a smaller --shard-mb gives more shards.")
+    if config.cluster == "slurm":
+        _run_slurm(config, work)
+    else:
+        _run_local(config, work)
+
+
+def _wait(work: Work, ended: Callable[[], bool], seconds: float) -> None:
+    """Shows how many videos are done until the jobs have ended."""
+    total = len(work.plan.sources)
+    often = 0.5 if sys.stderr.isatty() else 30.0  # seconds between two lines; a log file wants few
+    done = sum(map(work.done, work.plan.shards))
+    with tqdm(total=total, initial=done, unit=" videos", mininterval=often) as bar:
+        over = False
+        while not over:
+            over = ended()
+            bar.update(sum(map(work.done, work.plan.shards)) - bar.n)
+            if not over:
+                time.sleep(seconds)
+
+
+def _run_local(config: "EncodeConfig", work: Work) -> None:
+    threads = max(1, len(os.sched_getaffinity(0)) // config.jobs)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": _python_path()}
+    command = [sys.executable, "-m", "data_prep.jobs"]
+    processes = []
+    for number in range(config.jobs):
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, text=True)
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(vars(replace(config, job=number))) + "\n")
+        process.stdin.flush()  # and left open: the job ends when this process is gone
+        processes.append(process)
+
+    def ended() -> bool:
+        codes = [process.poll() for process in processes]
+        return all(code is not None for code in codes) or (config.strict and 3 in codes)
+
+    try:
+        _wait(work, ended, 0.5)
+    finally:
+        for process in processes:
+            process.terminate()
+            process.wait()
+    failed = [number for number, process in enumerate(processes) if process.returncode not in (0, 3, -15)]
+    if failed:
+        raise ValueError(f"Job {failed[0]} of {config.jobs} failed; what is done is kept, start the command again.")
+
+
+def _child() -> int:
+    """A job process: reads its settings from the first line of stdin, and ends when stdin closes."""
+    from data_prep.encode_latents import run
+    from data_prep.options import EncodeConfig
+
+    values = json.loads(sys.stdin.readline())
+    values |= {name: tuple(values[name]) for name in ("split_files", "slurm")}
+
+    def watch() -> None:
+        sys.stdin.read()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return run(EncodeConfig(**values))
+
+
+class ArrayJob:
+    """What a Slurm job calls. At its time limit submitit queues it again, and it goes on where it was."""
+
+    def __init__(self, config: "EncodeConfig") -> None:
+        """Takes the command's settings, with `job` set."""
+        self.config = config
+
+    def __call__(self) -> int:
+        """Makes this job's shards; returns the exit status of the command."""
+        import submitit
+
+        from data_prep.encode_latents import job
+
+        submitit.JobEnvironment().paths.result_pickle.unlink(missing_ok=True)  # of the time before a requeue
+        assert self.config.job is not None
+        return job(self.config, self.config.job)
+
+    def checkpoint(self) -> Any:
+        """Called by submitit at the time limit or a preemption: the same again."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def _run_slurm(config: "EncodeConfig", work: Work) -> None:
+    import submitit
+
+    folder = work.out.resolve() / SLURM_LOGS
+    jobs = _queued(folder)
+    if not jobs:
+        executor = submitit.AutoExecutor(folder=folder, cluster="slurm")
+        executor.update_parameters(
+            name="encode",
+            timeout_min=config.minutes,
+            cpus_per_task=config.workers or 4,
+            slurm_array_parallelism=config.jobs,
+            slurm_setup=[f"export PYTHONPATH={_python_path()}"],
+            slurm_additional_parameters=dict(word.split("=", 1) for word in config.slurm),
+        )
+        absolute = replace(config, videos=os.path.abspath(config.videos), out=os.path.abspath(config.out))
+        with executor.batch():
+            jobs = [executor.submit(ArrayJob(replace(absolute, job=number))) for number in range(config.jobs)]
+        with atomic(folder / "jobs.json") as file:
+            file.write(json.dumps([job.job_id for job in jobs]).encode())
+        print(
+            f"Submitted Slurm jobs {jobs[0].job_id} to {jobs[-1].job_id}; they go on if this command is stopped, "
+            f"and the same command takes up watching them. Logs: {folder}"
+        )
+    _wait(work, lambda: all(job.done() for job in jobs), 2.0)
+    for job in jobs:
+        error = job.exception()
+        if error is not None:
+            raise ValueError(f"Slurm job {job.job_id} failed: see {job.paths.stderr}. What is done is kept.")
+
+
+def _queued(folder: Path) -> list[Any]:
+    """The jobs of an earlier start of this command that have not ended, with their fellows."""
+    import submitit
+
+    try:
+        ids = json.loads((folder / "jobs.json").read_text())
+    except (OSError, ValueError):
+        return []
+    jobs: list[Any] = [submitit.SlurmJob(folder, job_id, tasks=[0]) for job_id in ids]
+    if all(job.done(force_check=True) for job in jobs):
+        return []
+    print(f"Slurm jobs {ids[0]} to {ids[-1]} are still there: watching them.")
+    return jobs
+
+
+def _python_path() -> str:
+    """PYTHONPATH by which a job finds this project, installed or not."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
+if __name__ == "__main__":
+    sys.exit(_child())

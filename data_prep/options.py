@@ -1,0 +1,140 @@
+"""The command line of encode_latents.py, and what its settings are where they are left open."""
+
+import argparse
+import os
+from dataclasses import dataclass
+
+from data_prep.layouts import LAYOUTS
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """The command line; `parse` documents each setting. None means: as the layout, or the machine, has it."""
+
+    videos: str
+    out: str
+    vae: str = "builtin"
+    size: int = 256
+    layout: str = "auto"
+    split_files: tuple[str, ...] = ()
+    class_file: str | None = None
+    resize: str | None = None
+    antialias: bool | None = None
+    flip: bool | None = None
+    min_frames: int | None = None
+    keep_damaged: bool = False
+    dtype: str = "float16"
+    shard_mb: float = 512
+    device: str | None = None
+    precision: str | None = None
+    chunk: int | None = None
+    workers: int | None = None
+    encoders: int | None = None
+    timeout: float = 120
+    strict: bool = False
+    cluster: str = "local"
+    jobs: int = 1
+    job: int | None = None
+    minutes: int = 24 * 60
+    slurm: tuple[str, ...] = ()
+
+
+def parse(description: str | None, words: list[str] | None = None) -> EncodeConfig:
+    """Reads the command line; exits with 2 on wrong usage."""
+    yes_no = argparse.BooleanOptionalAction
+    parser = argparse.ArgumentParser(
+        "encode_latents.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--videos", required=True, help="folder with the videos: files, or folders of frames")
+    add("--out", required=True, help="folder for the shards; made if it is missing")
+    add(
+        "--vae",
+        default="builtin",
+        help="builtin, a folder of a diffusers AutoencoderKL, or its hub name [builtin]",
+    )
+    add("--size", type=int, default=256, help="side of the square frames that are encoded, in pixels [256]")
+    group = parser.add_argument_group("what is read, and how (default: as the recognised layout has it)")
+    add = group.add_argument
+    add("--layout", choices=LAYOUTS, default="auto", help="layout of the folder [auto: recognise it]")
+    add(
+        "--split-files",
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="UCF101's trainlist01.txt, testlist01.txt, ...",
+    )
+    add("--class-file", metavar="FILE", help="UCF101's classInd.txt [classes by sorted folder name]")
+    add("--resize", choices=("shorter-side", "centre-square"), help="scale then crop, or crop then scale")
+    add("--antialias", action=yes_no, help="low-pass before shrinking; the papers do not, large videos gain")
+    add("--flip", action=yes_no, help="store the mirrored twin of every frame too")
+    add("--min-frames", type=int, help="reject shorter videos")
+    add("--keep-damaged", action="store_true", help="keep what can be decoded of damaged videos")
+    group = parser.add_argument_group("what is written, and how")
+    add = group.add_argument
+    add("--dtype", choices=("float16", "bfloat16"), default="float16", help="of the stored latents [float16]")
+    add("--shard-mb", type=float, default=512, help="bound on the size of a shard, in MB [512]")
+    add("--device", help="cuda, cuda:1, cpu [cuda if there is one]")
+    add("--precision", choices=("float32", "bfloat16"), help="of the VAE [bfloat16 on cuda, float32 on cpu]")
+    add("--chunk", type=int, help="frames per call of the VAE; decides the last bits [32 on cuda, 4 on cpu]")
+    add("--workers", type=int, help="decoder processes per job [its share of the cores, at most 8]")
+    add("--encoders", type=int, help="threads per job that call the VAE [1 on cuda, its share of the cores on cpu]")
+    add(
+        "--timeout",
+        type=float,
+        default=120,
+        help="give a video up when its decoder is silent for so many seconds",
+    )
+    add("--strict", action="store_true", help="stop at the first video that cannot be used")
+    group = parser.add_argument_group("on many processes or machines")
+    add = group.add_argument
+    add(
+        "--cluster",
+        choices=("local", "slurm"),
+        default="local",
+        help="processes here, or a Slurm job array [local]",
+    )
+    add("--jobs", type=int, default=1, help="number of processes or array jobs [1]")
+    add(
+        "--minutes",
+        type=int,
+        default=24 * 60,
+        help="Slurm time limit of a job, after which it is queued again",
+    )
+    add(
+        "--slurm",
+        nargs="+",
+        default=(),
+        metavar="KEY=VALUE",
+        help="more for sbatch: partition=gpu gres=gpu:1 mem=16G",
+    )
+    add("--job", type=int, help=argparse.SUPPRESS)
+    values = vars(parser.parse_args(words))
+    if values["jobs"] < 1:
+        parser.error("--jobs must be at least 1")
+    if not all("=" in word for word in values["slurm"]):
+        parser.error("--slurm takes words of the form KEY=VALUE")
+    return EncodeConfig(**values | {name: tuple(values[name]) for name in ("split_files", "slurm")})
+
+
+def device(config: EncodeConfig) -> str:
+    """Where the VAE runs."""
+    import torch
+
+    return config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def precision(config: EncodeConfig) -> str:
+    """Number type of the VAE."""
+    return config.precision or ("float32" if device(config) == "cpu" else "bfloat16")
+
+
+def workers(config: EncodeConfig) -> int:
+    """Decoder processes of one job."""
+    return config.workers or max(1, min(8, len(os.sched_getaffinity(0)) // config.jobs))
+
+
+def encoders(config: EncodeConfig) -> int:
+    """Threads of one job that call the VAE."""
+    cores = len(os.sched_getaffinity(0)) // config.jobs if device(config) == "cpu" else 1
+    return config.encoders or max(1, min(16, cores))

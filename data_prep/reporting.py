@@ -1,0 +1,86 @@
+"""Reports how fast an encoding goes: a progress bar for the terminal, throughput for MLflow."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from fvdm.shards import Manifest
+    from fvdm.tracking import Tracker
+
+JOURNAL = ".mlflow"  # folder of the tracker's journal, in the folder of the shards
+EVERY = 10.0  # seconds between two points in MLflow
+
+
+class Report:
+    """One start of the command. Counts are of this start; a command that goes on continues the same MLflow run."""
+
+    def __init__(self, out: Path, uri: str, experiment: str, params: dict[str, Any]) -> None:
+        """Begins to report; `uri` is `none` for no MLflow, empty for its default."""
+        self.begun = self.last = time.monotonic()
+        self.tracker: Tracker | None = None
+        if uri != "none":
+            from fvdm.tracking import Tracker, TrackingConfig
+
+            name = f"encode {out.resolve().name}"
+            config = TrackingConfig(uri, experiment)
+            self.tracker = Tracker(out / JOURNAL, config, name, params, {"kind": "encode"})
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.monotonic() - self.begun
+
+    def update(self, videos: int, done: int, frames: int | None = None) -> None:
+        """Reports a point, if the last is long enough ago.
+
+        Args:
+            videos: encoded or rejected since the beginning.
+            done: encoded or rejected by all starts of the command; the step in MLflow.
+            frames: encoded since the beginning, where it is known.
+        """
+        if self.tracker and time.monotonic() - self.last > EVERY:
+            self.last = time.monotonic()
+            values = {"encode/videos": float(done), "encode/videos_per_second": videos / self.seconds}
+            if frames is not None:
+                values["encode/frames_per_second"] = frames / self.seconds
+            self.tracker.metrics(values, done)
+
+    def finish(self, out: Path, manifest: "Manifest", frames: int) -> str:
+        """Reports the result; returns the summary, one line.
+
+        Args:
+            out: the folder of the shards.
+            manifest: of what was made.
+            frames: encoded since the beginning.
+        """
+        total = {
+            "videos": sum(shard.samples for shard in manifest.shards),
+            "frames": sum(shard.frames for shard in manifest.shards),
+            "shards": len(manifest.shards),
+            "megabytes": sum(shard.bytes for shard in manifest.shards) / 1e6,
+            "rejected": manifest.rejected,
+        }
+        rate = frames / self.seconds
+        if self.tracker:
+            values = {f"encode/total_{name}": float(value) for name, value in total.items()}
+            self.tracker.metrics(values | {"encode/frames_per_second": rate}, int(total["videos"]))
+            self.tracker.artifact(out / "manifest.json")
+            self.tracker.artifact(out / "rejected.jsonl")
+        text = "{videos} videos, {frames} frames, {shards} shards, {megabytes:.1f} MB".format(**total)
+        text += ", {rejected} videos rejected (rejected.jsonl)".format(**total) if manifest.rejected else ""
+        return f"{out}: {text}; {self.seconds:.0f} s, {rate:.1f} frames/s"
+
+    def close(self, status: str) -> None:
+        """Ends the MLflow run as FINISHED, FAILED or KILLED."""
+        if self.tracker:
+            self.tracker.close(status)
+
+
+def progress_bar(total: int, unit: str, initial: int = 0, *, hidden: bool = False) -> "tqdm[Any]":
+    """A progress bar; in a log file, where nobody watches, a line every half minute."""
+    often = 0.5 if sys.stderr.isatty() else 30.0
+    return tqdm(total=total or None, initial=initial, unit=f" {unit}", mininterval=often, disable=hidden)

@@ -1,0 +1,88 @@
+"""Typed settings from YAML files and dotted words of the command line, strictly: no unknown key, no wrong type."""
+
+import dataclasses
+import difflib
+import re
+import sys
+from argparse import ArgumentError
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from jsonargparse import ArgumentParser, Namespace
+
+T = TypeVar("T")
+
+
+def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
+    """Fill a dataclass from `--config FILE.yaml` and `--dotted.name value`; later words win.
+
+    Args:
+        cls: a frozen dataclass; its fields may be dataclasses. Its docstrings are the text of `--help`.
+        argv: the words; those of the command line when not given.
+        description: what the program does.
+
+    Returns:
+        An instance of `cls`.
+
+    Raises:
+        ValueError: for an unknown or ill-typed setting; names the nearest that exists.
+    """
+    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of settings; words after it override it")
+    parser.add_class_arguments(cls)
+    try:
+        values = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
+        values.pop("config", None)
+        return cls(**vars(parser.instantiate(values)))
+    except ArgumentError as error:
+        raise ValueError(_explain(str(error), _names(parser.get_defaults()))) from None
+
+
+def _names(defaults: Namespace) -> list[str]:
+    return [name for name in defaults.keys() if name not in ("config", "help", "print_config")]  # noqa: SIM118
+
+
+def _explain(message: str, names: list[str]) -> str:
+    """One sentence for a rejected setting, with the nearest name where the name was wrong."""
+    unknown = re.search(r"unrecognized arguments: -*([^\s=]+)|[Oo]ption '([^']+)' is not accepted", message)
+    if not unknown:
+        return " ".join(message.replace("Parser key ", "setting ").split())
+    word = unknown[1] or unknown[2]
+    leaves = {name.rpartition(".")[2]: name for name in names}
+    near = difflib.get_close_matches(word, names, 1, 0.5)
+    near = near or [leaves[leaf] for leaf in difflib.get_close_matches(word.rpartition(".")[2], leaves, 1, 0.5)]
+    hint = f"did you mean {near[0]}?" if near else "--help lists them all"
+    return f"there is no setting {word}; {hint}"
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A dataclass as `{"dotted.name": value}`, for logging."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{field.name}.")
+        else:
+            flat[prefix + field.name] = value
+    return flat
+
+
+def save(config: Any, path: Path) -> None:
+    """Write a dataclass as YAML that `parse` reads back."""
+    import yaml
+
+    path.write_text(yaml.safe_dump(plain(config), sort_keys=False))
+
+
+def plain(value: Any) -> Any:
+    """A dataclass as dictionaries, lists and numbers, for YAML and JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def fail(error: Exception | str) -> NoReturn:
+    """End the program for a user's mistake: the sentence on stderr, exit code 2, no traceback."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2)

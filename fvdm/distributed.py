@@ -1,0 +1,100 @@
+"""Which process this is, and how the processes agree to stop."""
+
+import enum
+import os
+import random
+import signal
+import socket
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among those of the job.
+
+    Attributes:
+        rank: number of this process, 0 to world_size - 1.
+        local_rank: number among the processes of this node; also its GPU.
+        world_size: number of processes.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 alone prints, tracks and writes what is common to all."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """The part of `count` pieces of work that is this rank's: every world_size-th."""
+        return range(self.rank, count, self.world_size)
+
+
+def from_environment() -> Ranks:
+    """Read RANK, LOCAL_RANK and WORLD_SIZE, as torchrun and the launchers set them; alone when they are absent.
+
+    A single process makes up the rendezvous that it does not need, so that every run is a distributed run.
+
+    Raises:
+        ValueError: if only some of the variables are set.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if len(missing) == len(names):
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+        )
+    elif missing:
+        raise ValueError(f"{', '.join(missing)} not set: start with launchers/slurm_train.py or torchrun")
+    return Ranks(*(int(os.environ[name]) for name in names[:3]))
+
+
+def free_port() -> int:
+    """A TCP port that is free on this machine at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python and PyTorch. Training draws nothing from them but the initial weights."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class Stop(enum.IntEnum):
+    """What the job has been told; the greater word wins when ranks hear different ones."""
+
+    NO = 0
+    END = 1  # SIGTERM: the job is cancelled, or preempted by a scheduler that starts it again by itself.
+    REQUEUE = 2  # SIGUSR2: the time limit is near; the job should start itself again.
+
+
+class StopFlag:
+    """Set by a signal on any rank, agreed on by all at a step boundary.
+
+    The handler only sets a flag: anything collective inside a signal handler would deadlock.
+    """
+
+    def __init__(self) -> None:
+        self.raised = Stop.NO
+
+    def install(self) -> None:
+        """Watch for SIGTERM and SIGUSR2 from now on."""
+        signal.signal(signal.SIGTERM, self._raise)
+        signal.signal(signal.SIGUSR2, self._raise)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        self.raised = max(self.raised, Stop.REQUEUE if number == signal.SIGUSR2 else Stop.END)
+
+    def agreed(self, device: torch.device | str = "cpu") -> Stop:
+        """What any rank has been told. Collective: every rank calls it at the same step."""
+        flag = torch.tensor(float(self.raised), device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return Stop(int(flag.item()))

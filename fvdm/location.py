@@ -1,0 +1,118 @@
+"""Where latent shards lie: local folders, shared file systems, and URLs as WebDataset takes them."""
+
+import fcntl
+import hashlib
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import BinaryIO
+
+
+class CorruptShardError(ValueError):
+    """A shard whose bytes are not those that were written; the message names the shard."""
+
+
+class Location:
+    """Where shards lie: a folder, a URL of a folder, or URLs of tars with braces
+    (`.../train-{000000..000007}.tar`).
+
+    A remote file is fetched once into a cache folder, under the name of its checksum; local ones are used in
+    place.
+
+    Args:
+        path: folder or URL; `pipe:COMMAND` names the tar in the command.
+        cache: folder for fetched files.
+    """
+
+    def __init__(self, path: str, cache: str | None = None) -> None:
+        """Fetches nothing yet."""
+        self.path = os.fspath(path)
+        self.cache = Path(cache or os.environ.get("FVDM_CACHE") or Path.home() / ".cache" / "fvdm" / "shards")
+        self.template, self.names = self._parse()
+        self.remote = re.match(r"^(pipe:|[a-z0-9]+://)", self.template) is not None
+        if self.template.startswith("file:"):
+            self.template, self.remote = re.sub(r"^file:(//)?", "", self.template), False
+
+    def _parse(self) -> tuple[str, set[str] | None]:
+        """The URL with `\\0` in place of the file's name, and the names asked for (None: all)."""
+        if not re.search(r"\.tar\b", self.path):
+            if self.path.startswith("pipe:"):
+                raise ValueError(f"{self.path!r} names no .tar: write the command for one shard, or {{0..9}} for many.")
+            return self.path.rstrip("/") + "/\0", None
+        from webdataset.shardlists import expand_urls
+
+        pattern = r"[^/\s'\"=]+\.tar\b"
+        urls = expand_urls(self.path)
+        names = {re.findall(pattern, url)[-1] for url in urls}
+        templates = {"\0".join(url.rsplit(re.findall(pattern, url)[-1], 1)) for url in urls}
+        if len(templates) != 1:
+            raise ValueError(
+                f"{self.path!r}: the shards must lie in one folder; encode into one, or merge the folders."
+            )
+        return templates.pop(), names
+
+    def url(self, name: str) -> str:
+        """Path or URL of a file beside the shards."""
+        return self.template.replace("\0", name)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a small file.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        try:
+            with self._open(name) as stream:
+                return stream.read()
+        except OSError as error:
+            reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+            raise ValueError(
+                f"Cannot read {self.url(name)!r} ({reason}): is {self.path!r} a folder that "
+                "encode_latents.py wrote to the end?"
+            ) from None
+
+    def local(self, name: str, sha256: str) -> Path:
+        """Path of a file on this machine, fetched if it is remote. Safe to call from many processes at once.
+
+        Raises:
+            CorruptShardError: what arrived is not what the manifest promises.
+            ValueError: it cannot be fetched.
+        """
+        if not self.remote:
+            return Path(self.url(name))
+        kept = self.cache / (sha256 + os.path.splitext(name)[1])
+        if kept.exists():
+            return kept
+        self.cache.mkdir(parents=True, exist_ok=True)
+        with open(f"{kept}.lock", "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not kept.exists():
+                self._fetch(name, sha256, kept)
+        return kept
+
+    def _fetch(self, name: str, sha256: str, kept: Path) -> None:
+        digest = hashlib.sha256()
+        partial = Path(f"{kept}.part")
+        try:
+            with self._open(name) as stream, open(partial, "wb") as file:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+                    file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise ValueError(f"Cannot fetch {self.url(name)!r}: {error}.") from None
+        if digest.hexdigest() != sha256:
+            raise CorruptShardError(f"{self.url(name)!r} is not the file that the manifest lists: copy it again.")
+        os.replace(partial, kept)
+
+    def _open(self, name: str) -> BinaryIO:
+        if not self.remote:
+            return open(self.url(name), "rb")
+        from webdataset.gopen import gopen
+
+        url = self.url(name)
+        if url.startswith("s3://"):
+            url = f"pipe:aws s3 cp {shlex.quote(url)} -"
+        return gopen(url)

@@ -1,0 +1,63 @@
+"""Videos as people look at them: mp4 and gif files, and one picture of many frames. The only place that writes them."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+
+def write_mp4(video: Tensor, path: Path, fps: float = 8.0) -> None:
+    """Write a clip as H.264, near lossless, playable in every browser.
+
+    Args:
+        video: uint8 `(f 3 h w)`; odd sides lose their last row or column.
+        path: the file, written under a temporary name first.
+        fps: frames per second.
+    """
+    import av
+
+    temporary = path.with_name(f".tmp-{path.name}")
+    height, width = (side // 2 * 2 for side in video.shape[2:])
+    with av.open(str(temporary), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"crf": "12"}
+        for frame in rearrange(video, "f c h w -> f h w c").cpu().numpy():
+            picture = av.VideoFrame.from_ndarray(frame[:height, :width].copy(), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    temporary.rename(path)
+
+
+def write_gif(video: Tensor, path: Path, fps: float = 8.0) -> None:
+    """Write a clip, uint8 `(f 3 h w)`, as an animated gif that repeats for ever."""
+    from PIL import Image
+
+    frames = [Image.fromarray(f) for f in rearrange(video, "f c h w -> f h w c").cpu().numpy()]
+    temporary = path.with_name(f".tmp-{path.name}")
+    frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
+    temporary.rename(path)
+
+
+def write_strips(videos: Tensor, path: Path, columns: int = 8) -> None:
+    """Write clips, uint8 `(b f 3 h w)`, as one PNG: a row per clip, with `columns` frames spread over its length."""
+    from PIL import Image
+
+    count = min(columns, videos.shape[1])
+    chosen = videos[:, torch.linspace(0, videos.shape[1] - 1, count).round().long()]
+    picture = rearrange(chosen, "b f c h w -> (b h) (f w) c").cpu().numpy()
+    temporary = path.with_name(f".tmp-{path.name}")
+    Image.fromarray(picture).save(temporary, "PNG")
+    temporary.rename(path)
+
+
+def tile(videos: Sequence[Tensor]) -> Tensor:
+    """Clips of one size side by side in a near-square grid: `n x (f 3 h w) -> (f 3 H W)`; empty places are black."""
+    stack = torch.stack(list(videos))
+    columns = max(1, round(len(stack) ** 0.5))
+    missing = -len(stack) % columns
+    stack = torch.cat([stack, stack.new_zeros((missing, *stack.shape[1:]))])
+    return rearrange(stack, "(r q) f c h w -> f c (r h) (q w)", q=columns)

@@ -1,0 +1,258 @@
+"""MLflow, behind a journal: what a run reports is first a line on disk, and reaches the server when it can.
+
+The only place in the library that imports mlflow; rank 0 alone makes a Tracker. Training never waits for a server:
+`events.jsonl` beside the run takes every event at once, a thread sends them in order, and what could not be sent,
+because the server was away or the run was killed, is sent by the next start of the same run.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fvdm.checkpoint import write_text
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 30.0  # seconds that the end of a run waits for a server that does not answer
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where a run is reported.
+
+    Attributes:
+        uri: MLflow tracking server or database; empty takes MLFLOW_TRACKING_URI, else mlflow.db in this folder.
+        experiment: MLflow experiment; a run finds its name in it.
+        system_metrics: sample the use of CPU, memory and GPUs.
+    """
+
+    uri: str = ""
+    experiment: str = "fvdm"
+    system_metrics: bool = True
+
+
+def tracking_uri(uri: str = "") -> str:
+    """The tracking address that applies: the given one, the environment's, or a database in this folder."""
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+
+
+class Tracker:
+    """Reports one run to MLflow. Every method returns at once."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TrackingConfig,
+        name: str,
+        params: dict[str, Any] | None = None,
+        tags: dict[str, str] | None = None,
+        into: str = "",
+    ) -> None:
+        """Begin, or continue, the run whose journal lies in `folder`.
+
+        Args:
+            folder: the run's folder; holds `events.jsonl` and `tracking.json` (run id, bytes sent).
+            config: where to.
+            name: the run's name in MLflow.
+            params: settings; a setting that changed since the run began is reported as a tag.
+            tags: tags of the run, such as its kind.
+            into: id of a run of somebody else's to report into; its state and settings stay as they are.
+        """
+        self.folder, self.config, self.name = folder, config, name
+        self.params = {k: str(v) for k, v in (params or {}).items()}
+        self.into = into
+        self.tags = {"git_commit": git_commit()} | (tags or {})
+        folder.mkdir(parents=True, exist_ok=True)
+        self._journal = (folder / "events.jsonl").open("ab+")
+        self._mend()
+        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._warned = False
+        self._monitor: Any = None
+        self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
+        self._thread.start()
+        self._wake.put(True)
+
+    def _mend(self) -> None:
+        """End a line that a kill cut short, so that the next event begins one of its own."""
+        if self._journal.tell():
+            self._journal.seek(-1, os.SEEK_END)
+            if self._journal.read(1) != b"\n":
+                self._journal.write(b"\n")
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run, once the server has given it a name."""
+        return self._position().get("run_id")
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        """Report numbers of a training step."""
+        self._write({"metrics": values, "step": step})
+
+    def artifact(self, path: Path, to: str = "") -> None:
+        """Report a file that stays on disk, under the artifact folder `to`."""
+        self._write({"artifact": str(path.resolve()), "to": to})
+
+    def image(self, path: Path, key: str, step: int) -> None:
+        """Report an image file that stays on disk, as the `step`-th of the series `key`."""
+        self._write({"image": str(path.resolve()), "key": key, "step": step})
+
+    def _write(self, event: dict[str, Any]) -> None:
+        line = json.dumps(event | {"time": int(time.time() * 1000)})
+        self._journal.write(line.encode() + b"\n")
+        self._journal.flush()
+        self._wake.put(True)
+
+    def close(self, status: str = "FINISHED") -> None:
+        """End the run as FINISHED, FAILED or KILLED, once everything is sent or the server's patience is over."""
+        if not self.into:
+            self._write({"status": status})
+        self._wake.put(False)
+        self._thread.join(PATIENCE)
+        if self._monitor is not None:
+            self._monitor.finish()
+        self._journal.close()
+        if self._unsent():
+            logger.warning(
+                "MLflow at %s took not everything; the rest is in %s and is sent when the run is started again",
+                tracking_uri(self.config.uri),
+                self.folder / "events.jsonl",
+            )
+
+    def _position(self) -> dict[str, Any]:
+        path = self.folder / "tracking.json"
+        return json.loads(path.read_text()) if path.exists() else {"sent": 0}
+
+    def _unsent(self) -> bool:
+        return self._position()["sent"] < (self.folder / "events.jsonl").stat().st_size
+
+    def _send_all(self) -> None:
+        """The thread: send what the journal holds whenever something came, again and again while it fails."""
+        going, wait = True, 0.0
+        while going or self._unsent():
+            with contextlib.suppress(queue.Empty):
+                going = self._wake.get(timeout=wait or None) and going
+                while True:
+                    going = self._wake.get_nowait() and going
+            try:
+                self._send()
+                wait = 0.0
+            except Exception as error:  # Whatever the server or the network does, the run goes on.
+                if not self._warned:
+                    logger.warning("MLflow does not answer (%s); the run goes on and keeps its events", error)
+                self._warned, wait = True, min(30.0, 2 * wait or 1.0)
+
+    def _send(self) -> None:
+        from mlflow.tracking import MlflowClient
+
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        client = MlflowClient(tracking_uri(self.config.uri))
+        position = self._position()
+        if "run_id" not in position:
+            position["run_id"] = self.into or self._create(client)
+            write_text(self.folder / "tracking.json", json.dumps(position))
+        if self._monitor is None and not self.into:
+            self._begin(client, position["run_id"])
+        with (self.folder / "events.jsonl").open("rb") as journal:
+            journal.seek(position["sent"])
+            for events, end in _batches(journal):
+                self._deliver(client, position["run_id"], events)
+                position["sent"] = end
+                write_text(self.folder / "tracking.json", json.dumps(position))
+
+    def _create(self, client: Any) -> str:
+        found = client.get_experiment_by_name(self.config.experiment)
+        if found is None:
+            local = tracking_uri(self.config.uri).startswith("sqlite")
+            # A relative artifact folder would move with whoever opens the database.
+            place = Path("mlartifacts").resolve().as_uri() if local else None
+            experiment = client.create_experiment(self.config.experiment, artifact_location=place)
+        else:
+            experiment = found.experiment_id
+        return client.create_run(experiment, run_name=self.name, tags=self.tags).info.run_id
+
+    def _begin(self, client: Any, run_id: str) -> None:
+        """Say that the run is going, and with which settings; parameters of MLflow cannot change."""
+        from mlflow.entities import Param, RunTag
+
+        client.update_run(run_id, status="RUNNING")
+        before = client.get_run(run_id).data.params
+        new = [Param(k, v[:6000]) for k, v in self.params.items() if k not in before]
+        changed = [RunTag(f"changed.{k}", v) for k, v in self.params.items() if before.get(k, v[:6000]) != v[:6000]]
+        for i in range(0, len(new), 100):
+            client.log_batch(run_id, params=new[i : i + 100])
+        if changed:
+            client.log_batch(run_id, tags=changed)
+        self._monitor = False
+        if self.config.system_metrics:
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            self._monitor = SystemMetricsMonitor(
+                run_id, resume_logging=bool(before), tracking_uri=tracking_uri(self.config.uri)
+            )
+            self._monitor.start()
+
+    def _deliver(self, client: Any, run_id: str, events: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(key, value, event["time"], event["step"])
+            for event in events
+            for key, value in event.get("metrics", {}).items()
+        ]
+        for i in range(0, len(metrics), 1000):
+            client.log_batch(run_id, metrics=metrics[i : i + 1000])
+        for event in events:
+            path = Path(event.get("artifact") or event.get("image") or "")
+            if "status" in event:
+                client.set_terminated(run_id, event["status"])
+            elif not path.is_file():
+                continue  # Metrics, or a file that its owner has since removed.
+            elif "artifact" in event:
+                client.log_artifact(run_id, str(path), event["to"] or None)
+            else:
+                from PIL import Image
+
+                client.log_image(run_id, Image.open(path), key=event["key"], step=event["step"])
+
+
+def _batches(journal: Any, size: int = 200) -> Iterator[tuple[list[dict[str, Any]], int]]:
+    """Whole lines of the journal from its position on, with the position after them."""
+    events: list[dict[str, Any]] = []
+    begin = end = journal.tell()
+    for line in journal:
+        if not line.endswith(b"\n"):
+            break  # A kill cut it short; or it is being written now.
+        end += len(line)
+        with contextlib.suppress(json.JSONDecodeError):
+            events.append(json.loads(line))
+        if len(events) == size:
+            yield events, end
+            events = []
+    if end > begin:
+        yield events, end
+
+
+def git_commit() -> str:
+    """The commit of the code that runs, with `-dirty` where files differ from it; empty outside a checkout."""
+    try:
+        here = Path(__file__).parent
+        out = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return out.stdout.strip()
