@@ -9,7 +9,6 @@ some rejected (see rejected.jsonl), 2 nothing usable or wrong usage.
 import errno
 import fcntl
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,40 +21,60 @@ if __package__ in (None, ""):  # run as a file: the folder above holds the packa
 from data_prep.options import EncodeConfig, encoders, parse, workers
 
 if TYPE_CHECKING:
-    from fvdm.vae import VAE
-
     from data_prep.encoder import Progress
+    from data_prep.reporting import Report
     from data_prep.shards import Plan, ShardPlan, Work
-    from fvdm.shards import Manifest
+    from fvdm.vae import VAE
 
 
 def main(config: EncodeConfig) -> int:
     """Runs the command; returns the exit status."""
     from data_prep.planning import make_plan, open_vae
-    from data_prep.shards import Work
+    from data_prep.reporting import Report
 
-    out = Path(config.out)
     if config.job is not None:
         return job(config, config.job)
+    out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out):
         vae = open_vae(config)
         plan = make_plan(config, vae)
-        work = Work(out, plan)
-        missing = [shard for shard in plan.shards if not work.whole(shard)]
-        begun = time.monotonic()
-        if not missing:
-            print("Every shard is whole.")
-        elif config.jobs == 1 and config.cluster == "local":
-            _encode_here(config, work, plan.shards, vae)
-        else:
-            from data_prep.jobs import run_jobs
+        params = {**vars(config), **plan.settings, "layout": plan.layout, "videos": plan.videos}
+        report = Report(out, config.mlflow, config.experiment, params)
+        status = "FAILED"
+        try:
+            code = _run(config, plan, vae, report)
+            status = "FINISHED"
+            return code
+        except KeyboardInterrupt:
+            status = "KILLED"
+            print("Interrupted; the same command goes on where this one was.", file=sys.stderr)
+            return 130
+        finally:
+            report.close(status)
 
-            run_jobs(config, work)
-        if not all(work.whole(shard) for shard in plan.shards):
-            print("Stopped at a video that cannot be used (--strict).", file=sys.stderr)
-            return 3
-        return _finish(config, plan, vae, time.monotonic() - begun)
+
+def _run(config: EncodeConfig, plan: "Plan", vae: "VAE", report: "Report") -> int:
+    """Makes the shards that are not whole yet, then the manifest; returns the exit status."""
+    from data_prep.shards import Work
+
+    work = Work(Path(config.out), plan)
+    frames = 0
+    if all(work.whole(shard) for shard in plan.shards):
+        print("Every shard is whole.")
+    elif config.jobs == 1 and config.cluster == "local":
+        frames = _encode_here(config, work, plan.shards, vae, report)
+    else:
+        from data_prep.jobs import run_jobs
+
+        before = sum(map(work.done, plan.shards))
+        run_jobs(config, work, report)
+        share = 1 - before / len(plan.sources)
+        frames = round(share * sum(plan.estimates))
+    if not all(work.whole(shard) for shard in plan.shards):
+        print("Stopped at a video that cannot be used (--strict).", file=sys.stderr)
+        return 3
+    return _finish(config, plan, vae, report, frames)
 
 
 def job(config: EncodeConfig, number: int) -> int:
@@ -67,34 +86,36 @@ def job(config: EncodeConfig, number: int) -> int:
     config = replace(config, precision=plan.settings["precision"])  # this machine may have another default
     shards = plan.shards[number :: config.jobs]
     work = Work(Path(config.out), plan)
-    _encode_here(config, work, shards, open_vae(config))
+    _encode_here(config, work, shards, open_vae(config), None)
     return 0 if all(work.whole(shard) for shard in shards) else 3
 
 
-def _encode_here(config: EncodeConfig, work: "Work", shards: "list[ShardPlan]", vae: "VAE") -> None:
-    """Encodes in this process, with a progress bar."""
-    from tqdm import tqdm
-
+def _encode_here(
+    config: EncodeConfig, work: "Work", shards: "list[ShardPlan]", vae: "VAE", report: "Report | None"
+) -> int:
+    """Encodes in this process, with a progress bar unless it is one of several jobs; returns the frames."""
     from data_prep.encoder import encode_shards
+    from data_prep.reporting import progress_bar
 
     videos = [video for shard in shards for video in work.missing(shard)]
-    total = sum(work.plan.estimates[video] for video in videos)
+    before = sum(map(work.done, shards))
     shown = 0
-    begun = time.monotonic()
-    often = 0.5 if sys.stderr.isatty() else 30.0  # seconds between two lines; a log file wants few
-    with tqdm(total=total or None, unit=" frames", mininterval=often, disable=config.job is not None) as bar:
+    with progress_bar(sum(work.plan.estimates[video] for video in videos), "frames", hidden=report is None) as bar:
 
-        def report(progress: "Progress") -> bool:
+        def show(progress: "Progress") -> bool:
             nonlocal shown
             for name, reason in progress.rejected[shown:]:
-                tqdm.write(f"rejected {name!a}: {reason}", file=sys.stderr)
+                bar.write(f"rejected {name!a}: {reason}", file=sys.stderr)
             shown = len(progress.rejected)
-            rate = progress.videos / (time.monotonic() - begun)
-            bar.set_postfix_str(f"{progress.videos} videos, {rate:.2f} videos/s, {shown} rejected", refresh=False)
-            bar.update(progress.frames - bar.n)
+            if report:
+                rate = progress.videos / report.seconds
+                bar.set_postfix_str(f"{progress.videos} videos, {rate:.2f} videos/s, {shown} rejected", refresh=False)
+                bar.update(progress.frames - bar.n)
+                ended = progress.videos + shown
+                report.update(ended, before + ended, progress.frames)
             return not (config.strict and shown)
 
-        encode_shards(
+        progress = encode_shards(
             Path(config.videos),
             work,
             shards,
@@ -102,11 +123,12 @@ def _encode_here(config: EncodeConfig, work: "Work", shards: "list[ShardPlan]", 
             decoders=min(workers(config), max(1, len(videos))),
             encoders=encoders(config),
             timeout=config.timeout,
-            report=report,
+            report=show,
         )
+    return progress.frames
 
 
-def _finish(config: EncodeConfig, plan: "Plan", vae: "VAE", seconds: float) -> int:
+def _finish(config: EncodeConfig, plan: "Plan", vae: "VAE", report: "Report", frames: int) -> int:
     """Writes the manifest, prints the summary and returns the exit status."""
     from data_prep.planning import latent_shape
     from data_prep.shards import finish
@@ -124,19 +146,10 @@ def _finish(config: EncodeConfig, plan: "Plan", vae: "VAE", seconds: float) -> i
         "preprocess": plan.settings["preprocess"],
     }
     manifest = finish(Path(config.out), plan, about)
-    print(_summary(config, manifest, seconds))
+    print(report.finish(Path(config.out), manifest, frames))
     if not manifest.shards:
         raise ValueError(f"No video of {len(plan.sources)} could be used; {config.out}/rejected.jsonl says why.")
     return 3 if manifest.rejected else 0
-
-
-def _summary(config: EncodeConfig, manifest: "Manifest", seconds: float) -> str:
-    videos = sum(shard.samples for shard in manifest.shards)
-    frames = sum(shard.frames for shard in manifest.shards)
-    size = sum(shard.bytes for shard in manifest.shards)
-    text = f"{config.out}: {videos} videos, {frames} frames, {len(manifest.shards)} shards, {size / 1e6:.1f} MB"
-    text += f", {manifest.rejected} videos rejected (rejected.jsonl)" if manifest.rejected else ""
-    return f"{text}, {seconds:.0f} s"
 
 
 @contextmanager

@@ -7,6 +7,7 @@ nobody.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,8 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
+from data_prep.reporting import Report, progress_bar
 from data_prep.shards import Work, atomic
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SLURM_LOGS = ".slurm"
 
 
-def run_jobs(config: "EncodeConfig", work: Work) -> None:
+def run_jobs(config: "EncodeConfig", work: Work, report: Report) -> None:
     """Starts the jobs and waits for them, with a progress bar.
 
     Raises:
@@ -37,26 +37,26 @@ def run_jobs(config: "EncodeConfig", work: Work) -> None:
     if idle:
         print(f"{idle} of {config.jobs} jobs have no shard to make: a smaller --shard-mb gives more shards.")
     if config.cluster == "slurm":
-        _run_slurm(config, work)
+        _run_slurm(config, work, report)
     else:
-        _run_local(config, work)
+        _run_local(config, work, report)
 
 
-def _wait(work: Work, ended: Callable[[], bool], seconds: float) -> None:
+def _wait(work: Work, report: Report, ended: Callable[[], bool], seconds: float) -> None:
     """Shows how many videos are done until the jobs have ended."""
-    total = len(work.plan.sources)
-    often = 0.5 if sys.stderr.isatty() else 30.0  # seconds between two lines; a log file wants few
-    done = sum(map(work.done, work.plan.shards))
-    with tqdm(total=total, initial=done, unit=" videos", mininterval=often) as bar:
+    before = done = sum(map(work.done, work.plan.shards))
+    with progress_bar(len(work.plan.sources), "videos", before) as bar:
         over = False
         while not over:
             over = ended()
-            bar.update(sum(map(work.done, work.plan.shards)) - bar.n)
+            done = sum(map(work.done, work.plan.shards))
+            bar.update(done - bar.n)
+            report.update(done - before, done)
             if not over:
                 time.sleep(seconds)
 
 
-def _run_local(config: "EncodeConfig", work: Work) -> None:
+def _run_local(config: "EncodeConfig", work: Work, report: Report) -> None:
     threads = max(1, len(os.sched_getaffinity(0)) // config.jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": _python_path()}
     command = [sys.executable, "-m", "data_prep.jobs"]
@@ -73,7 +73,7 @@ def _run_local(config: "EncodeConfig", work: Work) -> None:
         return all(code is not None for code in codes) or (config.strict and 3 in codes)
 
     try:
-        _wait(work, ended, 0.5)
+        _wait(work, report, ended, 0.5)
     finally:
         for process in processes:
             process.terminate()
@@ -123,9 +123,11 @@ class ArrayJob:
         return submitit.helpers.DelayedSubmission(self)
 
 
-def _run_slurm(config: "EncodeConfig", work: Work) -> None:
+def _run_slurm(config: "EncodeConfig", work: Work, report: Report) -> None:
     import submitit
 
+    if not shutil.which("sbatch"):
+        raise ValueError("There is no sbatch here: use --cluster local, or run this on a machine of the cluster.")
     folder = work.out.resolve() / SLURM_LOGS
     jobs = _queued(folder)
     if not jobs:
@@ -133,24 +135,35 @@ def _run_slurm(config: "EncodeConfig", work: Work) -> None:
         executor.update_parameters(
             name="encode",
             timeout_min=config.minutes,
-            cpus_per_task=config.workers or 4,
+            cpus_per_task=max(config.workers or 0, config.encoders or 0) or 4,
             slurm_array_parallelism=config.jobs,
             slurm_setup=[f"export PYTHONPATH={_python_path()}"],
             slurm_additional_parameters=dict(word.split("=", 1) for word in config.slurm),
         )
         absolute = replace(config, videos=os.path.abspath(config.videos), out=os.path.abspath(config.out))
-        with executor.batch():
-            jobs = [executor.submit(ArrayJob(replace(absolute, job=number))) for number in range(config.jobs)]
+        try:
+            with executor.batch():
+                jobs = [executor.submit(ArrayJob(replace(absolute, job=number))) for number in range(config.jobs)]
+        except submitit.core.utils.FailedJobError as error:
+            raise ValueError(f"Slurm does not take the jobs: {' '.join(str(error).split())}") from None
         with atomic(folder / "jobs.json") as file:
             file.write(json.dumps([job.job_id for job in jobs]).encode())
         print(
             f"Submitted Slurm jobs {jobs[0].job_id} to {jobs[-1].job_id}; they go on if this command is stopped, "
             f"and the same command takes up watching them. Logs: {folder}"
         )
-    _wait(work, lambda: all(job.done() for job in jobs), 2.0)
-    for job in jobs:
-        error = job.exception()
-        if error is not None:
+
+    def ended() -> bool:
+        done = [job.done() for job in jobs]
+        stopped = config.strict and any(over and job.result() == 3 for over, job in zip(done, jobs, strict=True))
+        for job in jobs:
+            if stopped:
+                job.cancel(check=False)
+        return all(done) or stopped
+
+    _wait(work, report, ended, 2.0)
+    for job in [] if config.strict else jobs:
+        if job.exception() is not None:
             raise ValueError(f"Slurm job {job.job_id} failed: see {job.paths.stderr}. What is done is kept.")
 
 

@@ -43,7 +43,6 @@ VIDEO_SUFFIXES = frozenset(
         ".mxf",
         ".ogg",
         ".ogv",
-        ".ts",
         ".vob",
         ".webm",
         ".webp",
@@ -275,7 +274,9 @@ def _kind(entry: os.DirEntry[str], name: str, listing: Listing) -> str | None:
 
 def _begins_like_video(path: str) -> bool:
     with open(path, "rb") as file:
-        head = file.read(12)
+        head = file.read(189)
+    if head[:1] == head[188:] == b"G":  # the packets of MPEG-TS; `.ts` alone may be a text of Qt or TypeScript
+        return True
     return any(head[at : at + len(magic)] == magic for at, magic in _MAGIC)
 
 

@@ -32,6 +32,8 @@ class EncodeConfig:
     encoders: int | None = None
     timeout: float = 120
     strict: bool = False
+    mlflow: str = ""
+    experiment: str = "encode"
     cluster: str = "local"
     jobs: int = 1
     job: int | None = None
@@ -86,6 +88,15 @@ def parse(description: str | None, words: list[str] | None = None) -> EncodeConf
         help="give a video up when its decoder is silent for so many seconds",
     )
     add("--strict", action="store_true", help="stop at the first video that cannot be used")
+    group = parser.add_argument_group("reports")
+    add = group.add_argument
+    add(
+        "--mlflow",
+        default="",
+        metavar="URI",
+        help="MLflow server or database, none for no MLflow [$MLFLOW_TRACKING_URI, else mlflow.db in this folder]",
+    )
+    add("--experiment", default="encode", help="MLflow experiment [encode]")
     group = parser.add_argument_group("on many processes or machines")
     add = group.add_argument
     add(
@@ -131,10 +142,16 @@ def precision(config: EncodeConfig) -> str:
 
 def workers(config: EncodeConfig) -> int:
     """Decoder processes of one job."""
-    return config.workers or max(1, min(8, len(os.sched_getaffinity(0)) // config.jobs))
+    return config.workers or max(1, min(8, _cores(config)))
 
 
 def encoders(config: EncodeConfig) -> int:
     """Threads of one job that call the VAE."""
-    cores = len(os.sched_getaffinity(0)) // config.jobs if device(config) == "cpu" else 1
-    return config.encoders or max(1, min(16, cores))
+    return config.encoders or (max(1, min(16, _cores(config))) if device(config) == "cpu" else 1)
+
+
+def _cores(config: EncodeConfig) -> int:
+    """Cores of one job: what Slurm gave it, or its share of this machine."""
+    if config.cluster == "slurm":
+        return int(os.environ.get("SLURM_CPUS_PER_TASK", 1))
+    return len(os.sched_getaffinity(0)) // config.jobs

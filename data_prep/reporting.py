@@ -23,11 +23,11 @@ class Report:
         self.begun = self.last = time.monotonic()
         self.tracker: Tracker | None = None
         if uri != "none":
-            from fvdm.tracking import Tracker, TrackingConfig
+            from fvdm import tracking
 
             name = f"encode {out.resolve().name}"
-            config = TrackingConfig(uri, experiment)
-            self.tracker = Tracker(out / JOURNAL, config, name, params, {"kind": "encode"})
+            config = tracking.TrackingConfig(uri, experiment)
+            self.tracker = tracking.Tracker(out / JOURNAL, config, name, params, {"kind": "encode"})
 
     @property
     def seconds(self) -> float:
@@ -72,7 +72,8 @@ class Report:
             self.tracker.artifact(out / "rejected.jsonl")
         text = "{videos} videos, {frames} frames, {shards} shards, {megabytes:.1f} MB".format(**total)
         text += ", {rejected} videos rejected (rejected.jsonl)".format(**total) if manifest.rejected else ""
-        return f"{out}: {text}; {self.seconds:.0f} s, {rate:.1f} frames/s"
+        text += f"; {self.seconds:.0f} s, {rate:.1f} frames/s" if frames else ""
+        return f"{out}: {text}"
 
     def close(self, status: str) -> None:
         """Ends the MLflow run as FINISHED, FAILED or KILLED."""

@@ -9,6 +9,7 @@ as a player would show them, because a model that sees "every third frame" assum
 
 import os
 import re
+import struct
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -119,8 +120,7 @@ class _FileReader:
 
     def frames(self) -> Iterator[np.ndarray]:
         """Yields uint8 (h w 3), upright, at an even rate. Raises VideoError."""
-        if os.path.getsize(self.path) == 0:
-            raise VideoError("empty file")
+        self._check_size()
         av.logging.set_level(av.logging.WARNING)
         av.logging.set_skip_repeated(False)
         with av.logging.Capture() as log:
@@ -130,6 +130,16 @@ class _FileReader:
                 raise VideoError(f"cannot be decoded: {_line(log, error)}") from None
             except OSError as error:
                 raise VideoError(f"cannot be read: {error.strerror or error}") from None
+
+    def _check_size(self) -> None:
+        """An empty file, or an AVI shorter than its header says: libav would play what is there."""
+        size = os.path.getsize(self.path)
+        if not size:
+            raise VideoError("empty file")
+        with open(self.path, "rb") as file:
+            magic, promised = struct.unpack("<4sI", file.read(8).ljust(8, b"\0"))
+        if magic == b"RIFF" and promised + 8 > size and not self.keep_damaged:
+            raise VideoError(f"truncated: {size} of {promised + 8} bytes")
 
     def _frames(self, log: list[tuple[int, str, str]]) -> Iterator[np.ndarray]:
         times, promised = self._scan()
@@ -196,13 +206,9 @@ class _FileReader:
             rate = stream.average_rate or stream.guessed_rate
             self.fps = float(rate) if rate and 0 < rate <= 1000 else None
             times: list[float | None] = []
-            packets = 0
             for packet in container.demux(stream):
-                packets += packet.size > 0
                 if packet.size and not packet.is_discard and _is_shown(packet, stream.codec_context.name):
                     times.append(None if packet.pts is None else float(packet.pts * packet.time_base))
-            if "avi" in container.format.name and packets < stream.frames and not self.keep_damaged:
-                raise VideoError(f"truncated: {packets} of {stream.frames} frames")
         known = sorted(time for time in times if time is not None)
         return known if len(known) == len(times) else [], len(times)
 
@@ -256,6 +262,9 @@ class _FolderReader:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("error", Image.DecompressionBombWarning)
+                    with Image.open(file) as image:
+                        if image.format == "PNG":
+                            image.verify()  # its checksums; loading the pixels does not look at all of them
                     with Image.open(file) as image:
                         yield _rgb(ImageOps.exif_transpose(image))
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, UserWarning) as error:

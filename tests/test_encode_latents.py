@@ -46,7 +46,7 @@ def videos(tmp_path_factory):
 def words(videos, out, vae, *more):
     # about two videos in a shard
     return ["--videos", str(videos), "--out", str(out), "--vae", str(vae), "--size", str(SIZE), "--device", "cpu",
-            "--workers", "2", "--shard-mb", "0.035", *more]  # fmt: skip
+            "--workers", "2", "--shard-mb", "0.035", "--mlflow", "none", *more]  # fmt: skip
 
 
 def encode(videos, out, vae, *more):
@@ -313,7 +313,7 @@ def test_help_is_instant_and_unknown_words_are_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("more", "kills"), [((), 20), (("--jobs", "2"), 4)])
+@pytest.mark.parametrize(("more", "kills"), [((), 20), (("--jobs", "2"), 2)])
 def test_killed_at_random_moments(vae, tmp_path, more, kills):
     """Kill -9 of the command at 20 random moments: the same bytes as undisturbed, and no process stays behind."""
     random = np.random.default_rng(3)
@@ -368,3 +368,21 @@ def test_frame_folder_with_one_bad_frame_is_rejected(vae, tmp_path):
     assert encode(tmp_path / "v", tmp_path / "out", vae) == 3
     assert rejected(tmp_path / "out") == {"1": "'011.png' cannot be decoded: not an image"}
     assert LatentShards(tmp_path / "out").sources == ["0", "2"]
+
+
+def test_throughput_goes_to_mlflow(videos, vae, tmp_path, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    for _ in range(2):  # a second start continues the same run
+        assert encode(videos, tmp_path / "out", vae, "--mlflow", uri) == 3
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("encode").experiment_id])
+    assert len(runs) == 1
+    assert runs[0].info.status == "FINISHED"
+    assert runs[0].data.params["layout"] == "ffs"
+    assert runs[0].data.metrics["encode/total_videos"] == 6
+    rates = [point.value for point in client.get_metric_history(runs[0].info.run_id, "encode/frames_per_second")]
+    assert max(rates) > 0
+    assert {item.path for item in client.list_artifacts(runs[0].info.run_id)} == {"manifest.json", "rejected.jsonl"}

@@ -115,8 +115,8 @@ def independent(path: Path) -> np.ndarray:
     """The frames of a video by the shortest program there is, without any check."""
     with av.open(str(path)) as container:
         container.streams.video[0].codec_context.thread_count = 1  # damaged VP8 depends on the number of threads
-        frames = list(container.decode(video=0))
-    pictures = [np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4) for frame in frames]
+        frames = container.decode(video=0)
+        pictures = [np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4) for frame in frames]
     return np.stack([to_square(picture, SIZE, HOW) for picture in pictures])
 
 

@@ -15,7 +15,7 @@ def encoded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inspect")
     make_tree(folder / "videos", "ucf101")
     words = ["--videos", str(folder / "videos"), "--out", str(folder / "out"), "--vae", str(make_vae(folder / "vae"))]
-    assert run(parse(None, [*words, "--size", "32", "--device", "cpu", "--workers", "2"])) == 0
+    assert run(parse(None, [*words, "--size", "32", "--mlflow", "none", "--device", "cpu", "--workers", "2"])) == 0
     return folder / "out"
 
 

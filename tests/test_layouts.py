@@ -62,15 +62,17 @@ def test_wrong_usage_is_a_sentence(tmp_path, words, sentence):
 def test_nothing_is_dropped_in_silence(tmp_path):
     touch(tmp_path, "a.mp4", "notes.txt", "b.csv", "c.csv", ".hidden.mp4", "one/picture.png", "noextension")
     write_video(tmp_path / "x.mp4", cut(0, 2)).rename(tmp_path / "clip.dat")  # wrong extension, right content
+    write_video(tmp_path / "d.ts", cut(0, 2), "mpeg1video")
+    (tmp_path / "page.ts").write_text("let x: number = 1;\n" * 20)
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "broken.mp4").symlink_to(tmp_path / "gone.mp4")
     listing = list_videos(tmp_path)
-    assert [source.name for source in listing.sources] == ["a.mp4", "clip.dat"]
+    assert [source.name for source in listing.sources] == ["a.mp4", "clip.dat", "d.ts"]
     assert dict(listing.rejected) == {
         "pipe.mp4": "not a regular file",
         "broken.mp4": "cannot be read: No such file or directory",
     }
-    assert listing.ignored == {".txt": 1, ".csv": 2, "hidden": 1, "single image": 1, "without extension": 1}
+    assert listing.ignored == {".ts": 1, ".txt": 1, ".csv": 2, "hidden": 1, "single image": 1, "without extension": 1}
 
 
 def test_symlink_loops_end_and_links_are_followed_once(tmp_path):

@@ -1,0 +1,181 @@
+"""How fast encode_latents.py encodes, against a plain loop over the same VAE and against the VAE alone.
+
+    python benchmarks/encode_speed.py --videos DIR [--vae builtin] [--size 128]
+
+Four numbers in frames/s, each the best of some repeats, logged to MLflow:
+
+- plain: one video after the other, decoded, then encoded 16 frames at a time, as one writes it first;
+- frame by frame: the same, one frame at a time;
+- pure: the VAE alone, on frames that are decoded already, called as encode_latents.py calls it;
+- encode_latents: the command's own loop, shards written and flushed, without the start of the program.
+
+And what it costs to store latents in 16 bits, in dB: the power of the latents over that of the rounding error, and
+the PSNR of the decoded frames against those decoded from unrounded latents.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __package__ in (None, ""):  # run as a file: the folder above holds the packages
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from data_prep.options import EncodeConfig
+    from fvdm.vae import VAE
+
+
+def main(words: list[str] | None = None) -> None:
+    """Measures, prints and logs."""
+    parser = argparse.ArgumentParser(
+        "encode_speed.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--videos", required=True, help="folder of video files")
+    parser.add_argument("--vae", default="builtin", help="as encode_latents.py takes it [builtin]")
+    parser.add_argument("--size", type=int, default=128, help="side of the frames, in pixels [128]")
+    parser.add_argument("--repeats", type=int, default=3, help="the best of so many counts [3]")
+    parser.add_argument("--mlflow", default="", metavar="URI", help="MLflow server or database; none for no MLflow")
+    words_of_run = parser.parse_args(words)
+
+    from data_prep.options import EncodeConfig
+    from data_prep.planning import open_vae
+    from fvdm import tracking
+
+    config = EncodeConfig(words_of_run.videos, "", vae=words_of_run.vae, size=words_of_run.size, flip=False)
+    vae = open_vae(config)
+    results = measure(config, vae, words_of_run.repeats)
+    width = max(map(len, results))
+    for name, value in results.items():
+        print(f"{name:<{width}}  {value:8.1f}")
+    if words_of_run.mlflow != "none":
+        folder = Path(tempfile.mkdtemp(prefix="encode_speed-"))
+        settings = tracking.TrackingConfig(words_of_run.mlflow, "benchmarks", system_metrics=False)
+        params = {"vae": config.vae, "size": config.size, "cores": len(os.sched_getaffinity(0))}
+        tracker = tracking.Tracker(folder, settings, "encode_speed", params, {"kind": "benchmark"})
+        tracker.metrics({name.replace(" ", "_").replace("/", "_per_"): value for name, value in results.items()}, 0)
+        tracker.close()
+
+
+def measure(config: "EncodeConfig", vae: "VAE", repeats: int) -> dict[str, float]:
+    """All numbers by name."""
+    import torch
+
+    from data_prep.layouts import PAPER, list_videos
+    from data_prep.videos import read_video
+
+    names = [source.name for source in list_videos(config.videos, "ffs").sources]
+    chunks = [
+        [torch.from_numpy(item) for item in read_video(Path(config.videos) / name, config.size, PAPER["ffs"], 4)
+         if not hasattr(item, "fps")]
+        for name in names
+    ]  # fmt: skip
+    frames = sum(len(chunk) for video in chunks for chunk in video)
+
+    def rate(function: Callable[[], float | None]) -> float:
+        times = []
+        for _ in range(repeats):
+            begun = time.perf_counter()
+            own = function()
+            times.append(own or time.perf_counter() - begun)
+        return frames / min(times)
+
+    results = {
+        "frame by frame, frames/s": rate(lambda: _plain(config, vae, names, 1)),
+        "plain, frames/s": rate(lambda: _plain(config, vae, names, 16)),
+        "pure, frames/s": rate(lambda: _pure(config, vae, [chunk for video in chunks for chunk in video])),
+        "encode_latents, frames/s": rate(lambda: _command(config, vae)),
+    }
+    results["encode_latents / plain"] = results["encode_latents, frames/s"] / results["plain, frames/s"]
+    results["encode_latents / pure, %"] = 100 * results["encode_latents, frames/s"] / results["pure, frames/s"]
+    return results | rounding(vae, torch.cat(chunks[0][:8]))
+
+
+def _plain(config: "EncodeConfig", vae: "VAE", names: list[str], batch: int) -> None:
+    """The loop that one writes first: decode a video, encode it, save it; then the next."""
+    import av
+    import numpy as np
+    import torch
+
+    from data_prep.layouts import PAPER
+    from data_prep.videos import to_square
+
+    with tempfile.TemporaryDirectory() as folder:
+        for number, name in enumerate(names):
+            moments = []
+            with av.open(str(Path(config.videos) / name)) as container:
+                frames = [
+                    torch.from_numpy(to_square(frame.to_ndarray(format="rgb24"), config.size, PAPER["ffs"]))
+                    for frame in container.decode(video=0)
+                ]
+            for first in range(0, len(frames), batch):
+                moments.append(vae.encode(torch.stack(frames[first : first + batch])).half().cpu())
+            np.save(Path(folder) / f"{number}.npy", torch.cat(moments).numpy())
+
+
+def _pure(config: "EncodeConfig", vae: "VAE", chunks: "list[Tensor]") -> None:
+    """The VAE alone, on as many threads as encode_latents.py uses."""
+    import torch
+
+    from data_prep.options import encoders
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(encoders(config), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(vae.encode, chunks))
+    torch.set_num_threads(before)
+
+
+def _command(config: "EncodeConfig", vae: "VAE") -> float:
+    """What encode_latents.py does from its plan to its last shard; seconds."""
+    from data_prep.encoder import encode_shards
+    from data_prep.options import encoders, workers
+    from data_prep.planning import make_plan
+    from data_prep.shards import Work
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = replace(config, out=folder, shard_mb=4)
+        plan = make_plan(config, vae)
+        begun = time.perf_counter()
+        encode_shards(
+            Path(config.videos),
+            Work(Path(folder), plan),
+            plan.shards,
+            vae,
+            decoders=workers(config),
+            encoders=encoders(config),
+            timeout=60,
+            report=lambda progress: True,
+        )
+        return time.perf_counter() - begun
+
+
+def rounding(vae: "VAE", frames: "Tensor") -> dict[str, float]:
+    """What 16 bits cost, in dB, for uint8 frames (n 3 s s)."""
+    import torch
+
+    from fvdm.vae import sample_latents
+
+    moments = vae.encode(frames).cpu()
+    exact = sample_latents(moments, vae.normalisation, None)
+    pictures = vae.decode(exact).float()
+    results = {}
+    for dtype in (torch.float16, torch.bfloat16):
+        rounded = sample_latents(moments.to(dtype).float(), vae.normalisation, None)
+        name = str(dtype).removeprefix("torch.")
+        results[f"{name}, dB of latents"] = float(10 * torch.log10(exact.var() / (rounded - exact).square().mean()))
+        error = (vae.decode(rounded).float() - pictures).square().mean().clamp_min(1e-9)
+        results[f"{name}, dB of frames"] = float(10 * torch.log10(255**2 / error))
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""How fast the loader delivers clips, against decoding videos in the training loop and against the disk.
+
+    python benchmarks/loader_speed.py --videos DIR --shards DIR
+
+Numbers, logged to MLflow, for clips of 16 frames at interval 3:
+
+- decode: clips/s of a DataLoader that opens a video file, decodes it up to the clip's last frame, crops and scales,
+  as Latte's training loop does (its VAE then has to encode them; that is not counted here);
+- loader: clips/s of fvdm.data.batches over the shards of the same videos, with the same number of workers, and with
+  none;
+- disk: MB/s of reading the shards from end to end (cold: after the kernel has been told to forget them), and of the
+  loader's own reads.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __package__ in (None, ""):  # run as a file: the folder above holds the packages
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fvdm.shards import LatentShards
+
+FRAMES, INTERVAL, BATCH = 16, 3, 8
+
+
+def main(words: list[str] | None = None) -> None:
+    """Measures, prints and logs."""
+    parser = argparse.ArgumentParser(
+        "loader_speed.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--videos", required=True, help="the folder of the videos")
+    parser.add_argument("--shards", required=True, help="what encode_latents.py made of them")
+    parser.add_argument("--workers", type=int, default=2, help="loader processes [2]")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of each measurement [10]")
+    parser.add_argument("--mlflow", default="", metavar="URI", help="MLflow server or database; none for no MLflow")
+    config = parser.parse_args(words)
+
+    from fvdm import tracking
+    from fvdm.shards import LatentShards
+
+    shards = LatentShards(config.shards)
+    results = measure(config.videos, shards, config.shards, config.workers, config.seconds)
+    width = max(map(len, results))
+    for name, value in results.items():
+        print(f"{name:<{width}}  {value:9.1f}")
+    if config.mlflow != "none":
+        folder = Path(tempfile.mkdtemp(prefix="loader_speed-"))
+        settings = tracking.TrackingConfig(config.mlflow, "benchmarks", system_metrics=False)
+        params = {"size": shards.manifest.size, "workers": config.workers, "cores": len(os.sched_getaffinity(0))}
+        tracker = tracking.Tracker(folder, settings, "loader_speed", params, {"kind": "benchmark"})
+        tracker.metrics({name.replace(", ", "_").replace("/", "_per_"): value for name, value in results.items()}, 0)
+        tracker.close()
+
+
+def measure(videos: str, shards: "LatentShards", path: str, workers: int, seconds: float) -> dict[str, float]:
+    """All numbers by name."""
+    c, h, w = shards.latent_shape
+    clip_bytes = FRAMES * 2 * c * h * w * 2
+    decode = _decode_rate(videos, shards, workers, seconds)
+    results = {
+        "decode, clips/s": decode,
+        "loader, clips/s": _loader_rate(shards, path, workers, seconds),
+        "loader without workers, clips/s": _loader_rate(shards, path, 0, seconds),
+        "disk cold, MB/s": _disk_rate(shards, path, cold=True),
+        "disk warm, MB/s": _disk_rate(shards, path, cold=False),
+    }
+    results["loader / decode"] = results["loader, clips/s"] / decode
+    results["loader, MB/s"] = results["loader, clips/s"] * clip_bytes / 1e6
+    return results
+
+
+def _loader_rate(shards: "LatentShards", path: str, workers: int, seconds: float) -> float:
+    from fvdm.data import DataConfig, batches
+
+    config = DataConfig(path, frames=FRAMES, interval=INTERVAL, batch_size=BATCH, workers=workers)
+    return _rate((batch.x_0 for batch in batches(shards, config)), seconds)
+
+
+def _decode_rate(videos: str, shards: "LatentShards", workers: int, seconds: float) -> float:
+    import torch
+
+    files = [Path(videos) / name for name in shards.sources]
+    clips: Any = _Decoded(files, shards.frames.tolist(), shards.manifest.size)
+    loader: Any = torch.utils.data.DataLoader(clips, batch_size=BATCH, num_workers=workers)
+    return _rate(iter(loader), seconds)
+
+
+def _rate(stream: Any, seconds: float) -> float:
+    """Clips per second of a stream of batches, after a warm-up."""
+    list(islice(stream, 2))
+    begun, clips = time.perf_counter(), 0
+    while time.perf_counter() - begun < seconds:
+        clips += len(next(stream))
+    return clips / (time.perf_counter() - begun)
+
+
+class _Decoded:
+    """Clips decoded from the video files when they are asked for; endless, in a random order."""
+
+    def __init__(self, files: list[Path], frames: list[int], size: int) -> None:
+        """Of files with their numbers of frames, as squares of `size` pixels."""
+        self.files, self.frames, self.size = files, frames, size
+
+    def __len__(self) -> int:
+        """As good as without end."""
+        return 1_000_000
+
+    def __getitem__(self, index: int) -> "Tensor":
+        """uint8 (f 3 s s)."""
+        import av
+        import numpy as np
+        import torch
+
+        from data_prep.layouts import PAPER
+        from data_prep.videos import to_square
+        from fvdm.data import draw_frames
+
+        video = index % len(self.files)
+        wanted = draw_frames(self.frames[video], FRAMES, INTERVAL, np.random.default_rng(index)).tolist()
+        pictures = []
+        with av.open(str(self.files[video])) as container:
+            for number, frame in enumerate(container.decode(video=0)):
+                if number in wanted:
+                    pictures.append(to_square(frame.to_ndarray(format="rgb24"), self.size, PAPER["ffs"]))
+                if number == wanted[-1]:
+                    break
+        return torch.from_numpy(np.stack(pictures))
+
+
+def _disk_rate(shards: "LatentShards", path: str, *, cold: bool) -> float:
+    """MB/s of reading the shards from end to end."""
+    begun, size = time.perf_counter(), 0
+    for info in shards.shards:
+        file = os.open(Path(path) / info.name, os.O_RDONLY)
+        if cold:
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        while block := os.read(file, 1 << 22):
+            size += len(block)
+        os.close(file)
+    return size / 1e6 / (time.perf_counter() - begun)
+
+
+if __name__ == "__main__":
+    main()
