@@ -4,13 +4,13 @@
 
 Four numbers in frames/s, each the best of some repeats, logged to MLflow:
 
-- plain: one video after the other, decoded, then encoded 16 frames at a time, as one writes it first;
+- plain: float32, one video after the other, decoded, then encoded 16 frames at a time, as one writes it first;
 - frame by frame: the same, one frame at a time;
 - pure: the VAE alone, on frames that are decoded already, called as encode_latents.py calls it;
 - encode_latents: the command's own loop, shards written and flushed, without the start of the program.
 
-And what it costs to store latents in 16 bits, in dB: the power of the latents over that of the rounding error, and
-the PSNR of the decoded frames against those decoded from unrounded latents.
+And what 16 bits cost, in the shards and in the VAE's arithmetic, in dB: the power of the latents over that of the
+error, and the PSNR of the decoded frames against those decoded from exact latents.
 """
 
 import argparse
@@ -52,6 +52,7 @@ def main(words: list[str] | None = None) -> None:
 
     config = EncodeConfig(words_of_run.videos, "", vae=words_of_run.vae, size=words_of_run.size, flip=False)
     vae = open_vae(config)
+    print(f"{config.vae} at {config.size} px on {vae.device}, {vae.dtype}")
     results = measure(config, vae, words_of_run.repeats)
     width = max(map(len, results))
     for name, value in results.items():
@@ -71,6 +72,7 @@ def measure(config: "EncodeConfig", vae: "VAE", repeats: int) -> dict[str, float
 
     from data_prep.layouts import PAPER, list_videos
     from data_prep.videos import read_video
+    from fvdm.vae import load_vae
 
     names = [source.name for source in list_videos(config.videos, "ffs").sources]
     chunks = [
@@ -78,6 +80,7 @@ def measure(config: "EncodeConfig", vae: "VAE", repeats: int) -> dict[str, float
          if not hasattr(item, "fps")]
         for name in names
     ]  # fmt: skip
+    plain = load_vae(config.vae, vae.device)  # float32, as it comes
     frames = sum(len(chunk) for video in chunks for chunk in video)
 
     def rate(function: Callable[[], float | None]) -> float:
@@ -89,14 +92,14 @@ def measure(config: "EncodeConfig", vae: "VAE", repeats: int) -> dict[str, float
         return frames / min(times)
 
     results = {
-        "frame by frame, frames/s": rate(lambda: _plain(config, vae, names, 1)),
-        "plain, frames/s": rate(lambda: _plain(config, vae, names, 16)),
+        "frame by frame, frames/s": rate(lambda: _plain(config, plain, names, 1)),
+        "plain, frames/s": rate(lambda: _plain(config, plain, names, 16)),
         "pure, frames/s": rate(lambda: _pure(config, vae, [chunk for video in chunks for chunk in video])),
         "encode_latents, frames/s": rate(lambda: _command(config, vae)),
     }
     results["encode_latents / plain"] = results["encode_latents, frames/s"] / results["plain, frames/s"]
     results["encode_latents / pure, %"] = 100 * results["encode_latents, frames/s"] / results["pure, frames/s"]
-    return results | rounding(vae, torch.cat(chunks[0][:8]))
+    return results | rounding(plain, vae, torch.cat(chunks[0][:8]))
 
 
 def _plain(config: "EncodeConfig", vae: "VAE", names: list[str], batch: int) -> None:
@@ -158,21 +161,26 @@ def _command(config: "EncodeConfig", vae: "VAE") -> float:
         return time.perf_counter() - begun
 
 
-def rounding(vae: "VAE", frames: "Tensor") -> dict[str, float]:
-    """What 16 bits cost, in dB, for uint8 frames (n 3 s s)."""
+def rounding(exact_vae: "VAE", vae: "VAE", frames: "Tensor") -> dict[str, float]:
+    """What 16 bits cost, in dB, for uint8 frames (n 3 s s): in storage, and in the VAE's own arithmetic."""
     import torch
 
     from fvdm.vae import sample_latents
 
-    moments = vae.encode(frames).cpu()
+    moments = exact_vae.encode(frames).cpu()
     exact = sample_latents(moments, vae.normalisation, None)
-    pictures = vae.decode(exact).float()
+    pictures = exact_vae.decode(exact).float()
+    changed = {
+        "stored as float16": moments.half().float(),
+        "stored as bfloat16": moments.bfloat16().float(),
+        f"encoded in {str(vae.dtype).removeprefix('torch.')}": vae.encode(frames).cpu(),
+    }
     results = {}
-    for dtype in (torch.float16, torch.bfloat16):
-        rounded = sample_latents(moments.to(dtype).float(), vae.normalisation, None)
-        name = str(dtype).removeprefix("torch.")
-        results[f"{name}, dB of latents"] = float(10 * torch.log10(exact.var() / (rounded - exact).square().mean()))
-        error = (vae.decode(rounded).float() - pictures).square().mean().clamp_min(1e-9)
+    for name, values in changed.items():
+        latents = sample_latents(values, vae.normalisation, None)
+        error = (latents - exact).square().mean().clamp_min(1e-12)
+        results[f"{name}, dB of latents"] = float(10 * torch.log10(exact.var() / error))
+        error = (exact_vae.decode(latents).float() - pictures).square().mean().clamp_min(1e-9)
         results[f"{name}, dB of frames"] = float(10 * torch.log10(255**2 / error))
     return results
 

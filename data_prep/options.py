@@ -43,89 +43,67 @@ class EncodeConfig:
 
 def parse(description: str | None, words: list[str] | None = None) -> EncodeConfig:
     """Reads the command line; exits with 2 on wrong usage."""
-    yes_no = argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(
         "encode_latents.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--videos", required=True, help="folder with the videos: files, or folders of frames")
     add("--out", required=True, help="folder for the shards; made if it is missing")
-    add(
-        "--vae",
-        default="builtin",
-        help="builtin, a folder of a diffusers AutoencoderKL, or its hub name [builtin]",
-    )
+    add("--vae", default="builtin", help="builtin, a folder of a diffusers AutoencoderKL, or its hub name [builtin]")
     add("--size", type=int, default=256, help="side of the square frames that are encoded, in pixels [256]")
-    group = parser.add_argument_group("what is read, and how (default: as the recognised layout has it)")
-    add = group.add_argument
-    add("--layout", choices=LAYOUTS, default="auto", help="layout of the folder [auto: recognise it]")
-    add(
-        "--split-files",
-        nargs="+",
-        default=(),
-        metavar="FILE",
-        help="UCF101's trainlist01.txt, testlist01.txt, ...",
-    )
-    add("--class-file", metavar="FILE", help="UCF101's classInd.txt [classes by sorted folder name]")
-    add("--resize", choices=("shorter-side", "centre-square"), help="scale then crop, or crop then scale")
-    add("--antialias", action=yes_no, help="low-pass before shrinking; the papers do not, large videos gain")
-    add("--flip", action=yes_no, help="store the mirrored twin of every frame too")
-    add("--min-frames", type=int, help="reject shorter videos")
-    add("--keep-damaged", action="store_true", help="keep what can be decoded of damaged videos")
-    group = parser.add_argument_group("what is written, and how")
-    add = group.add_argument
-    add("--dtype", choices=("float16", "bfloat16"), default="float16", help="of the stored latents [float16]")
-    add("--shard-mb", type=float, default=512, help="bound on the size of a shard, in MB [512]")
-    add("--device", help="cuda, cuda:1, cpu [cuda if there is one]")
-    add("--precision", choices=("float32", "bfloat16"), help="of the VAE [bfloat16 on cuda, float32 on cpu]")
-    add("--chunk", type=int, help="frames per call of the VAE; decides the last bits [32 on cuda, 4 on cpu]")
-    add("--workers", type=int, help="decoder processes per job [its share of the cores, at most 8]")
-    add("--encoders", type=int, help="threads per job that call the VAE [1 on cuda, its share of the cores on cpu]")
-    add(
-        "--timeout",
-        type=float,
-        default=120,
-        help="give a video up when its decoder is silent for so many seconds",
-    )
-    add("--strict", action="store_true", help="stop at the first video that cannot be used")
-    group = parser.add_argument_group("reports")
-    add = group.add_argument
-    add(
-        "--mlflow",
-        default="",
-        metavar="URI",
-        help="MLflow server or database, none for no MLflow [$MLFLOW_TRACKING_URI, else mlflow.db in this folder]",
-    )
-    add("--experiment", default="encode", help="MLflow experiment [encode]")
-    group = parser.add_argument_group("on many processes or machines")
-    add = group.add_argument
-    add(
-        "--cluster",
-        choices=("local", "slurm"),
-        default="local",
-        help="processes here, or a Slurm job array [local]",
-    )
-    add("--jobs", type=int, default=1, help="number of processes or array jobs [1]")
-    add(
-        "--minutes",
-        type=int,
-        default=24 * 60,
-        help="Slurm time limit of a job, after which it is queued again",
-    )
-    add(
-        "--slurm",
-        nargs="+",
-        default=(),
-        metavar="KEY=VALUE",
-        help="more for sbatch: partition=gpu gres=gpu:1 mem=16G",
-    )
     add("--job", type=int, help=argparse.SUPPRESS)
+    _add_reading(parser)
+    _add_writing(parser)
+    _add_running(parser)
     values = vars(parser.parse_args(words))
     if values["jobs"] < 1:
         parser.error("--jobs must be at least 1")
     if not all("=" in word for word in values["slurm"]):
         parser.error("--slurm takes words of the form KEY=VALUE")
     return EncodeConfig(**values | {name: tuple(values[name]) for name in ("split_files", "slurm")})
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what is read, and how (default: as the recognised layout has it)").add_argument
+    yes_no = argparse.BooleanOptionalAction
+    add("--layout", choices=LAYOUTS, default="auto", help="layout of the folder [auto: recognise it]")
+    add("--split-files", nargs="+", default=(), metavar="FILE", help="UCF101's trainlist01.txt, testlist01.txt, ...")
+    add("--class-file", metavar="FILE", help="UCF101's classInd.txt [classes by sorted folder name]")
+    add("--resize", choices=("shorter-side", "centre-square"), help="scale then crop, or crop then scale")
+    add("--antialias", action=yes_no, help="low-pass before shrinking; the papers do not, large videos gain")
+    add("--flip", action=yes_no, help="store the mirrored twin of every frame too")
+    add("--min-frames", type=int, help="reject shorter videos")
+    add("--keep-damaged", action="store_true", help="keep what can be decoded of damaged videos")
+    add("--workers", type=int, help="decoder processes per job [its share of the cores, at most 8]")
+    add("--timeout", type=float, default=120, help="give a video up when its decoder is silent so many seconds [120]")
+    add("--strict", action="store_true", help="stop at the first video that cannot be used")
+
+
+def _add_writing(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what is written, and how").add_argument
+    add("--dtype", choices=("float16", "bfloat16"), default="float16", help="of the stored latents [float16]")
+    add("--shard-mb", type=float, default=512, help="bound on the size of a shard, in MB [512]")
+    add("--device", help="cuda, cuda:1, cpu [cuda if there is one]")
+    add(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        help="of the VAE [bfloat16 where the hardware has it, else float32]",
+    )
+    add("--chunk", type=int, help="frames per call of the VAE; decides the last bits [32 on cuda, 4 on cpu]")
+    add("--encoders", type=int, help="threads per job that call the VAE [1 on cuda, its share of the cores on cpu]")
+    where = "MLflow server or database; none for no MLflow [$MLFLOW_TRACKING_URI, else mlflow.db in this folder]"
+    add("--mlflow", default="", metavar="URI", help=where)
+    add("--experiment", default="encode", help="MLflow experiment [encode]")
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("on many processes or machines").add_argument
+    add("--cluster", choices=("local", "slurm"), default="local", help="processes here, or a Slurm job array [local]")
+    add("--jobs", type=int, default=1, help="number of processes or array jobs [1]")
+    again = "Slurm time limit of a job, after which it is queued again and goes on [1440]"
+    add("--minutes", type=int, default=24 * 60, help=again)
+    more = "more for sbatch: partition=gpu gres=gpu:1 mem=16G"
+    add("--slurm", nargs="+", default=(), metavar="KEY=VALUE", help=more)
 
 
 def device(config: EncodeConfig) -> str:
@@ -137,7 +115,19 @@ def device(config: EncodeConfig) -> str:
 
 def precision(config: EncodeConfig) -> str:
     """Number type of the VAE."""
-    return config.precision or ("float32" if device(config) == "cpu" else "bfloat16")
+    if config.precision or device(config) != "cpu":
+        return config.precision or "bfloat16"
+    return "bfloat16" if _fast_bfloat16() else "float32"
+
+
+def _fast_bfloat16() -> bool:
+    """This processor multiplies bfloat16 in hardware; elsewhere it is slower than float32."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = next((line.split() for line in file if line.startswith("flags")), [])
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def workers(config: EncodeConfig) -> int:

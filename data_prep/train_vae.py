@@ -134,6 +134,9 @@ def train(pictures: list[Tensor], held: dict[str, list[Tensor]], options: argpar
     random = np.random.default_rng(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
     model = AutoencoderKL(**architecture()).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        # Begin with little noise: thousands of steps would go by before the latents stood out from unit noise.
+        model.quant_conv.bias[architecture()["latent_channels"] :] = -6.0
     average = AutoencoderKL(**architecture())
     average.load_state_dict(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)

@@ -28,7 +28,7 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
     Raises:
         ValueError: for an unknown or ill-typed setting; names the nearest that exists.
     """
-    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of settings; words after it override it")
     parser.add_class_arguments(cls)
     try:
@@ -46,9 +46,10 @@ def _names(defaults: Namespace) -> list[str]:
 def _explain(message: str, names: list[str]) -> str:
     """One sentence for a rejected setting, with the nearest name where the name was wrong."""
     unknown = re.search(r"unrecognized arguments: -*([^\s=]+)|[Oo]ption '([^']+)' is not accepted", message)
-    if not unknown:
+    group = re.search(r"Group '([^']+)' does not accept option '([^']+)'", message)
+    if not unknown and not group:
         return " ".join(message.replace("Parser key ", "setting ").split())
-    word = unknown[1] or unknown[2]
+    word = f"{group[1]}.{group[2]}" if group else unknown[1] or unknown[2]  # type: ignore[index]
     leaves = {name.rpartition(".")[2]: name for name in names}
     near = difflib.get_close_matches(word, names, 1, 0.5)
     near = near or [leaves[leaf] for leaf in difflib.get_close_matches(word.rpartition(".")[2], leaves, 1, 0.5)]

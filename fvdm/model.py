@@ -59,7 +59,7 @@ class ModelConfig:
 
 SIZES = {  # name: depth, width, heads (Latte, table 1; T and XS are ours, for tests and for the demo)
     "T": (2, 64, 2),
-    "XS": (8, 256, 4),
+    "XS": (6, 192, 3),
     "S": (12, 384, 6),
     "B": (12, 768, 12),
     "L": (24, 1024, 16),

@@ -117,7 +117,7 @@ class Tracker:
             self._write({"status": status})
         self._wake.put(False)
         self._thread.join(PATIENCE)
-        if self._monitor is not None:
+        if self._monitor:
             self._monitor.finish()
         self._journal.close()
         if self._unsent():

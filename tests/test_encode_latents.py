@@ -45,7 +45,7 @@ def videos(tmp_path_factory):
 
 def words(videos, out, vae, *more):
     # about two videos in a shard
-    return ["--videos", str(videos), "--out", str(out), "--vae", str(vae), "--size", str(SIZE), "--device", "cpu",
+    return ["--videos", str(videos), "--out", str(out), "--vae", str(vae), "--size", str(SIZE), "--device", "cpu", "--precision", "float32",
             "--workers", "2", "--shard-mb", "0.035", "--mlflow", "none", *more]  # fmt: skip
 
 

@@ -1,0 +1,40 @@
+# The front door: `make demo` and `make test` are whole commands on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DONE := $(VENV)/.installed
+
+.PHONY: help install demo test test-fast lint ui clean
+
+help:
+	@echo "make demo       real clips -> latents -> 2-rank ZeRO-2 training -> videos -> FVD -> MLflow"
+	@echo "make test       lint, types and every test (test-fast leaves out the slow ones)"
+	@echo "make ui         MLflow on http://127.0.0.1:5000"
+	@echo "make install    the virtual environment alone, in $(VENV)"
+	@echo "make lint       ruff and mypy"
+
+install: $(DONE)
+
+$(DONE): setup.cfg pyproject.toml constraints.txt
+	@./tools/install.sh "$(PYTHON)" $(VENV)
+	@touch $(DONE)
+
+demo: install
+	$(BIN)/python launchers/demo.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-fast: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+ui: install
+	$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --host 127.0.0.1 --port 5000
+
+clean:
+	rm -rf demo runs/demo build *.egg-info

@@ -1,0 +1,99 @@
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from fvdm import config as settings
+from fvdm.train import TrainConfig
+
+
+@dataclass(frozen=True)
+class Inner:
+    """Inner settings.
+
+    Attributes:
+        rate: a number.
+        kind: a word.
+    """
+
+    rate: float = 0.5
+    kind: Literal["a", "b"] = "a"
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Outer settings.
+
+    Attributes:
+        name: the name.
+        inner: more.
+        words: several.
+    """
+
+    name: str
+    inner: Inner = field(default_factory=Inner)
+    words: tuple[str, ...] = ("x",)
+
+
+def test_words_override_files_which_override_defaults(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("name: file\ninner: {rate: 0.25, kind: b}\n")
+    got = settings.parse(Outer, ["--config", str(file), "--inner.rate", "1e-3"])
+    assert got == Outer("file", Inner(0.001, "b"))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--name", "x", "--inner.rat", "1"], "did you mean inner.rate"),
+        (["--name", "x", "--iner.rate", "1"], "did you mean inner.rate"),
+        (["--name", "x", "--zzz", "1"], "--help lists them all"),
+        (["--name", "x", "--inner.rate", "fast"], "inner.rate"),
+        (["--name", "x", "--inner.kind", "c"], "inner.kind"),
+        ([], "name"),
+    ],
+)
+def test_wrong_settings_are_refused_in_one_sentence(words, sentence):
+    with pytest.raises(ValueError, match=sentence) as caught:
+        settings.parse(Outer, words)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_key_in_a_file_is_refused_with_the_nearest_name(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("name: file\ninner: {rte: 0.25}\n")
+    with pytest.raises(ValueError, match=r"inner\.rte; did you mean inner\.rate"):
+        settings.parse(Outer, ["--config", str(file)])
+
+
+def test_what_is_saved_is_read_back(tmp_path):
+    config = settings.parse(TrainConfig, ["--name", "n", "--data.path", "p", "--engine.lr", "3e-4"])
+    settings.save(config, tmp_path / "c.yaml")
+    assert settings.parse(TrainConfig, ["--config", str(tmp_path / "c.yaml")]) == config
+
+
+def test_flattened_names_are_dotted():
+    assert settings.flatten(Outer("n")) == {"name": "n", "inner.rate": 0.5, "inner.kind": "a", "words": ("x",)}
+
+
+def test_every_setting_is_explained():
+    """--help has a text for each: jsonargparse shows only the type where a docstring says nothing."""
+    import contextlib
+    import io
+    import re
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
+        settings.parse(TrainConfig, ["--help"])
+    text = out.getvalue()
+    assert re.findall(r"^  (--[\w.]+) \S+\n? {5,}\(type", text, re.M) == []
+    assert len(re.findall(r"^  --", text, re.M)) > 50
+
+
+@pytest.mark.parametrize("name", ["demo", "ffs_xl", "sky_xl", "ucf101_xl", "taichi_xl"])
+def test_shipped_configurations_are_valid(name):
+    from pathlib import Path
+
+    path = Path(__file__).parent.parent / "configs" / f"{name}.yaml"
+    config = settings.parse(TrainConfig, ["--config", str(path)])
+    assert config.name == name
