@@ -71,8 +71,8 @@ def measure(config: "EncodeConfig", vae: "VAE", repeats: int) -> dict[str, float
     import torch
 
     from data_prep.layouts import PAPER, list_videos
-    from data_prep.videos import read_video
     from fvdm.vae import load_vae
+    from fvdm.videos import read_video
 
     names = [source.name for source in list_videos(config.videos, "ffs").sources]
     chunks = [
@@ -109,7 +109,7 @@ def _plain(config: "EncodeConfig", vae: "VAE", names: list[str], batch: int) -> 
     import torch
 
     from data_prep.layouts import PAPER
-    from data_prep.videos import to_square
+    from fvdm.videos import to_square
 
     with tempfile.TemporaryDirectory() as folder:
         for number, name in enumerate(names):

@@ -121,8 +121,8 @@ class _Decoded:
         import torch
 
         from data_prep.layouts import PAPER
-        from data_prep.videos import to_square
         from fvdm.data import draw_frames
+        from fvdm.videos import to_square
 
         video = index % len(self.files)
         wanted = draw_frames(self.frames[video], FRAMES, INTERVAL, np.random.default_rng(index)).tolist()

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.layouts import Preprocess
+from fvdm.videos import Preprocess
 
 MEMORY = 8 * 2**30  # bytes of private memory that one decoder may take
 
@@ -186,7 +186,7 @@ def _work(pipe: Connection) -> None:
     """The worker process: reads tasks until the pipe closes. A signal meant for the job is not for it."""
     import torch
 
-    from data_prep.videos import VideoError, estimate_frames, read_video
+    from fvdm.videos import VideoError, estimate_frames, read_video
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

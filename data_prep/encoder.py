@@ -18,9 +18,8 @@ import numpy as np
 import torch
 
 from data_prep.decoding import Rejected, Restarted, Task, decode
-from data_prep.layouts import Preprocess
 from data_prep.shards import Plan, ShardPlan, Work, make_sample
-from data_prep.videos import Info
+from fvdm.videos import Info, Preprocess
 
 if TYPE_CHECKING:
     from fvdm.vae import VAE

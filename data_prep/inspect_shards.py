@@ -170,9 +170,8 @@ def _contact_sheet(shards: "LatentShards", vae: "VAE", path: Path) -> None:
 def _reconstruction(folder: Path, shards: "LatentShards", vae: "VAE", videos: str | None, path: Path) -> None:
     import numpy as np
 
-    from data_prep.layouts import Preprocess
     from data_prep.shards import Plan
-    from data_prep.videos import VideoError, read_video
+    from fvdm.videos import Preprocess, VideoError, read_video
 
     plan = Plan.from_json((folder / "plan.json").read_text())
     source = Path(videos or plan.videos) / shards.sources[0]

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from fvdm.videos import IMAGE_SUFFIXES, Preprocess
+
 VIDEO_SUFFIXES = frozenset(
     [
         ".3gp",
@@ -50,7 +52,6 @@ VIDEO_SUFFIXES = frozenset(
         ".y4m",
     ]
 )
-IMAGE_SUFFIXES = frozenset([".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff"])
 LAYOUTS = ("auto", "ffs", "ucf101", "sky", "taichi", "mixed")
 LayoutName = Literal["auto", "ffs", "ucf101", "sky", "taichi", "mixed"]
 # the first bytes of video files, at the offset given: a clip with a wrong or no extension is still found
@@ -62,31 +63,6 @@ _MAGIC = (
     (0, b"FLV\x01"),
     (0, b"\0\0\1\xba"),
 )
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """How frames become squares, and what else is stored. All of it is written into the manifest.
-
-    Attributes:
-        resize: `shorter-side` scales the shorter side to the size, then crops the centre; `centre-square`
-            crops the largest centred square, then scales it. They differ by less than a pixel.
-        antialias: low-pass before shrinking. The papers' code does not; larger videos look better with it.
-        flip: store the horizontally mirrored twin too (a mirrored latent is not the latent of a mirrored
-            frame).
-        min_frames: shorter videos are rejected, in frames.
-        frame_order: order of a frame folder: `underscore` by the integer after the last underscore, `natural`
-            by name with numbers compared as numbers.
-        keep_damaged: store the frames of videos for which the decoder reports errors, instead of rejecting
-            them.
-    """
-
-    resize: Literal["shorter-side", "centre-square"] = "shorter-side"
-    antialias: bool = False
-    flip: bool = False
-    min_frames: int = 16
-    frame_order: Literal["natural", "underscore"] = "natural"
-    keep_damaged: bool = False
 
 
 PAPER: dict[str, Preprocess] = {

@@ -87,7 +87,7 @@ def _add_writing(parser: argparse.ArgumentParser) -> None:
     add(
         "--precision",
         choices=("float32", "bfloat16"),
-        help="of the VAE [bfloat16 where the hardware has it, else float32]",
+        help="of the VAE [bfloat16 on cuda, float32 on cpu]",
     )
     add("--chunk", type=int, help="frames per call of the VAE; decides the last bits [32 on cuda, 4 on cpu]")
     add("--encoders", type=int, help="threads per job that call the VAE [1 on cuda, its share of the cores on cpu]")
@@ -115,19 +115,7 @@ def device(config: EncodeConfig) -> str:
 
 def precision(config: EncodeConfig) -> str:
     """Number type of the VAE."""
-    if config.precision or device(config) != "cpu":
-        return config.precision or "bfloat16"
-    return "bfloat16" if _fast_bfloat16() else "float32"
-
-
-def _fast_bfloat16() -> bool:
-    """This processor multiplies bfloat16 in hardware; elsewhere it is slower than float32."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            flags = next((line.split() for line in file if line.startswith("flags")), [])
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return config.precision or ("float32" if device(config) == "cpu" else "bfloat16")
 
 
 def workers(config: EncodeConfig) -> int:

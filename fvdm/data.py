@@ -199,9 +199,10 @@ class _Clips(Dataset[Any]):
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch, video])))
         frames = draw_frames(int(self.shards.frames[video]), self.config.frames, self.config.interval, random)
         flip = bool(random.random() < 0.5) and self.config.flip and self.shards.manifest.flip
-        noise = random.standard_normal((len(frames), c, h, w), dtype=np.float32)
+        generator = torch.Generator().manual_seed(int(random.integers(2**63)))
+        noise = torch.randn(len(frames), c, h, w, generator=generator)
         moments = torch.from_numpy(self.shards.read(video, frames, flip=flip))
-        x_0 = sample_latents(moments, self.normalisation, torch.from_numpy(noise))
+        x_0 = sample_latents(moments, self.normalisation, noise)
         return x_0, int(self.shards.labels[video]), self.shards.keys[video]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ entry 0 is clean data (`alpha = 1`, `sigma = 0`), so the official code's index i
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,12 +26,15 @@ class DiffusionConfig:
         num_timesteps: T, the number of noise levels.
         beta_start: the first beta of the linear schedule; the discrete form of beta(0) = 0.1.
         beta_end: the last beta of the linear schedule; the discrete form of beta(T) = 20.
+        objective: what the network estimates: eps, the noise (the paper's), or v, `alpha eps - sigma x_0` (Salimans and
+            Ho), from which short runs learn the whole picture sooner.
         learned_variance: the network also predicts where the reverse variance lies in its range (IDDPM).
     """
 
     num_timesteps: int = NUM_TIMESTEPS
     beta_start: float = 1e-4
     beta_end: float = 0.02
+    objective: Literal["eps", "v"] = "eps"
     learned_variance: bool = True
 
 
@@ -40,8 +43,10 @@ class Prediction(NamedTuple):
 
     x_0: Tensor
     eps: Tensor
-    v: Tensor | None
+    variance: Tensor | None
     """Learned variance: -1 is the lower, +1 the upper end of its log range."""
+    estimate: Tensor
+    """What the network was asked for: see `DiffusionConfig.objective`."""
 
 
 class Diffusion:
@@ -93,9 +98,18 @@ class Diffusion:
         A frame at `t = 0` is its own estimate.
         """
         output, x_t = output.float(), x_t.float()
-        eps, v = output.chunk(2, dim=2) if self.config.learned_variance else (output, None)
-        alpha, sigma = self.levels(t)
-        return Prediction((x_t - sigma.float() * eps) / alpha.float(), eps, v)
+        estimate, variance = output.chunk(2, dim=2) if self.config.learned_variance else (output, None)
+        alpha, sigma = (level.float() for level in self.levels(t))
+        if self.config.objective == "v":
+            return Prediction(alpha * x_t - sigma * estimate, sigma * x_t + alpha * estimate, variance, estimate)
+        return Prediction((x_t - sigma * estimate) / alpha, estimate, variance, estimate)
+
+    def target(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """What the network should estimate of each frame, float32 `(b f c h w)`."""
+        if self.config.objective == "eps":
+            return noise.float()
+        alpha, sigma = (level.float() for level in self.levels(t))
+        return alpha * noise.float() - sigma * x_0.float()
 
     def posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean of q(x_next | x_t, x_0), and the log of its variance and of the forward step's (DDPM, equation 7).
@@ -123,9 +137,9 @@ class Diffusion:
     def training_losses(
         self, model: Model, x_0: Tensor, t: Tensor, y: Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
-        """Loss of each frame: squared error of the noise, plus the variational term that trains the variance.
+        """Loss of each frame: squared error of the estimate, plus the variational term that trains the variance.
 
-        The variational term (IDDPM, L_vlb; in bits per dimension) holds the noise estimate fixed, and is chosen per
+        The variational term (IDDPM, L_vlb; in bits per dimension) holds the estimate fixed, and is chosen per
         frame: the decoder's likelihood where the frame is at its last step, `t = 1`, the divergence elsewhere.
         A frame at `t = 0` has nothing to predict and its loss is 0.
 
@@ -145,17 +159,17 @@ class Diffusion:
         noise = torch.randn_like(x_0) if noise is None else noise
         x_t = self.q_sample(x_0, t, noise)
         prediction = self.predict(model(x_t, t, y), x_t, t)
-        loss = (prediction.eps - noise.float()).square().flatten(2).mean(2)
-        if prediction.v is not None:
+        loss = (prediction.estimate - self.target(x_0, t, noise)).square().flatten(2).mean(2)
+        if prediction.variance is not None:
             loss = loss + self._variational(prediction, x_0.float(), x_t.float(), t)
         return torch.where(t > 0, loss, 0.0)
 
     def _variational(self, prediction: Prediction, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        assert prediction.v is not None
+        assert prediction.variance is not None
         t = t.clamp(min=1)
         true_mean, lower, upper = self.posterior(x_0, x_t, t, t - 1)
         mean, _, _ = self.posterior(prediction.x_0.detach(), x_t, t, t - 1)
-        log_variance = interpolate_log_variance(prediction.v, lower, upper)
+        log_variance = interpolate_log_variance(prediction.variance, lower, upper)
         divergence = normal_kl(true_mean, lower, mean, log_variance).flatten(2).mean(2)
         likelihood = discretized_log_likelihood(x_0, mean, 0.5 * log_variance).flatten(2).mean(2)
         return torch.where(t == 1, -likelihood, divergence) / math.log(2)

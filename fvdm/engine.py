@@ -25,6 +25,7 @@ class EngineConfig:
     Attributes:
         lr: learning rate of AdamW, constant.
         warmup: steps over which the learning rate rises from 0; 0 is none.
+        cooldown: steps at the end over which the learning rate falls to 0; 0 is none.
         betas: AdamW's betas.
         weight_decay: AdamW's weight decay, on all weights.
         clip: largest norm of the gradient, once clipping has begun.
@@ -37,6 +38,7 @@ class EngineConfig:
 
     lr: float = 1e-4
     warmup: int = 0
+    cooldown: int = 0
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     clip: float = 0.1
@@ -83,6 +85,13 @@ def accumulation(batch_size: int, micro_batch: int, world_size: int) -> tuple[in
     if share % micro:
         raise ValueError(f"engine.micro_batch {micro} does not divide a rank's share of {share} clips")
     return micro, share // micro
+
+
+def learning_rate(config: EngineConfig, step: int, steps: int) -> float:
+    """The learning rate of step `step` (from 0) of `steps`: constant but for a linear rise and a linear fall."""
+    rise = (step + 1) / config.warmup if config.warmup else 1.0
+    fall = (steps - step) / config.cooldown if config.cooldown else 1.0
+    return config.lr * min(1.0, rise, max(0.0, fall))
 
 
 class Engine:
@@ -155,18 +164,18 @@ class Engine:
         """Accumulate the gradient of a micro-batch's mean loss `()`."""
         self.engine.backward(loss)
 
-    def step(self, step: int) -> bool:
+    def step(self, step: int, steps: int) -> bool:
         """End a micro-batch; after the last one of a step, update the weights.
 
         Args:
-            step: number of optimizer steps taken so far; clipping and warm-up depend on it.
+            step: number of optimizer steps taken so far; clipping and the learning rate depend on it.
+            steps: number of steps of the whole training.
 
         Returns:
             Whether the weights moved: not within an accumulation, nor when a gradient was not finite on any rank.
         """
         self.zero.clip_grad = self.config.clip if step >= self.config.clip_from else 0.0
-        rise = min(1.0, (step + 1) / self.config.warmup) if self.config.warmup else 1.0
-        self.zero.param_groups[0]["lr"] = self.config.lr * rise
+        self.zero.param_groups[0]["lr"] = learning_rate(self.config, step, steps)
         self.engine.step()
         return bool(self.engine.was_step_applied())
 

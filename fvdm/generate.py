@@ -17,7 +17,7 @@ from fvdm import config as settings
 from fvdm.diffusion import Diffusion, DiffusionConfig
 from fvdm.media import tile, write_gif, write_mp4, write_strips
 from fvdm.model import ModelConfig, VideoDiT
-from fvdm.samplers import SOLVERS, Solver, ddim
+from fvdm.samplers import SOLVERS, Solver, ddim, generators
 from fvdm.tasks import Sampling, given_frames, place, run
 from fvdm.tracking import Tracker, TrackingConfig
 from fvdm.vae import VAE, load_vae
@@ -41,7 +41,7 @@ class GenerateConfig:
         solver: ddim or ddpm.
         eta: noise of DDIM, 0 to 1.
         guidance: classifier-free guidance scale of a class-conditional model; 1 is none.
-        label: class of a class-conditional model, by name or number.
+        label: class of a class-conditional model, by name or number; empty draws one for each sample, from its seed.
         length: frames of the task long; the paper's is 128.
         batch_size: samples drawn at once.
         weights: ema (the average) or model (the weights themselves).
@@ -145,8 +145,7 @@ def read_frames(path: str, size: int) -> Tensor:
     import numpy as np
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    from data_prep.layouts import IMAGE_SUFFIXES, Preprocess
-    from data_prep.videos import Info, VideoError, read_video, to_square
+    from fvdm.videos import IMAGE_SUFFIXES, Info, Preprocess, VideoError, read_video, to_square
 
     how = Preprocess()
     try:
@@ -190,20 +189,23 @@ def read_given(paths: Sequence[str], indices: Sequence[int], trained: Trained) -
     return trained.vae.encode_mean(frames)[None]
 
 
-def class_number(label: str, classes: Sequence[str]) -> int | None:
-    """The number of a class given by name or number; None without a label.
+def class_numbers(label: str, classes: Sequence[str], seeds: Sequence[int]) -> Tensor | None:
+    """The class of each sample, int64 `(b)`: the one named, or one drawn from the sample's seed; None without classes.
 
     Raises:
-        ValueError: if the model has no such class, or needs one.
+        ValueError: if the model has no such class.
     """
     if not classes:
         if label:
             raise ValueError(f"label {label!r}: this model has no classes")
         return None
+    if not label:
+        draws = [torch.randint(len(classes), (), generator=generator) for generator in generators(seeds)]
+        return torch.stack(draws)
     if label in classes:
-        return list(classes).index(label)
+        return torch.full((len(seeds),), list(classes).index(label))
     if label.isdigit() and int(label) < len(classes):
-        return int(label)
+        return torch.full((len(seeds),), int(label))
     raise ValueError(f"label {label!r} is no class of this model; choose one of {', '.join(classes)}")
 
 
@@ -239,7 +241,6 @@ def generate(trained: Trained, config: GenerateConfig) -> Tensor:
     device = trained.model.space.device
     empty = torch.zeros(1, 0, network.channels, network.size, network.size)
     clip = place((read_given(paths, indices, trained) if indices else empty).to(device), indices, network.frames)
-    label = class_number(config.label, trained.classes)
     how = Sampling(
         config.steps,
         config.guidance if trained.classes else 1.0,
@@ -251,7 +252,8 @@ def generate(trained: Trained, config: GenerateConfig) -> Tensor:
     videos = []
     for first in range(0, config.num, config.batch_size):
         seeds = [config.seed + k for k in range(first, min(first + config.batch_size, config.num))]
-        y = None if label is None else torch.full((len(seeds),), label, device=device)
+        y = class_numbers(config.label, trained.classes, seeds)
+        y = None if y is None else y.to(device)
         batch = clip.expand(len(seeds), *clip.shape[1:])
         latents = run(trained.model, trained.diffusion, batch, indices, seeds, how, length, y)
         videos.append(trained.vae.decode(latents).cpu())

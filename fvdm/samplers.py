@@ -75,7 +75,7 @@ def ddpm() -> Solver:
         t = t.clamp(min=1)
         t_next = torch.where(t_next < t, t_next, t - 1)
         mean, lower, upper = diffusion.posterior(prediction.x_0, x_t, t, t_next)
-        v = prediction.v if prediction.v is not None else torch.ones_like(lower)
+        v = prediction.variance if prediction.variance is not None else torch.ones_like(lower)
         log_variance = interpolate_log_variance(v, lower, upper)
         last = (t_next == 0)[..., None, None, None]
         return mean + torch.where(last, 0.0, (0.5 * log_variance).exp() * noise())
@@ -115,7 +115,7 @@ def start(x_0: Tensor, schedule: Tensor, diffusion: Diffusion, generator: Sequen
 
 
 def guided(model: Model, guidance: float, null_class: int) -> Model:
-    """Classifier-free guidance (Ho and Salimans, equation 6) on the noise estimate, both halves in one forward.
+    """Classifier-free guidance (Ho and Salimans, equation 6) on the estimate, not on the variance; in one forward.
 
     Args:
         model: conditional denoiser.

@@ -305,7 +305,7 @@ def _loop(run: Run, tracker: Tracker | None, stop: StopFlag) -> Stop:
             t, noise, y = draw(batch)  # (b f), (b f c h w), (b)
             loss = run.diffusion.training_losses(engine, batch.x_0, t, y, noise)  # (b f)
             engine.backward(loss.mean())
-            moved = engine.step(progress.step)
+            moved = engine.step(progress.step, config.steps)
             meter.add(loss, t)
         if moved:
             run.ema.update()

@@ -1,6 +1,7 @@
 """The frozen image VAE: pictures to latents and back, and the one place that knows how latents are scaled."""
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,10 @@ class VAE:
             float32 `(... 2c h/factor w/factor)` on the VAE's device.
 
         Raises:
-            ValueError: if the sides are no multiples of the factor.
+            ValueError: if they are not uint8, or the sides are no multiples of the factor.
         """
+        if pictures.dtype != torch.uint8:
+            raise ValueError(f"pictures are uint8, 0 to 255; these are {pictures.dtype}: scale, round and cast them")
         *lead, channels, h, w = pictures.shape
         if channels != 3 or h % self.factor or w % self.factor:
             raise ValueError(
@@ -157,22 +160,43 @@ def load_vae(name: str = "builtin", device: torch.device | str = "cpu", dtype: t
     from diffusers.utils import logging
 
     logging.set_verbosity_error()
-    source = str(BUILTIN) if name == "builtin" else name
     try:
-        model = AutoencoderKL.from_pretrained(source, use_safetensors=True, low_cpu_mem_usage=False)
+        model = AutoencoderKL.from_pretrained(_source(name), use_safetensors=True, low_cpu_mem_usage=False)
+        return VAE(name, model, torch.device(device), dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"cannot load the VAE {name!r}: give builtin, a folder with config.json and safetensors, or a name on "
             f"the hub such as stabilityai/sd-vae-ft-ema ({reason})"
         ) from None
-    return VAE(name, model, torch.device(device), dtype)
+
+
+def _source(name: str) -> str:
+    """The folder or the hub's name behind a VAE's name; refuses a slip of the pen before the hub is asked.
+
+    Raises:
+        ValueError: if it is no folder, and not of the form owner/name.
+    """
+    if name == "builtin":
+        return str(BUILTIN)
+    if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise ValueError("there is no such folder")
+    return name
 
 
 def _normalisation(config: Any) -> Normalisation:
-    """Per channel where the VAE says so, else the one shift and factor of its configuration."""
+    """Per channel where the VAE says so, else the one shift and factor of its configuration.
+
+    Raises:
+        ValueError: if there are more or fewer means or deviations than channels.
+    """
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean and std:
+        if not len(mean) == len(std) == config["latent_channels"]:
+            raise ValueError(
+                f"config.json has {len(mean)} latents_mean and {len(std)} latents_std for "
+                f"{config['latent_channels']} latent_channels: give one each a channel"
+            )
         return Normalisation(tuple(mean), tuple(1 / s for s in std))
     return Normalisation((config.get("shift_factor") or 0.0,), (config["scaling_factor"],))
 

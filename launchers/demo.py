@@ -1,4 +1,4 @@
-"""The whole way once, on a small scale: real clips -> latents -> ZeRO-2 training on two ranks -> videos -> FVD -> MLflow.
+"""The whole way once, small: real clips -> latents -> ZeRO-2 training on two ranks -> videos -> FVD -> MLflow.
 
 Runs the very commands that a user would type, prints each, and ends by saying where to look.
 """
@@ -18,28 +18,30 @@ TASKS = {
     "interpolate": ["--given", "demo/clips/carphone_pristine-0040.mp4"],
     "long": ["--length", "64", "--num", "1"],
 }
-FVD_CLIPS = 32
+FVD_CLIPS = "32"
+SIZE = "64"  # pixels
 
 
 def commands(extra: list[str]) -> dict[str, list[str]]:
     """What the demo runs, in order: a title and a command each."""
     python = sys.executable
-    steps = {
-        "real clips": [python, "data_prep/demo_clips.py", "--out", "demo/clips"],
-        "latents": [python, "data_prep/encode_latents.py", "--videos", "demo/clips", "--out", "demo/latents"]
-        + ["--size", "128"],
-        "training": [python, "launchers/slurm_train.py", "--cluster", "local", "--nodes", "2"]
-        + ["--config", "configs/demo.yaml", *extra],
+    encode = ["data_prep/encode_latents.py", "--videos", "demo/clips", "--out", "demo/latents", "--size", SIZE]
+    train = ["launchers/slurm_train.py", "--cluster", "local", "--nodes", "2", "--config", "configs/demo.yaml"]
+    generate = ["-m", "fvdm.generate", "--checkpoint", str(RUN), "--steps", "25"]
+    fvd = ["benchmarks/fvd.py", "--real", "demo/clips", "--fake", "demo/videos/fvd", "--fake-pattern", "generate-*.mp4"]
+    tasks = {
+        f"task {task}": [*generate, "--task", task, "--out", f"demo/videos/{task}", "--num", "4", *words]
+        for task, words in TASKS.items()
     }
-    generate = [python, "-m", "fvdm.generate", "--checkpoint", str(RUN), "--steps", "25"]
-    for task, words in TASKS.items():
-        steps[f"task {task}"] = [*generate, "--task", task, "--out", f"demo/videos/{task}", "--num", "4", *words]
-    steps["samples for FVD"] = [*generate, "--num", str(FVD_CLIPS), "--batch_size", "8", "--seed", "1000"]
-    steps["samples for FVD"] += ["--out", "demo/videos/fvd"]
-    steps["FVD"] = [python, "benchmarks/fvd.py", "--real", "demo/clips", "--fake", "demo/videos/fvd"]
-    steps["FVD"] += ["--fake-pattern", "generate-*.mp4", "--clips", str(FVD_CLIPS), "--run", str(RUN)]
-    steps["FVD"] += ["--out", "demo/fvd"]
-    return steps
+    steps = {
+        "real clips": ["data_prep/demo_clips.py", "--out", "demo/clips"],
+        "latents": encode,
+        "training": [*train, *extra],
+        **tasks,
+        "samples for FVD": [*generate, "--out", "demo/videos/fvd", "--num", FVD_CLIPS, "--seed", "1000"],
+        "FVD": [*fvd, "--clips", FVD_CLIPS, "--size", SIZE, "--run", str(RUN), "--out", "demo/fvd"],
+    }
+    return {title: [python, *words] for title, words in steps.items()}
 
 
 def main() -> None:

@@ -153,3 +153,15 @@ def test_the_posterior_is_bayes_rule():
     assert mean.item() == pytest.approx((b.sqrt() * x_0 + gain * (x_t - a.sqrt() * x_0)).item(), abs=1e-6)
     assert low.exp().item() == pytest.approx(((1 - b) - gain * (a / b).sqrt() * (1 - b)).item(), rel=1e-5)
     assert high.exp().item() == pytest.approx((1 - a / b).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["eps", "v"])
+def test_a_perfect_estimate_has_no_error_and_gives_back_both_parts(objective):
+    diffusion = Diffusion(DiffusionConfig(objective=objective, learned_variance=False))
+    x_0, noise = randn(*SHAPE), randn(*SHAPE, seed=1)
+    t = torch.tensor([[1, 300, 700, 900]]).expand(3, 4)
+    target = diffusion.target(x_0, t, noise)
+    assert (diffusion.training_losses(lambda x, t, y: target, x_0, t, None, noise) == 0).all()
+    prediction = diffusion.predict(target, diffusion.q_sample(x_0, t, noise), t)
+    assert torch.allclose(prediction.x_0, x_0, atol=1e-4)
+    assert torch.allclose(prediction.eps, noise, atol=1e-4)

@@ -16,12 +16,12 @@ import torch
 
 from data_prep import shards as shard_files
 from data_prep.encode_latents import run
-from data_prep.layouts import PAPER, Preprocess, Source
+from data_prep.layouts import PAPER, Source
 from data_prep.options import parse
 from data_prep.shards import Plan, assign
-from data_prep.videos import Info, read_video
 from fvdm.shards import LatentShards
 from fvdm.vae import load_vae
+from fvdm.videos import Info, Preprocess, read_video
 from tests.data_fixtures import LAYOUTS, cut, make_tree, make_vae, rejected, test_data, write_frames, write_video
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +45,8 @@ def videos(tmp_path_factory):
 
 def words(videos, out, vae, *more):
     # about two videos in a shard
-    return ["--videos", str(videos), "--out", str(out), "--vae", str(vae), "--size", str(SIZE), "--device", "cpu", "--precision", "float32",
+    return ["--videos", str(videos), "--out", str(out), "--vae", str(vae), "--size", str(SIZE),
+            "--device", "cpu",
             "--workers", "2", "--shard-mb", "0.035", "--mlflow", "none", *more]  # fmt: skip
 
 

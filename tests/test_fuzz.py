@@ -13,8 +13,7 @@ import psutil
 import pytest
 
 from data_prep.decoding import Rejected, Restarted, Task, decode
-from data_prep.layouts import Preprocess
-from data_prep.videos import Info, to_square
+from fvdm.videos import Info, Preprocess, to_square
 from tests.data_fixtures import cut, write_frames, write_video
 
 HOW = Preprocess(min_frames=4)

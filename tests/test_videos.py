@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.layouts import Preprocess
-from data_prep.videos import Info, VideoError, estimate_frames, even_step, frame_files, read_video, to_square
+from fvdm.videos import Info, Preprocess, VideoError, estimate_frames, even_step, frame_files, read_video, to_square
 from tests.data_fixtures import carried, cut, real_frames, write_frames, write_video
 
 HOW = Preprocess(min_frames=4)

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import av
 import av.logging
@@ -21,12 +22,36 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data_prep.layouts import IMAGE_SUFFIXES, Preprocess
-
 _DAMAGE = re.compile("misdetection|corrupt|truncated|partial")  # in warnings of libav
+IMAGE_SUFFIXES = frozenset([".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff"])
 MAX_PIXELS = 64_000_000  # per frame; a damaged header can promise any size
 MAX_ASPECT = 16  # longer to shorter side
 MAX_STRETCH = 8  # an uneven video may grow by this factor on its even grid; beyond, its times are nonsense
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How frames become squares, and what else is stored. All of it is written into the manifest.
+
+    Attributes:
+        resize: `shorter-side` scales the shorter side to the size, then crops the centre; `centre-square`
+            crops the largest centred square, then scales it. They differ by less than a pixel.
+        antialias: low-pass before shrinking. The papers' code does not; larger videos look better with it.
+        flip: store the horizontally mirrored twin too (a mirrored latent is not the latent of a mirrored
+            frame).
+        min_frames: shorter videos are rejected, in frames.
+        frame_order: order of a frame folder: `underscore` by the integer after the last underscore, `natural`
+            by name with numbers compared as numbers.
+        keep_damaged: store the frames of videos for which the decoder reports errors, instead of rejecting
+            them.
+    """
+
+    resize: Literal["shorter-side", "centre-square"] = "shorter-side"
+    antialias: bool = False
+    flip: bool = False
+    min_frames: int = 16
+    frame_order: Literal["natural", "underscore"] = "natural"
+    keep_damaged: bool = False
 
 
 class VideoError(Exception):

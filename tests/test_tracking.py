@@ -1,0 +1,193 @@
+"""Against a real MLflow: a database, and a server that goes away and comes back."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from fvdm import tracking
+from fvdm.distributed import free_port
+from fvdm.tracking import Tracker, TrackingConfig
+
+QUIET = {"experiment": "tests", "system_metrics": False}
+
+
+@pytest.fixture
+def client(tmp_path):
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return TrackingConfig(f"sqlite:///{tmp_path}/mlflow.db", **QUIET)
+
+
+def history(client, run_id, key):
+    return [(m.step, m.value) for m in client.get_metric_history(run_id, key)]
+
+
+def test_a_run_has_its_metrics_settings_files_and_end(client, config, tmp_path):
+    tracker = Tracker(tmp_path / "run", config, "first", {"lr": 0.1}, {"kind": "test"})
+    for step in range(5):
+        tracker.metrics({"loss": 1.0 / (step + 1)}, step)
+    (tmp_path / "note.txt").write_text("hello")
+    tracker.artifact(tmp_path / "note.txt", "notes")
+    picture = tmp_path / "picture.png"
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(picture)
+    tracker.image(picture, "samples", 3)
+    tracker.close()
+    run = client.get_run(tracker.run_id)
+    assert run.info.run_name == "first"
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"lr": "0.1"}
+    assert run.data.tags["kind"] == "test"
+    assert history(client, tracker.run_id, "loss") == [(s, 1.0 / (s + 1)) for s in range(5)]
+    assert [f.path for f in client.list_artifacts(tracker.run_id, "notes")] == ["notes/note.txt"]
+    assert any("samples" in f.path for f in client.list_artifacts(tracker.run_id, "images"))
+
+
+def test_resuming_continues_the_same_run_and_a_changed_setting_is_a_tag(client, config, tmp_path):
+    first = Tracker(tmp_path / "run", config, "run", {"lr": 0.1, "steps": 10})
+    first.metrics({"loss": 1.0}, 1)
+    first.close("KILLED")
+    again = Tracker(tmp_path / "run", config, "run", {"lr": 0.1, "steps": 20})
+    again.metrics({"loss": 0.5}, 2)
+    again.close()
+    assert again.run_id == first.run_id
+    run = client.get_run(first.run_id)
+    assert history(client, first.run_id, "loss") == [(1, 1.0), (2, 0.5)]
+    assert run.data.params["steps"] == "10"
+    assert run.data.tags["changed.steps"] == "20"
+    assert "changed.lr" not in run.data.tags
+
+
+def test_reporting_into_a_run_leaves_its_state_alone(client, config, tmp_path):
+    owner = Tracker(tmp_path / "run", config, "run")
+    owner.close("KILLED")
+    guest = Tracker(tmp_path / "guest", config, "guest", {"x": 1}, into=owner.run_id)
+    guest.metrics({"fvd": 12.0}, 0)
+    guest.close()
+    run = client.get_run(owner.run_id)
+    assert run.info.status == "KILLED"
+    assert run.data.metrics["fvd"] == 12.0
+    assert "x" not in run.data.params
+
+
+def test_a_journal_that_a_kill_cut_short_loses_that_event_only(client, config, tmp_path):
+    first = Tracker(tmp_path / "run", config, "run")
+    first.metrics({"loss": 1.0}, 1)
+    first.close()
+    with (tmp_path / "run" / "events.jsonl").open("ab") as journal:
+        journal.write(b'{"metrics": {"loss": 9')
+    again = Tracker(tmp_path / "run", config, "run")
+    again.metrics({"loss": 0.5}, 2)
+    again.close()
+    assert history(client, first.run_id, "loss") == [(1, 1.0), (2, 0.5)]
+
+
+class Server:
+    def __init__(self, folder):
+        self.folder, self.port = folder, free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+
+    def start(self):
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=1)
+                return
+            except OSError:
+                time.sleep(0.2)
+        raise AssertionError("the MLflow server did not start")
+
+    def kill(self):
+        os.killpg(self.process.pid, 9)
+        self.process.wait()
+
+
+@pytest.mark.slow
+def test_a_server_that_goes_away_loses_nothing(tmp_path, monkeypatch, caplog):
+    from mlflow.tracking import MlflowClient
+
+    caplog.set_level(logging.WARNING)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    server = Server(tmp_path)
+    server.start()
+    tracker = Tracker(tmp_path / "run", TrackingConfig(server.uri, **QUIET), "run")
+    try:
+        tracker.metrics({"loss": 0.0}, 0)
+        deadline = time.monotonic() + 60
+        while tracker.run_id is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        server.kill()
+        began = time.monotonic()
+        for step in range(1, 50):
+            tracker.metrics({"loss": float(step)}, step)
+        assert time.monotonic() - began < 2, "training waited for the server"
+        time.sleep(2)
+        server.start()
+        tracker.close()
+        got = history(MlflowClient(server.uri), tracker.run_id, "loss")
+        assert sorted(got) == [(step, float(step)) for step in range(50)]
+        assert "does not answer" in caplog.text
+    finally:
+        server.kill()
+
+
+@pytest.mark.slow
+def test_what_was_not_sent_is_sent_by_the_next_start(tmp_path, monkeypatch, caplog):
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setattr(tracking, "PATIENCE", 3.0)
+    server = Server(tmp_path)
+    config = TrackingConfig(server.uri, **QUIET)
+    first = Tracker(tmp_path / "run", config, "run")
+    first.metrics({"loss": 1.0}, 1)
+    first.close()
+    assert "sent when the run is started again" in caplog.text
+    assert first.run_id is None
+    server.start()
+    try:
+        again = Tracker(tmp_path / "run", config, "run")
+        again.metrics({"loss": 2.0}, 2)
+        monkeypatch.setattr(tracking, "PATIENCE", 60.0)
+        again.close()
+        assert sorted(history(MlflowClient(server.uri), again.run_id, "loss")) == [(1, 1.0), (2, 2.0)]
+    finally:
+        server.kill()
+
+
+def test_the_address_is_the_given_one_the_environments_or_a_file_here(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking.tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    assert tracking.tracking_uri() == "http://127.0.0.1:1"
+    assert tracking.tracking_uri("sqlite:///x") == "sqlite:///x"
+
+
+def test_events_are_on_disk_at_once(tmp_path, config):
+    tracker = Tracker(tmp_path / "run", config, "run")
+    tracker.metrics({"loss": 1.0}, 7)
+    (event,) = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert event["metrics"] == {"loss": 1.0}
+    assert event["step"] == 7
+    tracker.close()
