@@ -133,11 +133,12 @@ def train(pictures: list[Tensor], held: dict[str, list[Tensor]], options: argpar
     torch.manual_seed(options.seed)
     random = np.random.default_rng(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
-    model = AutoencoderKL(**architecture()).to(memory_format=torch.channels_last)
+    make: Any = AutoencoderKL
+    model = make(**architecture()).to(memory_format=torch.channels_last)
     with torch.no_grad():
         # Begin with little noise: thousands of steps would go by before the latents stood out from unit noise.
         model.quant_conv.bias[architecture()["latent_channels"] :] = -6.0
-    average = AutoencoderKL(**architecture())
+    average = make(**architecture())
     average.load_state_dict(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     began = time.monotonic()
@@ -175,7 +176,7 @@ def export(model: Any, pictures: list[Tensor], out: Path) -> None:
     centre = mean.mean((0, 2, 3))
     deviation = (mean.var((0, 2, 3)) + logvar.exp().mean((0, 2, 3))).sqrt()
     latents = {"latents_mean": centre.tolist(), "latents_std": deviation.tolist(), "scaling_factor": 1.0}
-    copy = AutoencoderKL(**architecture() | latents)
+    copy: Any = AutoencoderKL(**architecture() | latents)
     copy.load_state_dict(model.state_dict())
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary:

@@ -147,7 +147,7 @@ def read_frames(path: str, size: int) -> Tensor:
 
     from fvdm.videos import IMAGE_SUFFIXES, Info, Preprocess, VideoError, read_video, to_square
 
-    how = Preprocess()
+    how = Preprocess(min_frames=1)
     try:
         if Path(path).suffix.lower() in IMAGE_SUFFIXES:
             with Image.open(path) as image:

@@ -5,6 +5,7 @@ frame, and is broadcast over the frame's tokens, so that modulation is computed 
 """
 
 import math
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -100,7 +101,7 @@ class Embedding(nn.Sequential):
         rates = torch.exp(-math.log(10000) * exponents)
         angles = (t - 1).clamp(min=0).float()[..., None] * rates
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (b f 256)
-        return super().forward(waves.to(self[0].weight.dtype))
+        return super().forward(waves.to(next(self.parameters()).dtype))
 
 
 class Attention(nn.Module):
@@ -121,10 +122,10 @@ class Attention(nn.Module):
         _, f, n, _ = x.shape
         qkv = self.qkv(x)  # (b f n 3d)
         if self.axis == "space":
-            qkv = rearrange(qkv, "b f n (h three e) -> three (b f) n h e", h=self.heads, three=3)
-            return self.proj(rearrange(attention(*qkv, self.backend), "(b f) n h e -> b f n (h e)", f=f))
-        qkv = rearrange(qkv, "b f n (h three e) -> three b f (n h) e", h=self.heads, three=3)
-        return self.proj(rearrange(attention(*qkv, self.backend), "b f (n h) e -> b f n (h e)", n=n))
+            q, k, v = rearrange(qkv, "b f n (h three e) -> three (b f) n h e", h=self.heads, three=3)
+            return self.proj(rearrange(attention(q, k, v, self.backend), "(b f) n h e -> b f n (h e)", f=f))
+        q, k, v = rearrange(qkv, "b f n (h three e) -> three b f (n h) e", h=self.heads, three=3)
+        return self.proj(rearrange(attention(q, k, v, self.backend), "b f (n h) e -> b f n (h e)", n=n))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -176,12 +177,11 @@ class VideoDiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for linear in (self.t_embedder[0], self.t_embedder[2]):
-            nn.init.normal_(linear.weight, std=0.02)
-        if self.y_embedder is not None:
-            nn.init.normal_(self.y_embedder.weight, std=0.02)
-        for linear in (*(block.modulation for block in self.blocks), self.final_modulation, self.final_layer):
-            nn.init.zeros_(linear.weight)
+        for name, weight in self.named_parameters():
+            if name.endswith("modulation.weight") or name == "final_layer.weight":
+                nn.init.zeros_(weight)
+            elif re.match(r"[ty]_embedder.*weight", name):
+                nn.init.normal_(weight, std=0.02)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Estimate the noise of every frame.

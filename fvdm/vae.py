@@ -179,7 +179,7 @@ def _source(name: str) -> str:
     """
     if name == "builtin":
         return str(BUILTIN)
-    if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    if not (name and Path(name).is_dir()) and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise ValueError("there is no such folder")
     return name
 

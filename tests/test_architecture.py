@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted(p for d in ("fvdm", "data_prep", "launchers", "benchmarks") for p in (ROOT / d).glob("*.py"))
 MATHEMATICS = {"timesteps", "diffusion", "samplers", "model", "attention", "ema", "tasks"}
 LAYERS = (
-    {"timesteps", "attention", "distributed", "config", "ema", "vae", "media", "location"},
+    {"timesteps", "attention", "distributed", "config", "ema", "vae", "media", "location", "videos", "i3d"},
     {"diffusion", "shards"},
     {"model", "samplers", "data", "engine", "checkpoint", "fvd"},
     {"convert", "tasks", "tracking"},

@@ -43,7 +43,7 @@ def make_run(root, classes=()):
         "classes": list(classes),
         "size": SIDE,
     }
-    ckpt.save(root / "checkpoints", 5, dict.fromkeys(ckpt.SLICES, flat), 0, state, 0, 1, lambda: None)
+    ckpt.save(root / "checkpoints", 5, {name: flat.clone() for name in ckpt.SLICES}, 0, state, 0, 1, lambda: None)
     return root
 
 

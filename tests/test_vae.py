@@ -77,8 +77,8 @@ def test_nothing_is_trained(vae, pictures):
 
 
 def test_leading_axes_are_kept(vae, pictures):
-    clips = pictures.reshape(2, 2, 3, 128, 128)
-    moments = vae.encode(clips)
+    pictures = pictures[..., :64, :64]
+    moments = vae.encode(pictures.reshape(2, 2, 3, 64, 64))
     torch.testing.assert_close(moments.flatten(0, 1), vae.encode(pictures))
     latents = sample_latents(moments, vae.normalisation, None)
     assert torch.equal(vae.decode(latents).flatten(0, 1), vae.decode(latents.flatten(0, 1)))
@@ -86,7 +86,7 @@ def test_leading_axes_are_kept(vae, pictures):
 
 
 def test_chunks_change_nothing(vae, pictures):
-    latents = vae.encode_mean(pictures)
+    latents = vae.encode_mean(pictures[..., :64, :64])
     whole = vae.decode(latents, chunk=100).int()
     for chunk in (1, 3):
         assert (vae.decode(latents, chunk=chunk).int() - whole).abs().max() <= 1  # the last bit of a float may round
