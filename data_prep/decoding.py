@@ -135,7 +135,7 @@ class _Worker:
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["data_prep.videos"])
+        context.set_forkserver_preload(["fvdm.videos"])
         self.pipe, child = context.Pipe()
         self.process = context.Process(target=_work, args=(child,), daemon=True)
         self.process.start()

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from data_prep.options import LAYOUTS, LayoutName
 from fvdm.videos import IMAGE_SUFFIXES, Preprocess
 
 VIDEO_SUFFIXES = frozenset(
@@ -52,8 +53,6 @@ VIDEO_SUFFIXES = frozenset(
         ".y4m",
     ]
 )
-LAYOUTS = ("auto", "ffs", "ucf101", "sky", "taichi", "mixed")
-LayoutName = Literal["auto", "ffs", "ucf101", "sky", "taichi", "mixed"]
 # the first bytes of video files, at the offset given: a clip with a wrong or no extension is still found
 _MAGIC = (
     (4, b"ftyp"),

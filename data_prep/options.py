@@ -3,8 +3,10 @@
 import argparse
 import os
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from data_prep.layouts import LAYOUTS
+LayoutName = Literal["auto", "ffs", "ucf101", "sky", "taichi", "mixed"]
+LAYOUTS: tuple[str, ...] = get_args(LayoutName)
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def test_the_output_folder_is_left_out(tmp_path):
     assert [source.name for source in list_videos(tmp_path, exclude=tmp_path / "out").sources] == ["a.mp4"]
 
 
-def test_layouts_import_nothing_heavy():
+def test_the_command_imports_nothing_heavy_before_it_must():
     import subprocess
 
     code = "import sys, data_prep.encode_latents; sys.exit('torch' in sys.modules or 'av' in sys.modules)"
