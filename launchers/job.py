@@ -201,8 +201,14 @@ def _end_with(launcher: int) -> None:
     """End this process when its launcher is gone, however it went: a rank left behind would hold the run."""
     parent = psutil.Process(launcher)
 
+    def alive() -> bool:
+        try:
+            return parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
     def watch() -> None:
-        while parent.is_running():
+        while alive():
             time.sleep(POLL)
         os._exit(1)
 
