@@ -6,7 +6,7 @@ all it takes to hold a given frame, start one late, or finish one early.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,20 +15,28 @@ from fvdm.diffusion import Diffusion, Model, Prediction, interpolate_log_varianc
 from fvdm.timesteps import check_schedule
 
 
-class Solver(Protocol):
-    """One step of a sampler: from `x_t` at `t` to `t_next`, both `(b f)`; `noise()` is standard normal, fresh."""
+class Step(NamedTuple):
+    """What a solver knows when it takes a step.
 
-    def __call__(
-        self,
-        diffusion: Diffusion,
-        prediction: Prediction,
-        x_t: Tensor,
-        t: Tensor,
-        t_next: Tensor,
-        noise: Callable[[], Tensor],
-    ) -> Tensor:
-        """Take the step."""
-        ...
+    Attributes:
+        diffusion: the noise process.
+        prediction: the network's estimates at `t`.
+        x_t: where the clip stands, float32 `(b f c h w)`.
+        t: its timesteps `(b f)`.
+        t_next: the timesteps it goes to, `(b f)`.
+        noise: draws standard normal `(b f c h w)`, fresh at each call.
+    """
+
+    diffusion: Diffusion
+    prediction: Prediction
+    x_t: Tensor
+    t: Tensor
+    t_next: Tensor
+    noise: Callable[[], Tensor]
+
+
+Solver = Callable[[Step], Tensor]
+"""Takes a step: returns the clip at `t_next`. What it says of frames that stand still is not used."""
 
 
 def ddim(eta: float = 0.0) -> Solver:
@@ -40,14 +48,8 @@ def ddim(eta: float = 0.0) -> Solver:
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta = {eta}: choose 0 (deterministic) to 1")
 
-    def step(
-        diffusion: Diffusion,
-        prediction: Prediction,
-        x_t: Tensor,
-        t: Tensor,
-        t_next: Tensor,
-        noise: Callable[[], Tensor],
-    ) -> Tensor:
+    def step(now: Step) -> Tensor:
+        diffusion, prediction, _, t, t_next, noise = now
         alpha, sigma = diffusion.levels(t)
         alpha_next, sigma_next = diffusion.levels(t_next)
         kept = (alpha / alpha_next) ** 2  # alpha_bar[t] / alpha_bar[t_next]
@@ -62,14 +64,8 @@ def ddim(eta: float = 0.0) -> Solver:
 def ddpm() -> Solver:
     """Ancestral sampling (DDPM, algorithm 2) with the learned variance where the network gives one (IDDPM)."""
 
-    def step(
-        diffusion: Diffusion,
-        prediction: Prediction,
-        x_t: Tensor,
-        t: Tensor,
-        t_next: Tensor,
-        noise: Callable[[], Tensor],
-    ) -> Tensor:
+    def step(now: Step) -> Tensor:
+        diffusion, prediction, x_t, t, t_next, noise = now
         # A standing frame has no step to take; its posterior would be 0 / 0, so compute that of a step it could
         # take. sample() keeps its x_t.
         t = t.clamp(min=1)
@@ -183,7 +179,7 @@ def sample(
         t, t_next = (rows[k].expand(x.shape[:2]) for k in (i, i + 1))
         prediction = diffusion.predict(denoise(x, t, y), x, t)
         noise = functools.partial(draw_noise, x.shape, generator, x.device)
-        x_next = step(diffusion, prediction, x.float(), t, t_next, noise)
+        x_next = step(Step(diffusion, prediction, x.float(), t, t_next, noise))
         x = torch.where((t_next < t)[..., None, None, None], x_next.to(x.dtype), x)
     return x
 
