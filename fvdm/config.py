@@ -70,10 +70,12 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def save(config: Any, path: Path) -> None:
-    """Write a dataclass as YAML that `parse` reads back."""
+    """Write a dataclass as YAML that `parse` reads back, whole or not at all."""
     import yaml
 
-    path.write_text(yaml.safe_dump(plain(config), sort_keys=False))
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(yaml.safe_dump(plain(config), sort_keys=False))
+    temporary.rename(path)
 
 
 def plain(value: Any) -> Any:

@@ -75,7 +75,10 @@ def preview(
     dist.gather_object(made, parts)
     if parts is not None and tracker is not None:
         latents = {task: torch.cat([part[task] for part in parts if part]) for task in config.tasks}
-        _write(latents, shards, folder / f"step-{step:08d}", config.fps, step, tracker, device)
+        try:
+            _write(latents, shards, folder / f"step-{step:08d}", config.fps, step, tracker, device)
+        except OSError as error:
+            logger.warning("the preview videos of step %d could not be written: %s", step, error)
 
 
 def _write(

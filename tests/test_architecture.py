@@ -9,11 +9,24 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted(p for d in ("fvdm", "data_prep", "launchers", "benchmarks") for p in (ROOT / d).glob("*.py"))
 MATHEMATICS = {"timesteps", "diffusion", "samplers", "model", "attention", "ema", "tasks"}
 LAYERS = (
-    {"timesteps", "attention", "distributed", "config", "ema", "vae", "media", "location", "videos", "i3d"},
+    {
+        "timesteps",
+        "attention",
+        "distributed",
+        "config",
+        "ema",
+        "vae",
+        "media",
+        "location",
+        "videos",
+        "i3d",
+        "provenance",
+    },
     {"diffusion", "shards"},
     {"model", "samplers", "data", "engine", "checkpoint", "fvd"},
-    {"convert", "tasks", "tracking"},
+    {"convert", "tasks", "tracking", "writer"},
     {"previews"},
+    {"run"},
     {"train", "generate"},
 )
 DOORS = {
@@ -72,7 +85,7 @@ def test_the_mathematics_knows_no_files_no_ranks_and_draws_from_generators(name)
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_and_functions_stay_small(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= 480, f"{path} is too long to read in one go"
+    assert len(text.splitlines()) <= 400, f"{path} is too long to read in one go"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and node.end_lineno:
             assert node.end_lineno - node.lineno <= 75, f"{path}: {node.name} is too long"

@@ -104,6 +104,7 @@ def test_the_policy_keeps_the_last_and_every_nth_and_clears_what_kills_left(tmp_
     for step in range(10, 80, 10):
         save(tmp_path, step)
     (tmp_path / ".tmp-step-00000099").mkdir()
+    ckpt.clean(tmp_path)
     ckpt.prune(tmp_path, CheckpointConfig(keep_last=2, keep_every=30))
     assert [path.name for path in sorted(tmp_path.iterdir())] == [f"step-{s:08d}" for s in (30, 60, 70)]
 

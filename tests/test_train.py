@@ -20,8 +20,9 @@ from fvdm.diffusion import Diffusion
 from fvdm.distributed import Ranks, free_port
 from fvdm.engine import accumulation
 from fvdm.model import VideoDiT
+from fvdm.run import TrainConfig, check, model_config
 from fvdm.shards import LatentShards
-from fvdm.train import Draw, TrainConfig, check, model_config
+from fvdm.train import Draw
 from tests.data_fixtures import make_shards
 
 ROOT = Path(__file__).parent.parent
