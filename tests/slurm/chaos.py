@@ -166,13 +166,16 @@ class Chaos:
         assert {m.step: m.value for m in history} == wanted
 
 
-def chaos(cluster: Cluster, folder: Path, events: int, seed: int) -> None:
-    """Train under `events` random events in `folder`, and check the end."""
+def chaos(folder: Path, events: int, seed: int) -> None:
+    """Train under `events` random events in `folder`, on a cluster of its own, and check the end."""
     latents = make_shards(folder / "latents", [12, 9, 10, 30, 8, 11, 6], labels=True)
     (folder / "runs").mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder / "runs")]).returncode == 0
+    # Before the nodes start: they have mounts of their own, copied from the machine's.
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder / "runs")]
+    mounted = subprocess.run(mount).returncode == 0
     if not mounted:
         print("no small disk can be mounted here (not root): the disk will not fill up")
+    cluster = Cluster(NODES + 1, "chaos", 18000)
     try:
         training = Chaos(cluster, folder, events, seed)
         began = time.monotonic()
@@ -181,10 +184,8 @@ def chaos(cluster: Cluster, folder: Path, events: int, seed: int) -> None:
         minutes = (time.monotonic() - began) / 60
         print(f"{events} events, {training.steps} steps, the losses of the undisturbed training: {minutes:.1f} minutes")
     finally:
-        if training.job:
-            cluster.run("scancel", training.job)
+        cluster("down")
         if mounted:
-            time.sleep(1)
             subprocess.run(["umount", "-l", str(folder / "runs")])
 
 
@@ -195,12 +196,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     options = parser.parse_args()
     print(f"{options.events} events, --seed {options.seed}")
-    cluster = Cluster(NODES + 1)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            chaos(cluster, Path(folder), options.events, options.seed)
-    finally:
-        cluster("down")
+    with tempfile.TemporaryDirectory() as folder:
+        chaos(Path(folder), options.events, options.seed)
 
 
 if __name__ == "__main__":

@@ -26,16 +26,18 @@ def installed() -> bool:
 class Cluster:
     """A running cluster; its environment is that of the clients."""
 
-    def __init__(self, nodes: int) -> None:
+    def __init__(self, nodes: int, name: str = "test", port: int = 17000) -> None:
+        self.env = os.environ | QUIET | {"SLURM_TEST_DIR": f"/tmp/slurm-{name}", "SLURM_TEST_PORT": str(port)}
+        self.pending: dict[str, float] = {}
         self("up", str(nodes))
         exported = self("env")
-        self.env = os.environ | QUIET | {"PATH": PATH}
+        self.env["PATH"] = PATH
         for name, value in re.findall(r"export (\w+)=(.*)", exported):
             self.env[name] = value.replace("$PATH", self.env["PATH"])
 
     def __call__(self, *words: str) -> str:
         """Run cluster.sh."""
-        done = subprocess.run([str(SCRIPT), *words], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([str(SCRIPT), *words], env=self.env, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, f"cluster.sh {' '.join(words)}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -56,8 +58,13 @@ class Cluster:
         return self.job(number).get("JobState", "")
 
     def hurry(self, number: str) -> None:
-        """Let a requeued job start now; Slurm makes it wait for its old credentials to expire."""
-        if self.state(number) == "PENDING":
+        """Let a requeued job start soon; Slurm makes it wait for its old credentials to expire.
+
+        Not within the second of its requeueing: the nodes would take it for the job that was just killed.
+        """
+        if self.state(number) != "PENDING":
+            self.pending.pop(number, None)
+        elif time.monotonic() - self.pending.setdefault(number, time.monotonic()) > 2:
             self.run("scontrol", "update", f"jobid={number}", "StartTime=now")
 
     def wait(self, number: str, states: set[str], seconds: float = 240) -> str:
@@ -75,8 +82,9 @@ def ranks(folder: Path) -> list[psutil.Process]:
     """The rank processes of jobs whose files lie in `folder`, by rank."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
-        line = process.info["cmdline"] or []
-        if "submitit.core._submit" in line and str(folder) in line and process.info["status"] != psutil.STATUS_ZOMBIE:
+        line = process.info["cmdline"] or [""]
+        mine = "submitit.core._submit" in line and str(folder) in " ".join(line) and not line[0].endswith("srun")
+        if mine and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(process)
 
     def rank(process: psutil.Process) -> int:

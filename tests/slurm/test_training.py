@@ -12,7 +12,7 @@ import torch
 from fvdm import checkpoint as ckpt
 from tests.data_fixtures import make_shards
 from tests.slurm.chaos import ENDED, chaos
-from tests.slurm.cluster import ROOT, ranks
+from tests.slurm.cluster import MISSING, ROOT, installed, ranks
 from tests.test_train import losses, state, wait_until, words
 
 pytestmark = pytest.mark.slow
@@ -73,7 +73,7 @@ def test_a_killed_rank_is_named_and_the_job_starts_again_until_it_may_not(cluste
     wait_until(lambda: int(cluster.job(job).get("Restarts", 0)) == 1)
     assert re.search(r"rank 1 on node\d failed first: Killed.*start 1 of at most 1", log(tmp_path, job))
     cluster.wait(job, {"RUNNING"})
-    wait_until(lambda: len(ranks(tmp_path)) == 4)
+    wait_until(lambda: log(tmp_path, job).count("step 1/") == 2)
     ranks(tmp_path)[2].kill()
     assert cluster.wait(job, ENDED) == "FAILED"
     what, sentence = outcome(tmp_path, job)
@@ -142,8 +142,10 @@ def test_an_array_is_a_sweep_and_any_script_runs_in_the_same_way(cluster, latent
     assert not torch.equal(first, second)
 
 
-def test_a_short_chaos(cluster, tmp_path):
-    chaos(cluster, tmp_path, events=4, seed=7)
+def test_a_short_chaos(tmp_path):
+    if not installed():
+        pytest.skip(MISSING)
+    chaos(tmp_path, events=4, seed=7)
 
 
 @pytest.mark.parametrize("name", ["ffs_xl", "sky_xl", "ucf101_xl", "taichi_xl"])
