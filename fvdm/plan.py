@@ -5,6 +5,7 @@ and from a GPU's data sheet the time of a step and what fits.
 """
 
 import argparse
+import functools
 from dataclasses import dataclass, replace
 
 from fvdm.config import fail
@@ -51,6 +52,7 @@ class Memory:
         return held + max(self.activations + self.gradients / 4, self.gradients)
 
 
+@functools.cache
 def parameters(model: ModelConfig) -> int:
     """Trainable parameters, counted without making the network."""
     import torch
@@ -107,7 +109,7 @@ def memory(model: ModelConfig, engine: EngineConfig, world_size: int, micro_batc
 def flops(model: ModelConfig, training: bool = True) -> float:
     """Floating-point operations of the matrix products for one clip: forward, and with `training` backward too.
 
-    A block does 24 d^2 for each token, its attention 4 n d for each token among n, its modulation 12 d^2 for each frame.
+    A block does 24 d^2 for each token, attention 4 n d for each token among n, modulation 12 d^2 for each frame.
     """
     d, n, f = model.width, (model.size // model.patch) ** 2, model.frames
     space = f * n * (24 * d * d + 4 * n * d) + f * 12 * d * d
@@ -152,8 +154,8 @@ def report(model: ModelConfig, engine: EngineConfig, options: argparse.Namespace
     step = micro * micros * flops(model) / (rate * 1e12 * options.mfu)
     wire = wire_bytes(count, world, micros, engine.precision)
     lines = [
-        f"{options.model}: {count / 1e6:.2f}M trainable parameters; clips of {model.frames} x {model.channels} x {model.size} x "
-        f"{model.size}, {tokens(model)} tokens",
+        f"{options.model}: {count / 1e6:.2f}M trainable parameters; clips of {model.frames} x {model.channels} x "
+        f"{model.size} x {model.size}, {tokens(model)} tokens",
         f"{world} ranks, global batch {options.batch_size} = {world} x {micro} clips x {micros} micro-batches, "
         f"{engine.precision}",
         "",

@@ -57,7 +57,7 @@ def begin(files: Files) -> None:
     """Remove what an earlier start of the job has left."""
     for path in (files.error, files.again, files.outcome, *files.folder.glob(f"{files.job}_port-*")):
         path.unlink(missing_ok=True)
-    files.mark.write_text(str(files.log.stat().st_size if files.log.exists() else 0))
+    _write(files.mark, str(files.log.stat().st_size if files.log.exists() else 0))
 
 
 def end(files: Files, max_restarts: int, code: int) -> int:
@@ -102,14 +102,22 @@ def _count_failure(files: Files, cause: str) -> int:
     """Write the failure down; how many there were in a row with the same newest checkpoint."""
     folder = Path(files.progress.read_text()) if files.progress.exists() else None
     newest = max((path.name for path in folder.glob("step-*")), default="") if folder else ""
-    with files.failures.open("a") as file:
-        file.write(json.dumps({"time": time.time(), "cause": cause, "checkpoint": newest}) + "\n")
-    count = 0
-    for line in reversed(files.failures.read_text().splitlines()):
-        if json.loads(line)["checkpoint"] != newest:
-            break
-        count += 1
-    return count
+    before = files.failures.read_text().splitlines() if files.failures.exists() else []
+    lines = [*before, json.dumps({"time": time.time(), "cause": cause, "checkpoint": newest})]
+    _write(files.failures, "".join(line + "\n" for line in lines))
+    others = (i for i, line in enumerate(reversed(lines)) if json.loads(line)["checkpoint"] != newest)
+    return next(others, len(lines))
+
+
+def _write(path: Path, text: str) -> None:
+    """Leave a note; a full disk takes none, and must not keep the job from starting again."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        temporary.write_text(text)
+        temporary.rename(path)
+    except OSError as error:
+        print(f"{path} cannot be written: {error}", flush=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _may_go_on() -> bool:
@@ -122,7 +130,7 @@ def _may_go_on() -> bool:
 def _finish(files: Files, what: str, sentence: str, code: int) -> int:
     if sentence:
         print(f"error: {sentence}", flush=True)
-    files.outcome.write_text(f"{what} {sentence}\n")
+    _write(files.outcome, f"{what} {sentence}\n")
     return code
 
 
@@ -130,7 +138,7 @@ def _again(files: Files, why: str) -> int:
     """Start the job again: requeue it, or submit its file once more where Slurm does not requeue."""
     files.again.unlink(missing_ok=True)
     print(f"{why}: starting job {files.job} again", flush=True)
-    files.outcome.write_text("again\n")
+    _write(files.outcome, "again\n")
     requeue = subprocess.run(["scontrol", "requeue", files.job], capture_output=True, text=True, timeout=60)
     if requeue.returncode == 0:
         return 0
@@ -141,12 +149,13 @@ def _again(files: Files, why: str) -> int:
         said = " ".join(f"{requeue.stderr} {submitted.stderr}".split())
         return _finish(files, "failed", f"Slurm neither requeues nor takes the job again: {said}", 1)
     new = submitted.stdout.strip().partition(";")[0]
+    # The new job waits a minute for its pickle.
     for kind in ("submitted.pkl", "submission.sh", "failures.jsonl"):
         source = files.folder / f"{files.job}_{kind}"
         if source.exists():
             shutil.copyfile(source, files.folder / f"{new}_{kind}")
     print(f"Slurm does not requeue job {files.job}: it goes on as job {new}", flush=True)
-    files.outcome.write_text(f"again {new}\n")
+    _write(files.outcome, f"again {new}\n")
     return 0
 
 

@@ -27,7 +27,7 @@ LAYERS = (
     {"convert", "tasks", "tracking", "writer"},
     {"previews"},
     {"run"},
-    {"train", "generate"},
+    {"train", "generate", "plan"},
 )
 DOORS = {
     "deepspeed": {"fvdm/engine.py"},
