@@ -127,17 +127,17 @@ class Chaos:
 
     def attack(self) -> int:
         """Hit the training until it ends; how many events there were."""
-        done = 0
+        done, startup = 0, False
         while self.watch():
-            startup = self.random.random() < 0.25  # right after the event before
-            if done < self.events and (startup or self.step() >= (done + 1) * BETWEEN - self.random.randint(0, 5)):
-                if startup:
-                    time.sleep(self.random.uniform(0, 12))
-                event = self.random.choice(self.kinds)
-                at = self.step()
-                detail = " ".join(event().split())
-                done += 1
-                print(f"event {done:2d} at step {at:3d}: {event.__name__} {detail}", flush=True)
+            if done == self.events or not (startup or self.step() >= (done + 1) * BETWEEN - self.random.randint(0, 5)):
+                continue
+            if startup:
+                time.sleep(self.random.uniform(0, 12))
+            event, at = self.random.choice(self.kinds), self.step()
+            detail = " ".join(event().split())
+            done += 1
+            startup = self.random.random() < 0.25  # the next comes while the job starts again
+            print(f"event {done:2d} at step {at:3d}: {event.__name__} {detail}", flush=True)
         return done
 
     def check(self, done: int) -> None:
