@@ -3,6 +3,7 @@
 Random events hit a training: a rank killed -9, a node's slurmd killed, the signals of time limits and of preemption, a
 requeue, a full disk, a corrupt newest checkpoint. It must end by itself at the planned step with the losses, to the
 last bit, of a training that nothing hit; as one MLflow run; with no process and no partial file left.
+With SLURM_TEST_NET=net the nodes have networks of their own, and are cut off as well.
 """
 
 import argparse
@@ -38,11 +39,13 @@ class Chaos:
         self.run = self.folder / "runs" / "run"
         self.kinds = [self.kill_rank, self.kill_slurmd, self.time_limit, self.preemption, self.requeue, self.corrupt]
         self.kinds += [self.fill_disk] if os.path.ismount(self.folder / "runs") else []
+        self.kinds += [self.partition] if os.environ.get("SLURM_TEST_NET") == "net" else []
         self.job = ""
 
     def start(self, latents: Path) -> None:
         """Submit the training."""
         more = ["--steps", self.steps, "--checkpoint.every", EVERY, "--engine.timeout", 60]
+        more += ["--previews.every", 50, "--previews.steps", 3]
         options = ["--nodes", NODES, "--cpus-per-task", 1, "--time", 60, "--max-restarts", 50, "--config", "c.yaml"]
         (self.folder / "c.yaml").write_text("name: run\n")
         arguments = [*options, *words(latents, self.folder, "run", *more)]
@@ -77,6 +80,14 @@ class Chaos:
         self.cluster("kill", node)
         time.sleep(self.random.uniform(1, 20))
         self.cluster("start", node)
+        return node
+
+    def partition(self) -> str:
+        """A node that nobody reaches for a while, its ranks alive."""
+        node = f"node{self.random.randint(1, NODES)}"
+        self.cluster("cut", node)
+        time.sleep(self.random.uniform(5, 30))
+        self.cluster("mend", node)
         return node
 
     def time_limit(self) -> str:
