@@ -17,7 +17,8 @@ from fvdm import config as settings
 from fvdm.diffusion import Diffusion, DiffusionConfig
 from fvdm.media import tile, write_gif, write_mp4, write_strips
 from fvdm.model import ModelConfig, VideoDiT
-from fvdm.samplers import SOLVERS, Solver, ddim, generators
+from fvdm.samplers import generators
+from fvdm.solvers import solver
 from fvdm.tasks import Sampling, given_frames, place, run
 from fvdm.tracking import Tracker, TrackingConfig
 from fvdm.vae import VAE, load_vae
@@ -207,19 +208,6 @@ def class_numbers(label: str, classes: Sequence[str], seeds: Sequence[int]) -> T
     if label.isdigit() and int(label) < len(classes):
         return torch.full((len(seeds),), int(label))
     raise ValueError(f"label {label!r} is no class of this model; choose one of {', '.join(classes)}")
-
-
-def solver(name: str, eta: float = 0.0) -> Solver:
-    """The solver of that name.
-
-    Raises:
-        ValueError: if there is none; lists those there are.
-    """
-    if name not in SOLVERS:
-        raise ValueError(f"solver {name!r} is unknown; choose one of {', '.join(SOLVERS)}")
-    if eta and name != "ddim":
-        raise ValueError(f"eta belongs to ddim; {name} has none")
-    return ddim(eta) if name == "ddim" else SOLVERS[name]()
 
 
 def generate(trained: Trained, config: GenerateConfig) -> Tensor:

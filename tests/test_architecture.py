@@ -7,12 +7,24 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(p for d in ("fvdm", "data_prep", "launchers", "benchmarks") for p in (ROOT / d).glob("*.py"))
-MATHEMATICS = {"timesteps", "diffusion", "samplers", "model", "attention", "ema", "tasks"}
+MATHEMATICS = {
+    "timesteps",
+    "diffusion",
+    "samplers",
+    "model",
+    "attention",
+    "ema",
+    "tasks",
+    "solvers",
+    "guidance",
+    "plans",
+}
 LAYERS = (
     {"timesteps", "attention", "distributed", "config", "ema", "vae", "media", "location", "videos", "i3d"},
-    {"diffusion", "shards"},
-    {"model", "samplers", "data", "engine", "checkpoint", "fvd"},
-    {"convert", "tasks", "tracking"},
+    {"diffusion", "shards", "plans"},
+    {"model", "solvers", "guidance", "data", "engine", "checkpoint", "fvd"},
+    {"convert", "samplers", "tracking"},
+    {"tasks"},
     {"previews"},
     {"train", "generate"},
 )
