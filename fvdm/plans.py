@@ -23,7 +23,7 @@ class Wish:
         levels: falling timesteps of one frame, `(s + 1,)`, from noise to 0.
         window: frames that the model sees at once.
         length: frames of the video.
-        given: whether there are given frames; some tasks do without.
+        given: how many given frames are at hand; some tasks do without.
         frames: indices that the task is about; negative ones count from the end.
         context: given frames, or frames that a window shares with the one before; 0 is the task's own number.
         delay: rows that a frame of a pyramid starts after the one before; 0 is the task's own number.
@@ -34,7 +34,7 @@ class Wish:
     levels: Tensor
     window: int
     length: int
-    given: bool = False
+    given: int = 0
     frames: tuple[int, ...] = ()
     context: int = 0
     delay: int = 0
@@ -61,12 +61,12 @@ class Wish:
         return tuple(sorted({frame % self.length for frame in self.frames}))
 
     def first(self, default: int) -> range:
-        """The given frames of a task that continues: the first `context` (or `default`); none where none came.
+        """The given frames of a task that continues: the first `context` (or `default`), as far as they came.
 
         Raises:
             ValueError: if they leave no room in the window, or nothing to draw.
         """
-        number = (self.context or default) if self.given else 0
+        number = min(self.context or default, self.given)
         if number >= min(self.window, self.length):
             raise ValueError(f"a context of {number} frames: choose less than {min(self.window, self.length)}")
         return range(number)
@@ -205,6 +205,24 @@ def edit(want: Wish) -> Plan:
     return Plan(matrix, tuple(range(want.length)))
 
 
+def rolling_blocks(want: Wish) -> Iterator[tuple[int, Tensor]]:
+    """The blocks of `rolling` for a video without an end, whatever `want.length` says."""
+    want = replace(want, length=want.window)
+    held, delay = want.first(kept(want)), want.delay or _rolling_delay(want)
+    steps, window = len(want.levels) - 1, want.window
+    if steps > delay * window:
+        raise ValueError(f"with a delay of {delay} rows, more than {window} frames are on their way at once")
+    below = delay * (window - len(held))  # The row in which the first frame right of the window starts.
+    for first in count():
+        begins = torch.arange(first, first + window) - len(held)
+        rows = torch.arange(max(0, below + delay * (first - 1)), below + delay * first + 1)
+        if first == 0:
+            rows = torch.arange(below + 1)
+        matrix = want.levels[(rows[:, None] - delay * begins).clamp(0, steps)]
+        inside = [k for k in held if first <= k < first + window]
+        yield first, hold_clean(matrix, [k - first for k in inside])
+
+
 class Task(NamedTuple):
     """An entry of the table of tasks.
 
@@ -212,11 +230,13 @@ class Task(NamedTuple):
         plan: what it is.
         length: frames that it makes unless told otherwise; 0 is one window.
         needs_given: whether it is nothing without given frames.
+        endless: the same for a video without an end, as blocks for `fvdm.samplers.stream`.
     """
 
     plan: Callable[[Wish], Plan]
     length: int = 0
     needs_given: bool = False
+    endless: Callable[[Wish], Iterator[tuple[int, Tensor]]] | None = None
 
 
 TASKS: dict[str, Task] = {
@@ -231,7 +251,7 @@ TASKS: dict[str, Task] = {
     "progressive": Task(progressive, needs_given=True),
     "edit": Task(edit, needs_given=True),
     "pyramid": Task(pyramid),
-    "stream": Task(rolling, length=128),
+    "stream": Task(rolling, length=128, endless=rolling_blocks),
 }
 
 
@@ -253,22 +273,15 @@ def given_frames(task: str, frames: int) -> tuple[int, ...]:
         ValueError: if there is no such task; lists those there are.
     """
     found = find(task)
-    return found.plan(Wish(evenly_spaced(1), frames, frames, given=True)).given
+    return found.plan(Wish(evenly_spaced(1), frames, frames, given=frames)).given
 
 
-def rolling_blocks(want: Wish) -> Iterator[tuple[int, Tensor]]:
-    """The blocks of `rolling` for a video without an end, whatever `want.length` says."""
-    want = replace(want, length=want.window)
-    held, delay = want.first(kept(want)), want.delay or _rolling_delay(want)
-    steps, window = len(want.levels) - 1, want.window
-    if steps > delay * window:
-        raise ValueError(f"with a delay of {delay} rows, more than {window} frames are on their way at once")
-    below = delay * (window - len(held))  # The row in which the first frame right of the window starts.
-    for first in count():
-        begins = torch.arange(first, first + window) - len(held)
-        rows = torch.arange(max(0, below + delay * (first - 1)), below + delay * first + 1)
-        if first == 0:
-            rows = torch.arange(below + 1)
-        matrix = want.levels[(rows[:, None] - delay * begins).clamp(0, steps)]
-        inside = [k for k in held if first <= k < first + window]
-        yield first, hold_clean(matrix, [k - first for k in inside])
+def text(matrix: Tensor, rows: int = 16) -> str:
+    """A matrix as lines of text: every row where it has up to `rows`, else as many spread over its length."""
+    count = len(matrix)
+    chosen = range(count) if count <= rows else torch.linspace(0, count - 1, rows).round().long().tolist()
+    width = len(str(int(matrix.max())))
+    label = len(str(count - 1))
+    return "\n".join(
+        f"row {k:>{label}}  " + " ".join(f"{value:>{width}}" for value in matrix[k].tolist()) for k in chosen
+    )

@@ -62,11 +62,13 @@ class Solver:
         move: `Step` -> the clip at `t_next`, `(b f c h w)`.
         correct: `Step` -> a better `x_t`, now that the estimate there is known; called before `move`. None: as it is.
         memory: how many rows of the past it reads.
+        spacing: the spacing of timesteps that suits it, by its name in `fvdm.timesteps`.
     """
 
     move: Callable[[Step], Tensor]
     correct: Callable[[Step], Tensor] | None = None
     memory: int = 0
+    spacing: str = "even"
 
 
 def ddim(eta: float = 0.0) -> Solver:
@@ -112,7 +114,7 @@ def dpmpp() -> Solver:
 
     The step to `t = 0` and a frame's first step after a wait are of order 1, as there is no second point to use.
     """
-    return Solver(_move_2m, memory=1)
+    return Solver(_move_2m, memory=1, spacing="log-snr")
 
 
 def unipc() -> Solver:
@@ -121,7 +123,7 @@ def unipc() -> Solver:
     The estimate that is made at `t` anyway first corrects `x_t` itself, as the end of the step that led there, which
     raises the order to 3 at no further evaluation. The correction integrates the parabola through the last estimates.
     """
-    return Solver(_move_2m, _correct, memory=2)
+    return Solver(_move_2m, _correct, memory=2, spacing="log-snr")
 
 
 SOLVERS: dict[str, Callable[[], Solver]] = {"ddim": ddim, "ddpm": ddpm, "dpm++": dpmpp, "unipc": unipc}

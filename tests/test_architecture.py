@@ -20,7 +20,19 @@ MATHEMATICS = {
     "plans",
 }
 LAYERS = (
-    {"timesteps", "attention", "distributed", "config", "ema", "vae", "media", "location", "videos", "i3d"},
+    {
+        "timesteps",
+        "attention",
+        "distributed",
+        "config",
+        "ema",
+        "vae",
+        "media",
+        "location",
+        "videos",
+        "i3d",
+        "pretrained",
+    },
     {"diffusion", "shards", "plans"},
     {"model", "solvers", "guidance", "data", "engine", "checkpoint", "fvd"},
     {"convert", "samplers", "tracking"},
