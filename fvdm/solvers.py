@@ -114,7 +114,7 @@ def dpmpp() -> Solver:
 
     The step to `t = 0` and a frame's first step after a wait are of order 1, as there is no second point to use.
     """
-    return Solver(_move_2m, memory=1, spacing="log-snr")
+    return Solver(_move_2m, memory=1, spacing="karras")
 
 
 def unipc() -> Solver:
@@ -123,7 +123,7 @@ def unipc() -> Solver:
     The estimate that is made at `t` anyway first corrects `x_t` itself, as the end of the step that led there, which
     raises the order to 3 at no further evaluation. The correction integrates the parabola through the last estimates.
     """
-    return Solver(_move_2m, _correct, memory=2, spacing="log-snr")
+    return Solver(_move_2m, _correct, memory=2, spacing="karras")
 
 
 SOLVERS: dict[str, Callable[[], Solver]] = {"ddim": ddim, "ddpm": ddpm, "dpm++": dpmpp, "unipc": unipc}

@@ -37,7 +37,8 @@ LAYERS = (
     {"model", "solvers", "guidance", "data", "engine", "checkpoint", "fvd"},
     {"convert", "samplers", "tracking"},
     {"tasks"},
-    {"previews"},
+    {"inputs"},
+    {"previews", "pipeline"},
     {"train", "generate"},
 )
 DOORS = {
