@@ -276,7 +276,7 @@ def given_frames(task: str, frames: int) -> tuple[int, ...]:
     return found.plan(Wish(evenly_spaced(1), frames, frames, given=frames)).given
 
 
-def text(matrix: Tensor, rows: int = 16) -> str:
+def text(matrix: Tensor, rows: int = 60) -> str:
     """A matrix as lines of text: every row where it has up to `rows`, else as many spread over its length."""
     count = len(matrix)
     chosen = range(count) if count <= rows else torch.linspace(0, count - 1, rows).round().long().tolist()
