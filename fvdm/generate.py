@@ -43,7 +43,7 @@ class GenerateConfig(Recipe):
         given: an image, a video, a folder of frames, or a list of them, [a.png,b.png]. One video gives the frames that
             the task wants, at the model's interval; two give the end of the first and the beginning of the second.
         out: folder for the videos.
-        formats: mp4, gif, webm or frames (a folder of PNG files); several as a list.
+        formats: mp4, gif, webm or frames (a folder of PNG files); several with commas.
         fps: frames per second of the files; 0 keeps the speed of the given video, or is 8 without one.
         num: number of samples.
         show_matrix: print the timestep matrix, and make nothing.
@@ -57,7 +57,7 @@ class GenerateConfig(Recipe):
     checkpoint: str
     given: str | list[str] = ""
     out: str = "out"
-    formats: tuple[Literal["mp4", "gif", "webm", "frames"], ...] = ("mp4", "gif")
+    formats: str = "mp4,gif"
     fps: float = 0.0
     num: int = field(default=4, kw_only=True)
     show_matrix: bool = False
@@ -72,8 +72,14 @@ class GenerateConfig(Recipe):
         super().__post_init__()
         if not 0 <= self.fps <= 240:
             raise ValueError(f"fps is {self.fps}: choose up to 240, or 0 for that of the given video")
-        if not self.formats:
-            raise ValueError(f"formats is empty: choose among {', '.join(WRITERS)}")
+        for form in self.forms or [""]:
+            if form not in WRITERS:
+                raise ValueError(f"format {form!r} is unknown; choose among {', '.join(WRITERS)}")
+
+    @property
+    def forms(self) -> list[str]:
+        """The formats, one by one."""
+        return [form.strip() for form in self.formats.split(",") if form.strip()]
 
     @property
     def paths(self) -> list[str]:
@@ -153,7 +159,7 @@ def write_samples(videos: dict[int, Tensor], config: GenerateConfig, fps: float)
     out = Path(config.out)
     files = []
     for seed, video in videos.items():
-        for form in config.formats:
+        for form in config.forms:
             files.append(out / f"{config.task}-{seed:05d}{'' if form == 'frames' else '.' + form}")
             WRITERS[form](video, files[-1], fps)
     return files
@@ -163,7 +169,7 @@ def write_overview(videos: dict[int, Tensor], config: GenerateConfig, trained: T
     """Write the videos side by side, a picture of their frames, and a record of how they were made."""
     out = Path(config.out)
     several = [videos[seed] for seed in sorted(videos)][:GRID]
-    forms = [form for form in config.formats if form != "frames"] or ["mp4"]
+    forms = [form for form in config.forms if form != "frames"] or ["mp4"]
     files = [out / f"{config.task}.{form}" for form in forms]
     for form, path in zip(forms, files, strict=True):
         WRITERS[form](tile(several), path, job.fps)

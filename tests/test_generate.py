@@ -188,6 +188,15 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
         as_frames(torch.zeros(3, 4, 400, dtype=torch.uint8), SIDE)
 
 
+def test_formats_are_named_with_commas():
+    assert GenerateConfig("run", formats="mp4, frames").forms == ["mp4", "frames"]
+    for formats in ("avi", "mp4,avi", ""):
+        with pytest.raises(ValueError, match="mp4, gif, webm, frames"):
+            GenerateConfig("run", formats=formats)
+    with pytest.raises(ValueError, match="fps"):
+        GenerateConfig("run", fps=-1)
+
+
 def test_indices_by_hand():
     assert indices("0, 5,-1") == (0, 5, -1)
     assert indices("4:8,9") == (4, 5, 6, 7, 9)
@@ -264,7 +273,7 @@ def command(run, out, *words):
 
 @pytest.mark.slow
 def test_two_ranks_write_the_files_of_one(run, tmp_path):
-    words = ["--task", "generate", "--num", "3", "--batch-size", "1", "--formats", "[frames,mp4]"]
+    words = ["--task", "generate", "--num", "3", "--batch-size", "1", "--formats", "frames,mp4"]
     alone = subprocess.run(command(run, tmp_path / "one", *words), cwd=tmp_path, capture_output=True, text=True)
     assert alone.returncode == 0, alone.stderr
     with socket.socket() as probe:
