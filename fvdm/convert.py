@@ -181,6 +181,40 @@ def read_model(path: str | Path, num_heads: int | None = None) -> VideoDiT:
 
 
 @dataclass(frozen=True)
+class Use:
+    """What one must know of a folder's network to sample from it. The defaults are the paper's.
+
+    Attributes:
+        diffusion: its noise process.
+        vae: VAE of its latents.
+        classes: names of its classes.
+        interval: the clips it was trained on take every interval-th frame.
+    """
+
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    vae: str = "stabilityai/sd-vae-ft-ema"
+    classes: tuple[str, ...] = ()
+    interval: int = 3
+
+
+def read_use(folder: Path, model: VideoDiT) -> Use:
+    """What lies beside a network in its folder; the paper's settings where nothing lies there.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    learned, count = model.config.learned_variance, model.config.num_classes
+    if not (folder / USE).exists():
+        return Use(DiffusionConfig(learned_variance=learned), classes=tuple(map(str, range(count))))
+    try:
+        values = json.loads((folder / USE).read_text())
+        values |= {"diffusion": DiffusionConfig(**values["diffusion"]), "classes": tuple(values["classes"])}
+        return Use(**values)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / USE} cannot be read: {error}") from None
+
+
+@dataclass(frozen=True)
 class ConvertConfig:
     """Weights of Latte or of the official FVDM code, to a folder that generate and load take.
 
@@ -220,40 +254,6 @@ def convert(config: ConvertConfig) -> VideoDiT:
     use = Use(diffusion, config.vae, config.classes or tuple(map(str, range(count))), config.interval)
     (Path(config.dst) / USE).write_text(json.dumps(settings.plain(use), indent=2) + "\n")
     return model
-
-
-@dataclass(frozen=True)
-class Use:
-    """What one must know of a folder's network to sample from it. The defaults are the paper's.
-
-    Attributes:
-        diffusion: its noise process.
-        vae: VAE of its latents.
-        classes: names of its classes.
-        interval: the clips it was trained on take every interval-th frame.
-    """
-
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    vae: str = "stabilityai/sd-vae-ft-ema"
-    classes: tuple[str, ...] = ()
-    interval: int = 3
-
-
-def read_use(folder: Path, model: VideoDiT) -> Use:
-    """What lies beside a network in its folder; the paper's settings where nothing lies there.
-
-    Raises:
-        ValueError: if it cannot be read.
-    """
-    learned, count = model.config.learned_variance, model.config.num_classes
-    if not (folder / USE).exists():
-        return Use(DiffusionConfig(learned_variance=learned), classes=tuple(map(str, range(count))))
-    try:
-        values = json.loads((folder / USE).read_text())
-        values |= {"diffusion": DiffusionConfig(**values["diffusion"]), "classes": tuple(values["classes"])}
-        return Use(**values)
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / USE} cannot be read: {error}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -110,6 +110,17 @@ def test_a_sample_is_the_same_in_any_batch(trained):
     assert (shifted[0].int() - one[1].int()).abs().max() <= 1
 
 
+def test_generating_leaves_the_state_of_the_world_alone(trained, pictures):
+    before, threads = torch.random.get_rng_state(), torch.get_num_threads()
+    given = pictures.clone()
+    first = made(trained, "image-to-video", given=given, solver="ddpm")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
+    assert torch.equal(given, pictures)
+    torch.randn(3)
+    assert torch.equal(made(trained, "image-to-video", given=given, solver="ddpm"), first)
+
+
 def test_a_stream_has_no_end_and_begins_with_what_is_given(trained, pictures):
     frames = stream(trained, given=pictures, steps=8, num=2, context=2)
     first = torch.stack([next(frames) for _ in range(25)], dim=1)

@@ -148,6 +148,34 @@ def test_15_steps_of_dpm_solver_are_as_good_as_50_of_ddim():
         assert error(name, 15, "log-snr") < best
 
 
+@pytest.mark.parametrize("steps", [5, 20])
+@pytest.mark.parametrize(
+    ("name", "scheduler", "settings"),
+    [
+        ("dpm++", "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"}),
+        ("unipc", "UniPCMultistepScheduler", {"solver_type": "bh2"}),
+    ],
+)
+def test_where_all_frames_walk_together_it_is_the_published_solver(name, scheduler, settings, steps):
+    """Against the implementations of diffusers, for the same timesteps; their index 0..999 is our 1..1000."""
+    import diffusers
+
+    levels = spaced("karras", steps, DIFFUSION.noise_levels())
+    theirs = getattr(diffusers, scheduler)(beta_end=0.02, solver_order=2, final_sigmas_type="zero", **settings)
+    theirs.set_timesteps(steps)
+    theirs.timesteps = levels[:-1] - 1
+    bar = theirs.alphas_cumprod[theirs.timesteps]
+    theirs.sigmas = torch.cat([((1 - bar) / bar).sqrt(), torch.zeros(1)])
+    diffusion = Diffusion(DiffusionConfig(learned_variance=False))
+    model, x = gaussian(diffusion), clean((1, 1, 4, 8, 8))
+    expected = x[0]
+    for index in theirs.timesteps:
+        eps = model(expected[None], torch.full((1, 1), int(index) + 1))[0].float()
+        expected = theirs.step(eps, index, expected).prev_sample
+    got = sample(model, x, levels[:, None], diffusion, solver=solver(name))[0]
+    assert (got - expected).abs().max() < 1e-4
+
+
 def test_flow_from_pure_noise_has_no_infinity():
     """At T a flow has no signal at all, and lambda is minus infinity."""
     diffusion = Diffusion(DiffusionConfig(objective="flow", learned_variance=False))
