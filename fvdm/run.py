@@ -18,12 +18,13 @@ from fvdm import checkpoint as ckpt
 from fvdm import config as settings
 from fvdm.attention import Backend
 from fvdm.checkpoint import CheckpointConfig
+from fvdm.convert import read_model
 from fvdm.data import DataConfig
 from fvdm.diffusion import Diffusion, DiffusionConfig
 from fvdm.distributed import Ranks
 from fvdm.ema import EMA
 from fvdm.engine import Engine, EngineConfig, accumulation
-from fvdm.model import ModelConfig, preset
+from fvdm.model import ModelConfig, VideoDiT, preset
 from fvdm.previews import PreviewConfig
 from fvdm.provenance import environment, git_patch
 from fvdm.shards import LatentShards
@@ -44,6 +45,8 @@ class TrainConfig:
         data: what is trained on.
         runs: folder of all runs.
         model: size and patch: S/2, B/2, L/2, XL/2 (or T, XS; patches /1, /4, /8).
+        init: weights to begin with: a run, a folder of fvdm.convert, or a checkpoint file of Latte or FVDM; a run that
+            is resumed has its own.
         conditional: use the class labels of the data.
         class_dropout: probability that a clip's label is hidden, for guidance.
         attention: attention backend: auto, flash, sdpa or math.
@@ -66,6 +69,7 @@ class TrainConfig:
     data: DataConfig
     runs: str = "runs"
     model: str = "XL/2"
+    init: str = ""
     conditional: bool = False
     class_dropout: float = 0.1
     attention: Backend = "auto"
@@ -129,6 +133,35 @@ def model_config(config: TrainConfig, shards: LatentShards) -> ModelConfig:
     )
 
 
+def initial_weights(init: str, model: VideoDiT) -> None:
+    """Begin with other weights than random ones: most come to a timestep per frame from a scalar-timestep model.
+
+    Args:
+        init: see `TrainConfig`; of a run, its averaged weights.
+        model: takes them.
+
+    Raises:
+        ValueError: if there are none, or they are of another network.
+    """
+    path = Path(init)
+    if path.is_file() or (path / "config.json").is_file():
+        weights = dict(read_model(path).state_dict())
+    else:
+        weights = ckpt.read_weights(ckpt.resolve(path))
+    own = model.state_dict()
+    odd = sorted(
+        name
+        for name in {*weights, *own}
+        if getattr(weights.get(name), "shape", 0) != getattr(own.get(name), "shape", 1)
+    )
+    if odd:
+        raise ValueError(
+            f"the weights of --init {init} do not fit the model of this run: {len(odd)} differ, such as {odd[0]}; "
+            f"choose the same size, latent channels, classes and learned variance"
+        )
+    model.load_state_dict(weights)
+
+
 def check(config: TrainConfig, world_size: int) -> None:
     """Find, before a job waits in a queue, what would end it at its start.
 
@@ -136,6 +169,8 @@ def check(config: TrainConfig, world_size: int) -> None:
         ValueError: if the data cannot be read, or model, data, batch and ranks do not fit each other.
     """
     model_config(config, LatentShards(config.data.path, config.data.split, config.data.cache))
+    if config.init and not Path(config.init).exists():
+        raise ValueError(f"init {config.init}: there is no such file or folder")
     accumulation(config.data.batch_size, config.engine.micro_batch, world_size)
 
 

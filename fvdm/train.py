@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fvdm import checkpoint as ckpt
 from fvdm import config as settings
 from fvdm.data import Batch, batches
 from fvdm.distributed import Ranks, Stop, StopFlag, from_environment, seed_everything
@@ -23,7 +24,7 @@ from fvdm.ema import EMA
 from fvdm.engine import Engine, initialise
 from fvdm.model import ModelConfig, VideoDiT
 from fvdm.previews import preview
-from fvdm.run import Progress, Run, TrainConfig, model_config, only_one
+from fvdm.run import Progress, Run, TrainConfig, initial_weights, model_config, only_one
 from fvdm.shards import LatentShards
 from fvdm.timesteps import sample_timesteps
 from fvdm.tracking import Tracker
@@ -49,7 +50,10 @@ def train(config: TrainConfig) -> Stop:
     network = model_config(config, shards)
     seed_everything(config.seed)
     device = initialise(config.engine.timeout)
-    engine = Engine(VideoDiT(network).to(device), config.engine, config.data.batch_size, ranks)
+    model = VideoDiT(network)
+    if config.init and not ckpt.checkpoints(config.folder / "checkpoints"):
+        initial_weights(config.init, model)
+    engine = Engine(model.to(device), config.engine, config.data.batch_size, ranks)
     ema = EMA(engine.masters, config.ema_decay)
     with only_one(config.folder, 0.8 * config.engine.timeout) if ranks.is_main else _nothing():
         run = Run(config, network, engine, ema, ranks, shards)

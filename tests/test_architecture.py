@@ -7,25 +7,27 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(p for d in ("fvdm", "data_prep", "launchers", "benchmarks") for p in (ROOT / d).glob("*.py"))
-MATHEMATICS = {"timesteps", "diffusion", "samplers", "model", "attention", "ema", "tasks"}
+MATHEMATICS = {
+    "timesteps",
+    "diffusion",
+    "samplers",
+    "model",
+    "attention",
+    "ema",
+    "tasks",
+    "solvers",
+    "guidance",
+    "matrices",
+}
 LAYERS = (
-    {
-        "timesteps",
-        "attention",
-        "distributed",
-        "config",
-        "ema",
-        "vae",
-        "media",
-        "location",
-        "videos",
-        "i3d",
-        "provenance",
-    },
-    {"diffusion", "shards"},
-    {"model", "samplers", "data", "engine", "checkpoint", "fvd"},
-    {"convert", "tasks", "tracking", "writer"},
-    {"previews"},
+    {"timesteps", "attention", "distributed", "config", "ema", "vae", "media", "location", "videos", "i3d"}
+    | {"pretrained", "provenance"},
+    {"diffusion", "shards", "matrices"},
+    {"model", "solvers", "guidance", "data", "engine", "checkpoint", "fvd"},
+    {"convert", "samplers", "tracking", "writer"},
+    {"tasks"},
+    {"inputs"},
+    {"previews", "pipeline"},
     {"run"},
     {"train", "generate", "plan"},
 )

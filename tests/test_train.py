@@ -196,6 +196,27 @@ def test_losses_that_are_not_finite_stop_the_run_and_name_the_samples(latents, t
 
 
 @pytest.mark.slow
+def test_a_run_begins_with_the_weights_of_another(latents, undisturbed, tmp_path):
+    """Of a run, or of a converted folder; a network of another shape is refused."""
+    from fvdm.convert import read_model
+
+    _, slices = state(undisturbed, "run")
+    still = ("--steps", 1, "--engine.lr", 0)
+    train(1, words(latents, tmp_path, "run", *still, "--init", undisturbed / "runs/run"), tmp_path)
+    assert torch.equal(state(tmp_path, "run")[1]["master"], slices["ema"])
+    model = VideoDiT(
+        model_config(settings.parse(TrainConfig, words(latents, tmp_path, "x")), LatentShards(str(latents)))
+    )
+    model.save_pretrained(tmp_path / "folder")
+    train(1, words(latents, tmp_path, "other", *still, "--init", tmp_path / "folder"), tmp_path)
+    flat = torch.cat([p.detach().flatten() for p in read_model(tmp_path / "folder").parameters()])
+    assert torch.equal(state(tmp_path, "other")[1]["master"], flat)
+    wrong = words(latents, tmp_path, "wrong", *still, "--init", tmp_path / "folder", "--model", "T/1")
+    (output,) = train(1, wrong, tmp_path, codes=(2,))
+    assert "do not fit the model of this run" in output
+
+
+@pytest.mark.slow
 def test_a_run_of_another_model_is_refused(latents, undisturbed):
     (output,) = train(1, words(latents, undisturbed, "run", "--steps", 9, "--model", "T/1"), undisturbed, codes=(2,))
     assert "model of another shape (T/2) than T/1" in output
