@@ -24,8 +24,8 @@ from tests.slurm.cluster import Cluster, ranks
 from tests.test_train import losses, words
 
 NODES = 4
-BETWEEN = 12  # steps from one event to the next
-EVERY = 7  # steps between checkpoints
+BETWEEN = 60  # steps from one event to the next, some five seconds
+EVERY = 25  # steps between checkpoints
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", ""}
 
 
@@ -45,7 +45,9 @@ class Chaos:
     def start(self, latents: Path) -> None:
         """Submit the training."""
         more = ["--steps", self.steps, "--checkpoint.every", EVERY, "--engine.timeout", 60]
-        more += ["--previews.every", 50, "--previews.steps", 3]
+        more += ["--previews.every", 200, "--previews.steps", 3]
+        # Slow enough that a disk may be full for some seconds and the end is still far.
+        more += ["--data.batch_size", 4 * NODES, "--engine.micro_batch", 1]
         options = ["--nodes", NODES, "--cpus-per-task", 1, "--time", 60, "--max-restarts", 50, "--config", "c.yaml"]
         (self.folder / "c.yaml").write_text("name: run\n")
         arguments = [*options, *words(latents, self.folder, "run", *more)]
@@ -140,7 +142,7 @@ class Chaos:
         """Hit the training until it ends; how many events there were."""
         done, startup = 0, False
         while self.watch():
-            if done == self.events or not (startup or self.step() >= (done + 1) * BETWEEN - self.random.randint(0, 5)):
+            if done == self.events or not (startup or self.step() >= (done + 1) * BETWEEN - self.random.randint(0, 20)):
                 continue
             if startup:
                 time.sleep(self.random.uniform(0, 12))
