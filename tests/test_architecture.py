@@ -9,16 +9,28 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted(p for d in ("fvdm", "data_prep", "launchers", "benchmarks") for p in (ROOT / d).glob("*.py"))
 MATHEMATICS = {"timesteps", "diffusion", "samplers", "model", "attention", "ema", "tasks"}
 LAYERS = (
-    {"timesteps", "attention", "distributed", "config", "ema", "vae", "media", "location", "videos", "i3d"},
+    {
+        "timesteps",
+        "attention",
+        "distributed",
+        "config",
+        "ema",
+        "vae",
+        "media",
+        "location",
+        "videos",
+        "i3d",
+        "protocols",
+    },
     {"diffusion", "shards"},
     {"model", "samplers", "data", "engine", "checkpoint", "fvd"},
-    {"convert", "tasks", "tracking"},
+    {"convert", "tasks", "tracking", "distances"},
     {"previews"},
     {"train", "generate"},
 )
 DOORS = {
     "deepspeed": {"fvdm/engine.py"},
-    "mlflow": {"fvdm/tracking.py"},
+    "mlflow": {"fvdm/tracking.py", "benchmarks/reporting.py"},
     "flash_attn": {"fvdm/attention.py"},
     "diffusers": {"fvdm/vae.py", "data_prep/train_vae.py"},
     "webdataset": {"fvdm/shards.py", "fvdm/location.py", "data_prep/shards.py"},
