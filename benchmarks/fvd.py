@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.measure import clip_features, ranks
 from benchmarks.reporting import Data, Report, run_of, send
-from benchmarks.sources import Sampled, Samples, device, open_source
+from benchmarks.sources import Sampled, Samples, Source, device, open_source
 from fvdm import fvd
 from fvdm.checkpoint import write_text
 from fvdm.config import fail
@@ -42,8 +42,8 @@ RESIZES = {
 class Measurement:
     """One comparison of a real and a generated set: which clips, by which rules."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        """Open both sources.
+    def __init__(self, options: argparse.Namespace, known: dict[str, np.ndarray] | None = None) -> None:
+        """Open both sources; `known` keeps features of real clips from one measurement to the next.
 
         Raises:
             ValueError: if one cannot be opened, or a number is out of range.
@@ -52,6 +52,7 @@ class Measurement:
             if getattr(options, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give {least} or more")
         self.options, self.how = options, protocol(options.protocol)
+        self.known = {} if known is None else known
         self.repeats = options.repeats or self.how.repeats
         self.seed = self.how.seed if options.seed is None else options.seed
         self.usual = self.how.stride_on(options.dataset)
@@ -94,21 +95,17 @@ class Measurement:
         self, net: I3D, pair: tuple[list[Clip], list[Clip]], group: Ranks, still: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
         """Features of real `(n 400)` and generated `(m 400)` clips. Collective."""
+        key = repr((self.options.real, self.real.size, self.how.resize, self.options.chunk, still, pair[0]))
+        if key not in self.known:
+            self.known[key] = self._side("real", net, self.real, pair[0], group, still)
+        return self.known[key], self._side("fake", net, self.fake, pair[1], group, still)
+
+    def _side(self, name: str, net: I3D, source: Source, clips: list[Clip], group: Ranks, still: bool) -> np.ndarray:
         chunk = self.options.chunk
-        real, fake = (
-            clip_features(
-                net,
-                source,
-                clips,
-                group,
-                resize=self.how.resize,
-                chunk=chunk,
-                still=still,
-                progress=_progress(name, len(clips), chunk, group),
-            )
-            for name, source, clips in zip(("real", "fake"), (self.real, self.fake), pair, strict=True)
+        shown = _progress(name, len(clips), chunk, group)
+        return clip_features(
+            net, source, clips, group, resize=self.how.resize, chunk=chunk, still=still, progress=shown
         )
-        return real, fake
 
     def card(self, real: Sequence[Clip], fake: Sequence[Clip], detector: str) -> dict[str, str]:
         """All that the number depends on."""
@@ -153,13 +150,18 @@ def _progress(side: str, clips: int, chunk: int, group: Ranks) -> Callable[[int]
     return done
 
 
-def measure(options: argparse.Namespace, group: Ranks) -> dict[str, Any]:
+def measure(options: argparse.Namespace, group: Ranks, known: dict[str, np.ndarray] | None = None) -> dict[str, Any]:
     """The distance and what stands beside it. Collective.
+
+    Args:
+        options: as `arguments` gives them.
+        group: the ranks.
+        known: features of real clips, kept from one measurement to the next.
 
     Raises:
         ValueError: for sources or settings that cannot be used.
     """
-    task = Measurement(options)
+    task = Measurement(options, known)
     net = fvd.load_i3d(device=device())
     pairs = [task.clips(draw) for draw in range(task.repeats)]
     tables = [task.features(net, pair, group) for pair in pairs]

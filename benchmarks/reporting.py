@@ -123,6 +123,18 @@ def _log_data(data: Sequence[Data], run_id: str, tracking: TrackingConfig) -> No
         logger.warning("MLflow did not take the list of data sets: %s", error)
 
 
+def adopt(children: Sequence[str], parent: str, tracking: TrackingConfig) -> None:
+    """Show runs below another in MLflow's list, where they began on their own; they must be of one experiment."""
+    from mlflow.tracking import MlflowClient
+
+    try:
+        client = MlflowClient(tracking_uri(tracking.uri))
+        for child in children:
+            client.set_tag(child, "mlflow.parentRunId", parent)
+    except Exception as error:  # As in the Tracker: no server's trouble ends a measurement.
+        logger.warning("MLflow did not take the children of the run: %s", error)
+
+
 def run_of(folder: str) -> str:
     """The MLflow run of a training run's folder; empty where there is none.
 
