@@ -252,8 +252,7 @@ def main() -> None:
             params = vars(options) | {"model": name, "device": str(device)}
             settings = TrackingConfig(experiment="benchmarks")
             tracker = Tracker(options.out / name.replace("/", "-"), settings, f"train_speed {name}", params, {})
-            clean = {label.replace(",", "").replace("+", "_and_"): value for label, value in figures.items()}
-            tracker.metrics(clean, 0)
+            tracker.metrics(figures, 0)
             tracker.close()
     except ValueError as error:
         fail(error)

@@ -14,7 +14,7 @@ from fvdm.guidance import Guidance
 from fvdm.matrices import TASKS, Wish, find, given_frames, kept, long, rolling_blocks
 from fvdm.samplers import How, Progress, generators, start, stream, windows
 from fvdm.solvers import Solver, ddim
-from fvdm.timesteps import evenly_spaced, hold_clean
+from fvdm.timesteps import hold_clean, spaced
 
 __all__ = ["TASKS", "Sampling", "draw", "draw_stream", "find", "given_frames", "place", "run"]
 
@@ -122,7 +122,7 @@ class Sampling:
     """The short form of how to sample, for `run`.
 
     Attributes:
-        steps: sampling steps, 1 to T, spaced as in the paper.
+        steps: sampling steps, 1 to T, spaced as suits the solver.
         guidance: classifier-free guidance scale of a class-conditional model; 1 is none.
         solver: one of `fvdm.solvers`; None is DDIM with eta 0.
         overlap: frames that a window of a long video shares with the one before; 0 is half the window.
@@ -167,8 +167,9 @@ def run(
         ValueError: if a setting is out of range.
     """
     window = clip.shape[1]
-    levels = evenly_spaced(how.steps, diffusion.num_timesteps)
+    solver = how.solver or ddim()
+    levels = spaced(solver.spacing, how.steps, diffusion.noise_levels())
     matrix = hold_clean(long(Wish(levels, window, length or window, context=how.overlap)).matrix, given)
     whole = torch.cat([clip, clip.new_zeros(clip.shape[0], matrix.shape[1] - window, *clip.shape[2:])], dim=1)
-    walked = How(how.solver or ddim(), Guidance(how.guidance, null_class=how.null_class), progress=how.progress)
+    walked = How(solver, Guidance(how.guidance, null_class=how.null_class), progress=how.progress)
     return draw(model, diffusion, whole, matrix, seeds, walked, y, window)

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -95,8 +96,9 @@ class Tracker:
         return self._position().get("run_id")
 
     def metrics(self, values: dict[str, float], step: int) -> None:
-        """Report numbers of a training step."""
-        self._write({"metrics": values, "step": step})
+        """Report numbers of a training step; what MLflow takes in no name, such as a plus or a comma, is replaced."""
+        named = {re.sub(r"[^\w\-. :/]", "_", name.replace("+", "p")): value for name, value in values.items()}
+        self._write({"metrics": named, "step": step})
 
     def artifact(self, path: Path, to: str = "") -> None:
         """Report a file that stays on disk, under the artifact folder `to`."""

@@ -21,10 +21,10 @@ MATHEMATICS = {
 }
 LAYERS = (
     {"timesteps", "attention", "distributed", "config", "ema", "vae", "media", "location", "videos", "i3d"}
-    | {"pretrained", "provenance"},
+    | {"pretrained", "provenance", "protocols"},
     {"diffusion", "shards", "matrices"},
     {"model", "solvers", "guidance", "data", "engine", "checkpoint", "fvd"},
-    {"convert", "samplers", "tracking", "writer"},
+    {"convert", "samplers", "tracking", "writer", "distances"},
     {"tasks"},
     {"inputs"},
     {"previews", "pipeline"},
@@ -33,9 +33,9 @@ LAYERS = (
 )
 DOORS = {
     "deepspeed": {"fvdm/engine.py"},
-    "mlflow": {"fvdm/tracking.py"},
+    "mlflow": {"fvdm/tracking.py", "benchmarks/reporting.py"},
     "flash_attn": {"fvdm/attention.py"},
-    "diffusers": {"fvdm/vae.py", "data_prep/train_vae.py"},
+    "diffusers": {"fvdm/vae.py", "data_prep/train_vae.py", "benchmarks/train_speed.py"},
     "webdataset": {"fvdm/shards.py", "fvdm/location.py", "data_prep/shards.py"},
 }
 

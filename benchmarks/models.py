@@ -1,0 +1,65 @@
+"""Models to measure: a checkpoint, or one of random weights where only speed and the solvers' errors matter."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fvdm.attention import BACKENDS, Backend
+from fvdm.diffusion import Diffusion, DiffusionConfig
+from fvdm.model import ModelConfig, VideoDiT, preset
+from fvdm.pipeline import Trained, load
+from fvdm.vae import load_vae
+
+RANDOM = "random:"
+
+
+def open_model(checkpoint: str, precision: str = "", attention: Backend = "auto", frames: int = 16) -> Trained:
+    """A model in a precision and with an attention backend.
+
+    Args:
+        checkpoint: a run's folder or a checkpoint; or `random:` and a size, such as `random:T/2`, for one of random
+            weights on 64-pixel clips of `frames` frames.
+        precision: bf16 or fp32; empty takes bf16 on a GPU.
+        attention: backend.
+        frames: of a random model.
+
+    Raises:
+        ValueError: if there is no such checkpoint, size, precision or backend.
+    """
+    if attention not in BACKENDS or precision not in ("", "bf16", "fp32"):
+        raise ValueError(
+            f"attention {attention!r}, precision {precision!r}: choose one of {', '.join(BACKENDS)}, and bf16 or fp32"
+        )
+    if checkpoint.startswith(RANDOM):
+        return _random(checkpoint.removeprefix(RANDOM), precision, attention, frames)
+    trained = load(checkpoint, precision=precision)
+    return replace(trained, model=_with(trained.model.config, trained.model, attention))
+
+
+def _random(size: str, precision: str, attention: Backend, frames: int) -> Trained:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vae = load_vae("builtin", device)
+    config = replace(preset(size), channels=vae.channels, size=64 // vae.factor, frames=frames, attention=attention)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = VideoDiT(config)
+        for weight in model.parameters():
+            if not weight.any():  # A new model's output is zero, and all solvers would agree.
+                nn.init.normal_(weight, std=0.02)
+    half = (precision or ("bf16" if device.type == "cuda" else "fp32")) == "bf16"
+    model = model.to(device, torch.bfloat16 if half else torch.float32).eval().requires_grad_(False)
+    # The estimate of v keeps the latents of a network that knows nothing near unit variance.
+    diffusion = Diffusion(DiffusionConfig(objective="v"))
+    return Trained(model, diffusion, vae, (), 64, 1, 0, Path(f"random-{size.replace('/', '-')}"))
+
+
+def _with(config: ModelConfig, model: VideoDiT, attention: Backend) -> VideoDiT:
+    """The same weights with another attention backend."""
+    if attention == config.attention:
+        return model
+    weight = next(model.parameters())
+    other = VideoDiT(replace(config, attention=attention)).to(weight.device, weight.dtype)
+    other.load_state_dict(model.state_dict())
+    return other.eval().requires_grad_(False)

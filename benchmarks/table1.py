@@ -1,0 +1,188 @@
+"""The paper's Table 1: FVD of 16 frames at 256 pixels on four data sets; ours measured, beside what was published.
+
+    python benchmarks/table1.py --real ffs=/data/ffs ucf101=/data/ucf101 --runs ffs=runs/ffs_xl ucf101=runs/ucf101_xl
+
+Measures each data set for which both the real videos and a run are named, by the settings behind the table: 2048 clips,
+50 steps of DDIM, guidance 7 on UCF101. What is measured is kept in --out and not measured again. Published numbers are
+read from a CSV file, benchmarks/published.csv, whose every row names its source and its protocol; a number without a
+source is refused, and one of another protocol is marked, for it does not compare.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file: the folder above holds the packages
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import fvd
+from benchmarks.measure import ranks
+from benchmarks.reporting import Data, Report, send
+from fvdm.checkpoint import write_text
+from fvdm.config import fail
+from fvdm.distributed import Ranks
+from fvdm.protocols import PROTOCOLS
+
+PUBLISHED = Path(__file__).with_name("published.csv")
+DATASETS = {"ffs": "FaceForensics", "sky": "SkyTimelapse", "ucf101": "UCF101", "taichi": "Taichi-HD"}
+GUIDANCE = {"ucf101": 7.0}  # the others have no classes
+OURS = "FVDM, measured here"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A number from a paper.
+
+    Attributes:
+        method: whose it is.
+        dataset: one of `DATASETS`.
+        fvd: the number.
+        protocol: one of `PROTOCOLS`, or what the paper says.
+        source: where it stands, so that it can be looked up.
+    """
+
+    method: str
+    dataset: str
+    fvd: float
+    protocol: str
+    source: str
+
+
+def read_published(path: Path) -> list[Published]:
+    """The rows of the file.
+
+    Raises:
+        ValueError: if it cannot be read, or a row has no source, no number, or another data set.
+    """
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    found = []
+    for line, row in enumerate(rows, start=2):
+        try:
+            entry = Published(row["method"], row["dataset"], float(row["fvd"]), row["protocol"], row["source"] or "")
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{path}, line {line}: a row is method,dataset,fvd,protocol,source") from None
+        if entry.dataset not in DATASETS or not entry.source.strip():
+            raise ValueError(f"{path}, line {line}: name one of {', '.join(DATASETS)}, and the source of the number")
+        found.append(entry)
+    return found
+
+
+def pairs(words: Sequence[str], name: str) -> dict[str, str]:
+    """`["ffs=/data"]` as a dictionary.
+
+    Raises:
+        ValueError: for another form, or another data set.
+    """
+    found = dict(word.partition("=")[::2] for word in words)
+    if not set(found) <= set(DATASETS) or not all(found.values()):
+        raise ValueError(f"--{name} takes words such as ffs=PATH; data sets are {', '.join(DATASETS)}")
+    return found
+
+
+def measure(options: argparse.Namespace, group: Ranks) -> dict[str, dict[str, Any]]:
+    """Results of `benchmarks.fvd.measure` by data set. Collective.
+
+    Raises:
+        ValueError: if a source cannot be used.
+    """
+    real, runs = pairs(options.real, "real"), pairs(options.runs, "runs")
+    results = {}
+    for dataset in (name for name in DATASETS if name in real and name in runs):
+        kept = Path(options.out) / f"{dataset}.json"
+        if kept.is_file():
+            results[dataset] = json.loads(kept.read_text())
+            continue
+        words = ["--real", real[dataset], "--fake", runs[dataset], "--dataset", dataset]
+        words += ["--protocol", options.protocol, "--guidance", str(GUIDANCE.get(dataset, 1.0))]
+        words += ["--steps", str(options.steps), "--clips", str(options.clips), "--frames", str(options.frames)]
+        results[dataset] = fvd.measure(fvd.arguments().parse_args(words), group)
+        if group.is_main:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_text(kept, json.dumps(results[dataset], indent=1))
+    return results
+
+
+def table(results: Mapping[str, Mapping[str, Any]], published: Sequence[Published], protocol: str) -> str:
+    """The table in Markdown, with its sources below.
+
+    A dash stands for what is neither published nor measured; a star marks another protocol than ours.
+    """
+    lines = ["| method | " + " | ".join(DATASETS.values()) + " |", "|---" * (len(DATASETS) + 1) + "|"]
+    for method in dict.fromkeys(entry.method for entry in published):
+        values = {
+            entry.dataset: f"{entry.fvd:g}" + ("" if entry.protocol == protocol else "*")
+            for entry in published
+            if entry.method == method
+        }
+        lines.append(f"| {method} | " + " | ".join(values.get(name, "-") for name in DATASETS) + " |")
+    ours = {name: f"{result['fvd']:.1f}" + ("!" if _departs(result) else "") for name, result in results.items()}
+    lines.append(f"| {OURS} | " + " | ".join(ours.get(name, "-") for name in DATASETS) + " |")
+    lines += ["", "- not measured, or not published; * by another protocol, which does not compare;"]
+    lines += [f"! departs from {protocol}:"]
+    lines += [f"  - {DATASETS[name]}: {_departs(result)}" for name, result in results.items() if _departs(result)]
+    lines += [f"- {source}" for source in dict.fromkeys(f"{e.method}: {e.source} ({e.protocol})" for e in published)]
+    return "\n".join(lines) + "\n"
+
+
+def _departs(result: Mapping[str, Any]) -> str:
+    """Where a measurement departs from its protocol; empty where it does not."""
+    found = result["card"]["departs from it"]
+    return "" if found == "nowhere" else str(found)
+
+
+def report(results: Mapping[str, Mapping[str, Any]], text: str, options: argparse.Namespace) -> None:
+    """Write table1.md, and report it to MLflow."""
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "table1.md", text)
+    values = {f"fvd/{name}": result["fvd"] for name, result in results.items()}
+    real = pairs(options.real, "real")
+    data = [Data(DATASETS[name], real[name], "real", result["taken"]["real"]) for name, result in results.items()]
+    files = [out / "table1.md", *(out / f"{name}.json" for name in results)]
+    params = {key: value for key, value in vars(options).items() if key != "out"}
+    tags = {"config": " ".join(options.runs)}
+    send(Report("table1", "table 1", [(0, values)], params, tags, files, data=data), out)
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--real", nargs="*", default=[], metavar="SET=PATH", help=f"real videos or shards; {', '.join(DATASETS)}")
+    add("--runs", nargs="*", default=[], metavar="SET=RUN", help="run or checkpoint of each")
+    add("--published", default=str(PUBLISHED), help="CSV file of published numbers [benchmarks/published.csv]")
+    add("--protocol", default="styleganv", choices=list(PROTOCOLS), help="[styleganv]")
+    add("--steps", type=int, default=50, help="steps of DDIM [50]")
+    add("--frames", type=int, default=16, help="frames of a clip [16]")
+    add("--clips", type=int, default=0, help="most clips [the protocol's]")
+    add("--out", default="table1", help="folder for what is measured, and the table [table1]")
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Command line."""
+    options = arguments().parse_args(words)
+    try:
+        published = read_published(Path(options.published))
+        with ranks() as group:
+            results = measure(options, group)
+            main_rank = group.is_main
+    except ValueError as error:
+        fail(error)
+    if main_rank:
+        text = table(results, published, options.protocol)
+        print(text)
+        report(results, text, options)
+
+
+if __name__ == "__main__":
+    main()
