@@ -166,6 +166,7 @@ class Tracker:
         position = self._position()
         if "run_id" not in position:
             position["run_id"] = self.into or self._create(client)
+            position["experiment_id"] = client.get_run(position["run_id"]).info.experiment_id
             write_text(self.folder / "tracking.json", json.dumps(position))
         if self._monitor is None and not self.into:
             self._begin(client, position["run_id"])
