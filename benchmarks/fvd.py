@@ -73,6 +73,11 @@ class Measurement:
         # Both sides at one size, or sharpness alone would tell them apart.
         size = self.fake.size if self.fake.generated else options.size
         self.real = open_source(options.real, size, options.real_pattern, options.real_split or self.how.split)
+        if self.real.size != self.fake.size:
+            raise ValueError(
+                f"real clips have {self.real.size} pixels, generated ones {self.fake.size}: sharpness would tell them "
+                f"apart; give --size {min(self.real.size, self.fake.size)}, or encode at one size"
+            )
 
     def clips(self, draw: int) -> tuple[list[Clip], list[Clip]]:
         """Real and generated clips of the draw-th repetition; a checkpoint makes new ones for each.
@@ -151,7 +156,7 @@ def _progress(side: str, clips: int, chunk: int, group: Ranks) -> Callable[[int]
 
 
 def measure(options: argparse.Namespace, group: Ranks, known: dict[str, np.ndarray] | None = None) -> dict[str, Any]:
-    """The distance and what stands beside it. Collective.
+    """The distance and what stands beside it, on the main rank; nothing on the others. Collective.
 
     Args:
         options: as `arguments` gives them.
@@ -165,10 +170,13 @@ def measure(options: argparse.Namespace, group: Ranks, known: dict[str, np.ndarr
     net = fvd.load_i3d(device=device())
     pairs = [task.clips(draw) for draw in range(task.repeats)]
     tables = [task.features(net, pair, group) for pair in pairs]
+    still = task.features(net, pairs[0], group, still=True) if options.still else None
+    if not group.is_main:
+        return {}
     result = numbers(tables, task.how.ddof, options.bootstrap, task.seed)
-    if options.still:
+    if still:
         with quiet():
-            result["still"] = fvd.frechet_distance(*task.features(net, pairs[0], group, still=True), ddof=task.how.ddof)
+            result["still"] = fvd.frechet_distance(still[0], still[1], ddof=task.how.ddof)
     real, fake = pairs[0]
     taken = {side: [(c.video, c.frames[0]) for c in clips] for side, clips in (("real", real), ("fake", fake))}
     step = task.fake.trained.step if isinstance(task.fake, Samples) else 0

@@ -89,7 +89,7 @@ def pairs(words: Sequence[str], name: str) -> dict[str, str]:
 
 
 def measure(options: argparse.Namespace, group: Ranks) -> dict[str, dict[str, Any]]:
-    """Results of `benchmarks.fvd.measure` by data set. Collective.
+    """Results of `benchmarks.fvd.measure` by data set, on the main rank. Collective.
 
     Raises:
         ValueError: if a source cannot be used.

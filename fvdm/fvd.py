@@ -7,6 +7,7 @@ the Gaussians that fit the 400 logits of real and of generated clips.
 import math
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -33,7 +34,8 @@ def features(net: I3D, video: Tensor, batch: int = 8, resize: Resize = "direct")
     Args:
         net: from `load_i3d`.
         video: uint8 `(b f 3 h w)`, RGB, f >= 9, of any size and on any device.
-        batch: clips that go through the network at once; bounds the memory.
+        batch: clips that go through the network at once; bounds the memory. On a CPU they go side by side, a thread
+            each, so that a clip's features depend neither on it nor on the number of threads.
         resize: bilinear, without antialiasing; `direct` takes the whole picture to 224 x 224 (TATS,
             cd-fvd), `short-side` its shorter side to 224 and then the centre (StyleGAN-V, VideoGPT). Square
             pictures come out the same.
@@ -59,9 +61,22 @@ def features(net: I3D, video: Tensor, batch: int = 8, resize: Resize = "direct")
     device = net.logits.weight.device
     parts = [torch.empty((0, FEATURES), device=device)]
     with _full_precision(device):
+        if device.type == "cpu":
+            return torch.cat([*parts, *_each_alone(net, video, batch, resize)])
         for begin in range(0, len(video), batch):
             parts.append(net(_prepare(video[begin : begin + batch].to(device), resize)))
     return torch.cat(parts)
+
+
+def _each_alone(net: I3D, video: Tensor, batch: int, resize: Resize) -> list[Tensor]:
+    """Clips side by side, each on one thread: the last digits depend neither on the threads nor on the batch."""
+    threads = torch.get_num_threads()
+    at_once = max(1, min(batch, threads, len(video)))
+    try:
+        with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(lambda clip: net(_prepare(clip[None].cpu(), resize)), video))
+    finally:
+        torch.set_num_threads(threads)  # New threads would take over what the last of these has set.
 
 
 def _prepare(clips: Tensor, resize: Resize) -> Tensor:

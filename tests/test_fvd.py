@@ -127,7 +127,15 @@ def test_features_depend_on_nothing_around(net: i3d.I3D) -> None:
     frames = clip("carphone_pristine.mp4", 0, 27)
     video = torch.stack([frames[i : i + 9] for i in (0, 9, 18)])
     together, alone = features(net, video, batch=3), features(net, video[1:2], batch=1)
-    torch.testing.assert_close(together[1:2], alone, rtol=0, atol=1e-4)
+    assert torch.equal(together[1:2], alone)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(features(net, video[1:]), together[1:])
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
     convolutions = [torch.backends.cudnn.conv, torch.backends.mkldnn.conv]  # type: ignore[attr-defined]
     before = [convolution.fp32_precision for convolution in convolutions]
     inside: list[str] = []
