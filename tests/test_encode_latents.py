@@ -324,7 +324,7 @@ def test_killed_at_random_moments(vae, tmp_path, more, kills):
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     begun = time.monotonic()
     subprocess.run([*command, *words(tmp_path / "v", tmp_path / "good", vae, *more)], check=True, **quiet)
-    whole = time.monotonic() - begun
+    whole = min(time.monotonic() - begun, 8.0)  # on a busy machine the first run says little of the next
     again = [*command, *words(tmp_path / "v", tmp_path / "out", vae, *more)]
     killed = 0
     while killed < kills:

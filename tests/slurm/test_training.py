@@ -145,7 +145,7 @@ def test_an_array_is_a_sweep_and_any_script_runs_in_the_same_way(cluster, latent
 def test_a_short_chaos(tmp_path):
     if not installed():
         pytest.skip(MISSING)
-    chaos(tmp_path, events=4, seed=7)
+    chaos(tmp_path, events=3, seed=7)
 
 
 @pytest.mark.parametrize("name", ["ffs_xl", "sky_xl", "ucf101_xl", "taichi_xl"])
