@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(p for d in ("fvdm", "data_prep", "launchers", "benchmarks") for p in (ROOT / d).glob("*.py"))
-MATHEMATICS = {"timesteps", "diffusion", "samplers", "model", "attention", "ema", "tasks"}
+MATHEMATICS = {"timesteps", "diffusion", "samplers", "model", "attention", "ema", "tasks", "protocols", "distances"}
 LAYERS = (
     {
         "timesteps",
