@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 DONE := $(VENV)/.installed
 
-.PHONY: help install demo test test-fast lint ui clean
+.PHONY: help install demo test test-fast chaos lint ui clean
 
 help:
 	@echo "make demo       real clips -> latents -> 2-rank ZeRO-2 training -> videos -> FVD -> MLflow"
 	@echo "make test       lint, types and every test (test-fast leaves out the slow ones)"
+	@echo "make chaos      a training on a real Slurm of this machine, hit by 30 random failures"
 	@echo "make ui         MLflow on http://127.0.0.1:5000"
 	@echo "make install    the virtual environment alone, in $(VENV)"
 	@echo "make lint       ruff and mypy"
@@ -27,6 +28,9 @@ test: lint
 
 test-fast: lint
 	$(BIN)/python -m pytest -m "not slow"
+
+chaos: install
+	$(BIN)/python -m tests.slurm.chaos --events $(or $(EVENTS),30)
 
 lint: install
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fvdm.diffusion import Diffusion, Model
-from fvdm.samplers import draw_noise, extend, generators, sample
+from fvdm.samplers import draw_noise, generators, sample
 from fvdm.timesteps import full_sequence
 
 
@@ -61,7 +61,12 @@ def replacement(
         x[:, held] = latents[:, held]
         return x
 
-    return extend(draw, draw(clip, given), length or clip.shape[1], clip.shape[1] // 2)
+    video, shared = draw(clip, given), clip.shape[1] // 2
+    while video.shape[1] < length:  # Each window goes on from the last half of the one before.
+        following = torch.zeros_like(clip)
+        following[:, :shared] = video[:, -shared:]
+        video = torch.cat([video, draw(following, range(shared))[:, shared:]], dim=1)
+    return video[:, : length or clip.shape[1]]
 
 
 def _back(diffusion: Diffusion, x: Tensor, t: int, later: int, noise: Tensor) -> Tensor:

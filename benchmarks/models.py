@@ -8,8 +8,8 @@ from torch import nn
 
 from fvdm.attention import BACKENDS, Backend
 from fvdm.diffusion import Diffusion, DiffusionConfig
-from fvdm.generate import Trained, load
 from fvdm.model import ModelConfig, VideoDiT, preset
+from fvdm.pipeline import Trained, load
 from fvdm.vae import load_vae
 
 RANDOM = "random:"

@@ -38,9 +38,9 @@ from fvdm.attention import BACKENDS, Backend
 from fvdm.checkpoint import write_text
 from fvdm.config import fail
 from fvdm.distances import quiet
-from fvdm.generate import Trained, class_numbers, solver
+from fvdm.pipeline import Trained, class_numbers
 from fvdm.protocols import protocol, select_real
-from fvdm.samplers import SOLVERS
+from fvdm.solvers import SOLVERS, solver
 from fvdm.tasks import TASKS, Sampling, given_frames, run
 
 STEPS = {"ddpm": (250, 1000), "ddim": (10, 25, 50, 100)}

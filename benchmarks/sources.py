@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from data_prep.layouts import PAPER, list_videos
-from fvdm.generate import GenerateConfig, Trained, generate, load
+from fvdm.pipeline import Trained, generate, load
 from fvdm.protocols import Clip
 from fvdm.shards import LatentShards
 from fvdm.vae import load_vae, sample_latents
@@ -230,9 +230,9 @@ class Samples:
         first = clips[0].video
         if [clip.video for clip in clips] != list(range(first, first + len(clips))):
             raise ValueError(f"samples are drawn in order; {self.path} can be generated clips, not real ones")
-        settings = GenerateConfig(
-            self.path,
-            task=self.task,
+        videos = generate(
+            self.trained,
+            self.task,
             num=len(clips),
             batch_size=len(clips),
             seed=self.how.seed + first,
@@ -241,7 +241,7 @@ class Samples:
             guidance=self.how.guidance,
             length=self.lengths[0],
         )
-        return generate(self.trained, settings)[:, list(clips[0].frames)]
+        return videos[:, list(clips[0].frames)]
 
     def describe(self) -> dict[str, str]:
         """What the card says of it."""

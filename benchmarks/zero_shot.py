@@ -39,10 +39,11 @@ from fvdm import fvd
 from fvdm.checkpoint import write_text
 from fvdm.config import fail
 from fvdm.distances import quiet
-from fvdm.generate import Trained, solver
 from fvdm.i3d import I3D, MIN_FRAMES
 from fvdm.media import write_strips
+from fvdm.pipeline import Trained
 from fvdm.protocols import Clip, protocol, select_real
+from fvdm.solvers import solver
 from fvdm.tasks import Sampling, given_frames, place, run
 
 TASKS = ("image-to-video", "interpolate", "long")

@@ -15,6 +15,10 @@ from torch import Tensor
 Backend = Literal["auto", "flash", "sdpa", "math"]
 BACKENDS = ("auto", "flash", "sdpa", "math")
 
+CPU_PRODUCTS = (
+    512  # positions up to which plain products in bfloat16 beat PyTorch's fused attention on CPUs, 2 to 8 times
+)
+
 logger = logging.getLogger(__name__)
 
 
@@ -43,6 +47,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "auto") -> Ten
     q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (b h n e)
     if chosen == "sdpa":
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    q, k, v = (z.contiguous() for z in (q, k, v))  # The products would copy them anyway, and again in the backward.
     weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1, dtype=torch.float32)
     return (weights.to(v.dtype) @ v).transpose(1, 2)
 
@@ -66,5 +71,7 @@ def _choose(device: str, dtype: torch.dtype, positions: int, width: int, backend
     if backend == "auto":
         # Short sequences gain nothing from flash-attn: launches dominate below some 200 positions.
         chosen = "flash" if fits and installed and positions >= 200 else "sdpa"
+        if device == "cpu" and dtype == torch.bfloat16 and positions <= CPU_PRODUCTS:
+            chosen = "math"
     logger.info("attention over %d positions on %s in %s: %s", positions, device, dtype, chosen)
     return chosen

@@ -9,12 +9,14 @@
 Nothing is pickled. A folder gets its name by a rename when it is whole, so a killed save leaves only a `.tmp-` folder.
 """
 
+import argparse
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from fvdm.config import fail
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +42,13 @@ class CheckpointConfig:
 
     Attributes:
         every: steps between checkpoints; one is also written at the end and when the job is told to stop.
+        background: write while training goes on, from a copy in host memory; else training waits.
         keep_last: newest checkpoints that are kept.
         keep_every: keep each checkpoint whose step is a multiple of this, too; 0 keeps none but the newest.
     """
 
     every: int = 5_000
+    background: bool = True
     keep_last: int = 3
     keep_every: int = 0
 
@@ -88,7 +94,7 @@ def save(
     state: dict[str, Any],
     rank: int,
     world_size: int,
-    barrier: Callable[[], None],
+    barrier: Callable[..., None],
 ) -> Path:
     """Write a checkpoint. Collective: every rank calls it at the same step, on one shared file system.
 
@@ -100,25 +106,44 @@ def save(
         state: what rank 0 stores in state.json; `names` maps each weight to its shape, in flat order.
         rank: this rank.
         world_size: number of ranks.
-        barrier: waits for all ranks.
+        barrier: waits for all ranks; given a sentence, it raises OSError with it on all of them.
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        OSError: on every rank, if any of them could not write; nothing is left behind.
     """
     final = root / STEP.format(step)
     folder = root / f".tmp-{final.name}"
-    if rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    barrier()
-    shard = folder / f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
-    _save_tensors(slices, shard, {"begin": str(begin)})
-    write_text(folder / f"digest-{rank:05d}.json", json.dumps({shard.name: _digest(shard)}))
-    barrier()
-    if rank == 0:
-        _finish(folder, final, state | {"step": step, "world_size": world_size, "format": FORMAT})
-    barrier()
+    try:
+        with _together(barrier):
+            if rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+        with _together(barrier):
+            shard = folder / f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
+            _save_tensors(slices, shard, {"begin": str(begin)})
+            write_text(folder / f"digest-{rank:05d}.json", json.dumps({shard.name: _digest(shard)}))
+        with _together(barrier):
+            if rank == 0:
+                _finish(folder, final, state | {"step": step, "world_size": world_size, "format": FORMAT})
+    except OSError:
+        if rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     return final
+
+
+@contextmanager
+def _together(barrier: Callable[..., None]) -> Iterator[None]:
+    """Wait for all ranks at the end; what one rank could not write, none has written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        barrier(str(error))
+        raise OSError(str(error)) from None
+    barrier()
 
 
 def _finish(folder: Path, final: Path, state: dict[str, Any]) -> None:
@@ -208,13 +233,17 @@ def newest(root: Path) -> Path | None:
 
 
 def prune(root: Path, config: CheckpointConfig) -> None:
-    """Remove what the policy does not keep, and what killed saves have left."""
-    for folder in root.glob(".tmp-*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove what the policy does not keep."""
     for folder in checkpoints(root)[: -config.keep_last or None]:
         step = int(folder.name.rpartition("-")[2])
         if not config.keep_every or step % config.keep_every:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def clean(root: Path) -> None:
+    """Remove what killed saves have left."""
+    for folder in root.glob(".tmp-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -263,3 +292,70 @@ def read_weights(folder: Path, kind: str = "ema") -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read {path} ({error}); choose another checkpoint") from None
+
+
+def export(folder: Path, out: Path) -> None:
+    """Copy what is needed to use a model, and not what is needed to train on: weights, average, settings.
+
+    Raises:
+        ValueError: if `out` exists.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists; choose another folder")
+    temporary = out.with_name(f".tmp-{out.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    names = [*(f"{kind}.safetensors" for kind in WEIGHTS), "state.json"]
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    for name in names:
+        shutil.copyfile(folder / name, temporary / name)
+        _fsync(temporary / name)
+    manifest = {"format": FORMAT, "files": {name: files[name] for name in names}}
+    write_text(temporary / "manifest.json", json.dumps(manifest, indent=1))
+    temporary.rename(out)
+    fsync_folder(out.parent)
+
+
+def main() -> None:
+    """`python -m fvdm.checkpoint list|verify|export RUN`: look at, check, or hand on what a run has saved."""
+    parser = argparse.ArgumentParser(prog="python -m fvdm.checkpoint", description=main.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    texts = {
+        "list": "step, ranks, size and whether it is whole, by size alone",
+        "verify": "the same, by every checksum; exit code 2 if one is damaged",
+        "export": "write model, average and settings into a folder of their own, for use",
+    }
+    for command, text in texts.items():
+        options = commands.add_parser(command, help=text)
+        options.add_argument("run", type=Path, help="a run's folder, or a checkpoint")
+        if command == "export":
+            options.add_argument("out", type=Path, help="folder to make")
+    chosen = parser.parse_args()
+    try:
+        if chosen.command == "export":
+            folder = resolve(chosen.run)
+            export(folder, chosen.out)
+            print(f"{folder} exported to {chosen.out}; use it with: python -m fvdm.generate --checkpoint {chosen.out}")
+        elif _table(chosen.run, deep=chosen.command == "verify") and chosen.command == "verify":
+            raise ValueError(f"{chosen.run} holds damaged checkpoints; a resumed run passes over them")
+    except ValueError as error:
+        fail(error)
+
+
+def _table(run: Path, deep: bool) -> int:
+    """Print a line for each checkpoint; how many are damaged."""
+    folders = [run] if (run / "manifest.json").exists() else checkpoints(run / "checkpoints") or checkpoints(run)
+    if not folders:
+        raise ValueError(f"{run} holds no checkpoint; give a run's folder, such as runs/demo")
+    damaged = 0
+    for folder in folders:
+        reason = why_broken(folder, deep)
+        damaged += reason is not None
+        size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+        ranks = len(list(folder.glob("shard-*")))
+        print(f"{folder}  {size:10.1f} MB  {ranks:4d} ranks  {'damaged: ' + reason if reason else 'whole'}")
+    return damaged
+
+
+if __name__ == "__main__":
+    main()

@@ -31,12 +31,38 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of settings; words after it override it")
     parser.add_class_arguments(cls)
+    _shorten(parser)
     try:
-        values = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
+        values = parser.parse_args(_words(parser, sys.argv[1:] if argv is None else list(argv)))
         values.pop("config", None)
         return cls(**vars(parser.instantiate(values)))
     except ArgumentError as error:
         raise ValueError(_explain(str(error), _names(parser.get_defaults()))) from None
+
+
+def _shorten(parser: ArgumentParser) -> None:
+    """A field that had to be called `class_` is the option `--class`."""
+    for action in list(parser._actions):
+        for option in [option for option in action.option_strings if option.endswith("_")]:
+            short = option.rstrip("_")
+            action.option_strings = [short]
+            parser._option_string_actions[short] = parser._option_string_actions.pop(option)
+
+
+def _words(parser: ArgumentParser, argv: list[str]) -> list[str]:
+    """`--given-noise` for `--given_noise`, and a switch without a value for true."""
+    words = []
+    for k, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        known = name.replace("-", "_").replace("__", "--", 1)
+        if name.startswith("--") and known in parser._option_string_actions:
+            word, name = known + equals + value, known
+        words.append(word)
+        action = parser._option_string_actions.get(name)
+        alone = k + 1 == len(argv) or argv[k + 1].startswith("--")
+        if action is not None and not equals and alone and getattr(action, "_typehint", None) is bool:
+            words[-1] += "=true"
+    return words
 
 
 def _names(defaults: Namespace) -> list[str]:
@@ -70,10 +96,12 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def save(config: Any, path: Path) -> None:
-    """Write a dataclass as YAML that `parse` reads back."""
+    """Write a dataclass as YAML that `parse` reads back, whole or not at all."""
     import yaml
 
-    path.write_text(yaml.safe_dump(plain(config), sort_keys=False))
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(yaml.safe_dump(plain(config), sort_keys=False))
+    temporary.rename(path)
 
 
 def plain(value: Any) -> Any:

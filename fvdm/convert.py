@@ -1,18 +1,29 @@
-"""Weights from elsewhere: state dicts of Latte and of the official FVDM code as ours.
+"""Weights from elsewhere: `python -m fvdm.convert SRC DST` for checkpoints of Latte and of the official FVDM code.
 
 The only place that knows their names. Their timestep index 0..999 is our t = 1..1000, which the embedding shifts, so
 weights carry over as they are.
 """
 
+import json
 import math
+import pickle
 import re
-from dataclasses import replace
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from fvdm import config as settings
+from fvdm.diffusion import DiffusionConfig
 from fvdm.model import SIZES, ModelConfig, VideoDiT
+
+NOT_OURS = "not a Latte or FVDM checkpoint"
+USE = "use.json"
 
 WRAPPERS = ("ema", "model", "state_dict")
 PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
@@ -33,7 +44,7 @@ OTHER = {
 TABLES = ("pos_embed", "temp_embed")  # Fixed; ours are computed.
 
 
-def from_official(state_dict: dict[str, Tensor], num_heads: int | None = None) -> VideoDiT:
+def from_official(state_dict: Mapping[str, Any], num_heads: int | None = None) -> VideoDiT:
     """A model with the weights of a Latte or an official FVDM checkpoint; size and options are read off the shapes.
 
     Args:
@@ -44,11 +55,7 @@ def from_official(state_dict: dict[str, Tensor], num_heads: int | None = None) -
     Raises:
         ValueError: if it is another model's checkpoint; says by which names.
     """
-    for wrapper in WRAPPERS:
-        if isinstance(state_dict.get(wrapper), dict):
-            state_dict = state_dict[wrapper]  # type: ignore[assignment]
-            break
-    weights = {PREFIXES.sub("", name): value for name, value in state_dict.items() if isinstance(value, Tensor)}
+    weights = _unwrap(state_dict)
     config = _config(weights, num_heads)
     ours: dict[str, Tensor] = {}
     for name, value in weights.items():
@@ -58,12 +65,23 @@ def from_official(state_dict: dict[str, Tensor], num_heads: int | None = None) -
     wanted = {name: p.shape for name, p in model.named_parameters()}
     missing, extra = wanted.keys() - ours.keys(), ours.keys() - wanted.keys()
     if missing or extra:
-        raise ValueError(f"not a Latte or FVDM checkpoint: missing {_few(missing)}, left over {_few(extra)}")
+        raise ValueError(f"{NOT_OURS}: missing {_few(missing)}, left over {_few(extra)}")
     wrong = {name for name in wanted if wanted[name] != ours[name].shape}
     if wrong:
-        raise ValueError(f"not a Latte or FVDM checkpoint: these have other shapes than its size: {_few(wrong)}")
+        raise ValueError(f"{NOT_OURS}: these have other shapes than its size: {_few(wrong)}")
     model.load_state_dict(ours)
     return model
+
+
+def _unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors by their bare names."""
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"{NOT_OURS}: it holds a {type(state_dict).__name__}, not weights by name")
+    for wrapper in WRAPPERS:
+        if isinstance(state_dict.get(wrapper), Mapping):
+            state_dict = state_dict[wrapper]
+            break
+    return {PREFIXES.sub("", str(name)): value for name, value in state_dict.items() if isinstance(value, Tensor)}
 
 
 def _few(names: set[str]) -> str:
@@ -75,9 +93,12 @@ def _config(weights: dict[str, Tensor], num_heads: int | None) -> ModelConfig:
         width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
         tokens, frames = weights["pos_embed"].shape[1], weights["temp_embed"].shape[1]
         out = weights["final_layer.linear.weight"].shape[0] // patch**2
-    except (KeyError, ValueError, IndexError) as error:
-        names = ", ".join(sorted(weights)[:3])
-        raise ValueError(f"not a Latte or FVDM checkpoint: {error} is missing; it has {names or 0}") from None
+    except KeyError as error:
+        raise ValueError(f"{NOT_OURS}: it has no {error.args[0]}, but {_few(set(weights))}") from None
+    except (ValueError, IndexError):
+        raise ValueError(f"{NOT_OURS}: its embeddings have other shapes") from None
+    if out not in (channels, 2 * channels) or math.isqrt(tokens) ** 2 != tokens:
+        raise ValueError(f"{NOT_OURS}: {out} channels come out where {channels} go in, in {tokens} tokens a frame")
     depth = len({_place(name) for name in weights} - {None})
     heads = {(d, w): h for d, w, h in SIZES.values()}.get((depth, width), num_heads)
     if num_heads or not heads:
@@ -122,19 +143,133 @@ def _rename(name: str, value: Tensor, config: ModelConfig) -> dict[str, Tensor]:
     return {f"blocks.{place}.{BLOCK.get(module, module)}.{kind}": value}
 
 
-def load_torch(path: str) -> dict[str, Tensor]:
+def load_torch(path: str | Path) -> dict[str, Any]:
     """Read a `.pt` file without running any code of it, or a `.safetensors` file.
 
     Raises:
-        ValueError: if it is neither, or holds more than tensors.
+        ValueError: if it is neither, or holds more than tensors and plain values.
     """
-    import pickle
+    from argparse import Namespace
+
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
+        if str(path).endswith(".safetensors"):
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"cannot read weights from {path}: {str(error).splitlines()[0]}") from None
+        # Checkpoints of the DiT family carry the arguments of their training along: plain values in a Namespace.
+        with torch.serialization.safe_globals([Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"cannot read weights from {path}: it is damaged, or holds code; nothing of it was run"
+        ) from None
+    except (OSError, RuntimeError, EOFError, SafetensorError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise ValueError(f"cannot read weights from {path}: {reason or 'it is empty'}") from None
+
+
+def read_model(path: str | Path, num_heads: int | None = None) -> VideoDiT:
+    """The network behind a path: a folder of `save_pretrained`, or a file of Latte's or of the official FVDM code.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if Path(path).is_dir():
+        return VideoDiT.from_pretrained(path)
+    return from_official(load_torch(path), num_heads)
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one must know of a folder's network to sample from it. The defaults are the paper's.
+
+    Attributes:
+        diffusion: its noise process.
+        vae: VAE of its latents.
+        classes: names of its classes.
+        interval: the clips it was trained on take every interval-th frame.
+    """
+
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    vae: str = "stabilityai/sd-vae-ft-ema"
+    classes: tuple[str, ...] = ()
+    interval: int = 3
+
+
+def read_use(folder: Path, model: VideoDiT) -> Use:
+    """What lies beside a network in its folder; the paper's settings where nothing lies there.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    learned, count = model.config.learned_variance, model.config.num_classes
+    if not (folder / USE).exists():
+        return Use(DiffusionConfig(learned_variance=learned), classes=tuple(map(str, range(count))))
+    try:
+        values = json.loads((folder / USE).read_text())
+        values |= {"diffusion": DiffusionConfig(**values["diffusion"]), "classes": tuple(values["classes"])}
+        return Use(**values)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / USE} cannot be read: {error}") from None
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Weights of Latte or of the official FVDM code, to a folder that generate and load take.
+
+    Attributes:
+        src: their checkpoint, .pt or .safetensors.
+        dst: folder to write.
+        heads: attention heads; 0 finds them by itself for the sizes S, B, L and XL.
+        vae: VAE of its latents.
+        classes: names of its classes in their order; empty numbers them.
+        interval: the clips it was trained on take every interval-th frame.
+        diffusion: the noise process it was trained with; the variance is read off the weights.
+    """
+
+    src: str
+    dst: str
+    heads: int = 0
+    vae: str = "stabilityai/sd-vae-ft-ema"
+    classes: tuple[str, ...] = ()
+    interval: int = 3
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+
+
+def convert(config: ConvertConfig) -> VideoDiT:
+    """Read, rename, write.
+
+    Raises:
+        ValueError: if the checkpoint is another model's, or the folder holds something already.
+    """
+    if Path(config.dst).exists() and (not Path(config.dst).is_dir() or any(Path(config.dst).iterdir())):
+        raise ValueError(f"{config.dst} exists: name a new folder")
+    model = from_official(load_torch(config.src), config.heads or None)
+    count = model.config.num_classes
+    if config.classes and len(config.classes) != count:
+        raise ValueError(f"{len(config.classes)} class names came, the checkpoint has {count} classes")
+    model.save_pretrained(config.dst)
+    diffusion = replace(config.diffusion, learned_variance=model.config.learned_variance)
+    use = Use(diffusion, config.vae, config.classes or tuple(map(str, range(count))), config.interval)
+    (Path(config.dst) / USE).write_text(json.dumps(settings.plain(use), indent=2) + "\n")
+    return model
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: `SRC DST`, then settings."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    named = [f"{option}={word}" for option, word in zip(("--src", "--dst"), words, strict=False) if word[:1] != "-"]
+    try:
+        config = settings.parse(ConvertConfig, named + words[len(named) :], __doc__)
+        model = convert(config)
+    except ValueError as error:
+        settings.fail(error)
+    c, millions = model.config, model.num_parameters() / 1e6
+    print(f"{config.dst}: {c.depth} blocks of width {c.width}, {c.heads} heads, patches of {c.patch}, {millions:.1f}M;")
+    print(f"  {c.frames} frames of {c.channels} x {c.size} x {c.size}, {c.num_classes} classes")
+    print(f"  python -m fvdm.generate --checkpoint {config.dst}")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,8 @@
 
 `x_t = alpha[t] x_0 + sigma[t] noise` holds for each frame with its own `t` in 0..T. The tables have T + 1 entries;
 entry 0 is clean data (`alpha = 1`, `sigma = 0`), so the official code's index i is our t = i + 1.
+
+What the network estimates is one line of `OBJECTIVES`; every solver reads it through `Diffusion.predict`.
 """
 
 import math
@@ -18,6 +20,44 @@ Model = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """`model(x_t (b f c h w), t (b f), y (b) or None) -> (b f c h w)`, or `2c` channels with learned variance."""
 
 
+class Objective(NamedTuple):
+    """What the network estimates, as formulas of a frame's `alpha` and `sigma`; everything broadcasts.
+
+    Attributes:
+        target: `(alpha, sigma, x_0, noise)` -> what should be estimated.
+        x_0: `(alpha, sigma, x_t, estimate)` -> the clean clip.
+        eps: `(alpha, sigma, x_t, estimate)` -> the noise.
+        gain: `(alpha, sigma)` -> how far x_0 is off when the estimate is off by one.
+    """
+
+    target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    x_0: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    eps: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    gain: Callable[[Tensor, Tensor], Tensor]
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "eps": Objective(
+        target=lambda alpha, sigma, x_0, noise: noise,
+        x_0=lambda alpha, sigma, x_t, estimate: (x_t - sigma * estimate) / alpha,
+        eps=lambda alpha, sigma, x_t, estimate: estimate,
+        gain=lambda alpha, sigma: sigma / alpha,
+    ),
+    "v": Objective(
+        target=lambda alpha, sigma, x_0, noise: alpha * noise - sigma * x_0,
+        x_0=lambda alpha, sigma, x_t, estimate: alpha * x_t - sigma * estimate,
+        eps=lambda alpha, sigma, x_t, estimate: sigma * x_t + alpha * estimate,
+        gain=lambda alpha, sigma: sigma,
+    ),
+    "flow": Objective(
+        target=lambda alpha, sigma, x_0, noise: noise - x_0,
+        x_0=lambda alpha, sigma, x_t, estimate: x_t - sigma * estimate,
+        eps=lambda alpha, sigma, x_t, estimate: x_t + alpha * estimate,
+        gain=lambda alpha, sigma: sigma,
+    ),
+}
+
+
 @dataclass(frozen=True)
 class DiffusionConfig:
     """The noise process and the objective. The defaults are the paper's.
@@ -26,16 +66,29 @@ class DiffusionConfig:
         num_timesteps: T, the number of noise levels.
         beta_start: the first beta of the linear schedule; the discrete form of beta(0) = 0.1.
         beta_end: the last beta of the linear schedule; the discrete form of beta(T) = 20.
-        objective: what the network estimates: eps, the noise (the paper's), or v, `alpha eps - sigma x_0` (Salimans and
-            Ho), from which short runs learn the whole picture sooner.
+        objective: what the network estimates: eps, the noise (the paper's); v, `alpha eps - sigma x_0` (Salimans and
+            Ho), from which short runs learn the whole picture sooner; or flow, `eps - x_0` (rectified flow), whose
+            noise process is the straight line `alpha = 1 - t / T`, `sigma = t / T` in place of the betas.
         learned_variance: the network also predicts where the reverse variance lies in its range (IDDPM).
+        min_snr: each frame's squared error is weighted by its own timestep, so that it counts in x_0 as
+            min(SNR, min_snr) (Hang et al. 2023, who use 5); 0 weights the estimates of all timesteps alike.
     """
 
     num_timesteps: int = NUM_TIMESTEPS
     beta_start: float = 1e-4
     beta_end: float = 0.02
-    objective: Literal["eps", "v"] = "eps"
+    objective: Literal["eps", "v", "flow"] = "eps"
     learned_variance: bool = True
+    min_snr: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective {self.objective!r} is unknown; choose one of {', '.join(OBJECTIVES)}")
+        if self.num_timesteps < 2 or not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError("a noise process needs 2 or more timesteps and betas 0 < beta_start <= beta_end < 1")
+        if self.min_snr < 0:
+            raise ValueError(f"min_snr is {self.min_snr}: choose 0 for none, or a positive bound such as 5")
 
 
 class Prediction(NamedTuple):
@@ -54,12 +107,16 @@ class Diffusion:
 
     def __init__(self, config: DiffusionConfig | None = None) -> None:
         self.config = config or DiffusionConfig()
-        betas = torch.linspace(
-            self.config.beta_start, self.config.beta_end, self.config.num_timesteps, dtype=torch.float64
-        )
-        one = torch.ones(1, dtype=torch.float64)
-        self.alpha_bar = torch.cat([one, torch.cumprod(1 - betas, 0)])  # (T + 1)
+        self.objective = OBJECTIVES[self.config.objective]
+        self.alpha_bar = self._table()  # alpha ** 2, (T + 1)
         self._on: dict[torch.device, Tensor] = {}
+
+    def _table(self) -> Tensor:
+        c = self.config
+        if c.objective == "flow":
+            return torch.linspace(1, 0, c.num_timesteps + 1, dtype=torch.float64).square()
+        betas = torch.linspace(c.beta_start, c.beta_end, c.num_timesteps, dtype=torch.float64)
+        return torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas, 0)])
 
     @property
     def num_timesteps(self) -> int:
@@ -72,10 +129,19 @@ class Diffusion:
             self._on[t.device] = self.alpha_bar.to(t.device)
         return self._on[t.device][t][..., None, None, None]
 
+    def _power(self, alpha_bar: Tensor) -> Tensor | float:
+        """`alpha ** 2 + sigma ** 2`: 1 where the process preserves variance; less on the straight line of a flow."""
+        return alpha_bar + (1 - alpha_bar.sqrt()) ** 2 if self.config.objective == "flow" else 1.0
+
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """`alpha` and `sigma` of each frame: `(b f) -> (b f 1 1 1)`, float64."""
         alpha_bar = self._alpha_bar(t)
-        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        return alpha_bar.sqrt(), (self._power(alpha_bar) - alpha_bar).sqrt()
+
+    def noise_levels(self) -> Tensor:
+        """`sigma / alpha` of t = 0..T, float64 `(T + 1,)`; it rises, and ends with infinity for a flow."""
+        alpha, sigma = self.levels(torch.arange(self.num_timesteps + 1)[None])
+        return (sigma / alpha).flatten()
 
     def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Noise each frame to its own timestep (FVDM, equation 5); at `t = 0` the frame comes back bit-identical.
@@ -100,16 +166,22 @@ class Diffusion:
         output, x_t = output.float(), x_t.float()
         estimate, variance = output.chunk(2, dim=2) if self.config.learned_variance else (output, None)
         alpha, sigma = (level.float() for level in self.levels(t))
-        if self.config.objective == "v":
-            return Prediction(alpha * x_t - sigma * estimate, sigma * x_t + alpha * estimate, variance, estimate)
-        return Prediction((x_t - sigma * estimate) / alpha, estimate, variance, estimate)
+        x_0 = self.objective.x_0(alpha, sigma, x_t, estimate)
+        return Prediction(x_0, self.objective.eps(alpha, sigma, x_t, estimate), variance, estimate)
 
     def target(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the network should estimate of each frame, float32 `(b f c h w)`."""
-        if self.config.objective == "eps":
-            return noise.float()
         alpha, sigma = (level.float() for level in self.levels(t))
-        return alpha * noise.float() - sigma * x_0.float()
+        return self.objective.target(alpha, sigma, x_0.float(), noise.float())
+
+    def weight(self, t: Tensor) -> Tensor:
+        """Weight of each frame's squared error, `(b f) -> (b f)` float32: 1, or that of `DiffusionConfig.min_snr`."""
+        if not self.config.min_snr:
+            return torch.ones_like(t, dtype=torch.float32)
+        alpha, sigma = (level.flatten(1) for level in self.levels(t.clamp(1, self.num_timesteps)))
+        # At T a flow has no signal left: an SNR of 0, which it would have to divide by.
+        snr = (alpha / sigma).square().clamp(min=1e-12)
+        return (snr.clamp(max=self.config.min_snr) * self.objective.gain(alpha, sigma).square()).float()
 
     def posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean of q(x_next | x_t, x_0), and the log of its variance and of the forward step's (DDPM, equation 7).
@@ -126,13 +198,19 @@ class Diffusion:
             mean `(b f c h w)`; lower and upper log-variance `(b f 1 1 1)`, the ends of the learned range.
         """
         now, then = self._alpha_bar(t), self._alpha_bar(t_next)
-        beta = 1 - now / then
-        mean = (then.sqrt() * beta / (1 - now)).float() * x_0
-        mean = mean + ((now / then).sqrt() * (1 - then) / (1 - now)).float() * x_t
+        beta, noise_now, noise_then = self._step(now, then)
+        mean = (then.sqrt() * beta / noise_now).float() * x_0
+        mean = mean + ((now / then).sqrt() * noise_then / noise_now).float() * x_t
         first, second = self._alpha_bar(torch.ones_like(t)), self._alpha_bar(torch.full_like(t, 2))
-        floor = (1 - first) / (1 - second) * (1 - second / first)
-        variance = torch.where(then < 1, beta * (1 - then) / (1 - now), floor)
+        floor_beta, noise_second, noise_first = self._step(second, first)
+        floor = noise_first / noise_second * floor_beta
+        variance = torch.where(then < 1, beta * noise_then / noise_now, floor)
         return mean, variance.log().float(), beta.log().float()
+
+    def _step(self, now: Tensor, then: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise variance that the forward step from `then` to `now` adds; and the variances at `now` and at `then`."""
+        power_now, power_then = self._power(now), self._power(then)
+        return power_now - now / then * power_then, power_now - now, power_then - then
 
     def training_losses(
         self, model: Model, x_0: Tensor, t: Tensor, y: Tensor | None = None, noise: Tensor | None = None
@@ -160,6 +238,8 @@ class Diffusion:
         x_t = self.q_sample(x_0, t, noise)
         prediction = self.predict(model(x_t, t, y), x_t, t)
         loss = (prediction.estimate - self.target(x_0, t, noise)).square().flatten(2).mean(2)
+        if self.config.min_snr:
+            loss = loss * self.weight(t)
         if prediction.variance is not None:
             loss = loss + self._variational(prediction, x_0.float(), x_t.float(), t)
         return torch.where(t > 0, loss, 0.0)

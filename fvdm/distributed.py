@@ -72,8 +72,8 @@ class Stop(enum.IntEnum):
     """What the job has been told; the greater word wins when ranks hear different ones."""
 
     NO = 0
-    END = 1  # SIGTERM: the job is cancelled, or preempted by a scheduler that starts it again by itself.
-    REQUEUE = 2  # SIGUSR2: the time limit is near; the job should start itself again.
+    END = 1  # SIGTERM: the job is cancelled or preempted; who started it knows which.
+    REQUEUE = 2  # SIGUSR2: the time limit is near.
 
 
 class StopFlag:
@@ -86,9 +86,10 @@ class StopFlag:
         self.raised = Stop.NO
 
     def install(self) -> None:
-        """Watch for SIGTERM and SIGUSR2 from now on."""
+        """Watch for SIGTERM and SIGUSR2 from now on; those that a launcher has held back arrive now."""
         signal.signal(signal.SIGTERM, self._raise)
         signal.signal(signal.SIGUSR2, self._raise)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR2})
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
         self.raised = max(self.raised, Stop.REQUEUE if number == signal.SIGUSR2 else Stop.END)

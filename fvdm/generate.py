@@ -1,263 +1,151 @@
-"""Videos from a checkpoint: `python -m fvdm.generate --checkpoint runs/demo --task image-to-video --given cat.png`."""
+"""Videos from a model: `python -m fvdm.generate --checkpoint runs/demo --task image-to-video --given cat.png`.
+
+docs/tasks.md shows every task. Under torchrun the ranks share the samples, and write the same files.
+"""
 
 import contextlib
 import json
 import logging
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fvdm import checkpoint as ckpt
 from fvdm import config as settings
-from fvdm.diffusion import Diffusion, DiffusionConfig
-from fvdm.media import tile, write_gif, write_mp4, write_strips
-from fvdm.model import ModelConfig, VideoDiT
-from fvdm.samplers import SOLVERS, Solver, ddim, generators
-from fvdm.tasks import Sampling, given_frames, place, run
+from fvdm.distributed import Ranks, from_environment
+from fvdm.inputs import choose, read_frames, read_source
+from fvdm.matrices import Plan, text
+from fvdm.media import WRITERS, tile, write_strips
+from fvdm.pipeline import Recipe, Trained, encode_given, generate, load, make_batch, make_plan, stream
 from fvdm.tracking import Tracker, TrackingConfig
-from fvdm.vae import VAE, load_vae
 
+__all__ = ["GenerateConfig", "Trained", "generate", "load", "main", "read_frames", "stream"]
 logger = logging.getLogger(__name__)
+STEP_IN_TIME = 8.0  # frames per second where nothing given has a rate
+GRID = 16  # videos side by side, at most
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
-    """What to make, and from what.
+class GenerateConfig(Recipe):
+    """What to make, from what, and where to put it.
 
     Attributes:
-        checkpoint: a run's folder (its newest checkpoint is taken), or a checkpoint.
-        task: generate, image-to-video, interpolate or long.
-        given: an image, a video, a folder of frames, or a list of images, [a.png,b.png]; the task takes from it the
-            frames it wants: one for image-to-video, two for interpolate, half a clip (or none) for long.
+        checkpoint: a run's folder (its newest checkpoint is taken) or a checkpoint; a folder of fvdm.convert; or a
+            checkpoint file of Latte or of the official FVDM code.
+        given: an image, a video, a folder of frames, or a list of them, [a.png,b.png]. One video gives the frames that
+            the task wants, at the model's interval; two give the end of the first and the beginning of the second.
         out: folder for the videos.
+        formats: mp4, gif, webm or frames (a folder of PNG files); several with commas.
+        fps: frames per second of the files; 0 keeps the speed of the given video, or is 8 without one.
         num: number of samples.
-        seed: seed of the first sample; the k-th has seed + k, whatever the batch size.
-        steps: sampling steps.
-        solver: ddim or ddpm.
-        eta: noise of DDIM, 0 to 1.
-        guidance: classifier-free guidance scale of a class-conditional model; 1 is none.
-        label: class of a class-conditional model, by name or number; empty draws one for each sample, from its seed.
-        length: frames of the task long; the paper's is 128.
-        batch_size: samples drawn at once.
+        show_matrix: print the timestep matrix, and make nothing.
         weights: ema (the average) or model (the weights themselves).
         vae: VAE by name or path; empty takes the one the model was trained with.
         device: where to run, such as cuda or cpu; empty takes a GPU if there is one.
         precision: bf16 or fp32; empty takes bf16 on a GPU, fp32 on the CPU.
-        fps: frames per second of the files.
         tracking: where the videos are reported, beside the folder.
     """
 
     checkpoint: str
-    task: str = "generate"
     given: str | list[str] = ""
     out: str = "out"
-    num: int = 4
-    seed: int = 0
-    steps: int = 50
-    solver: str = "ddim"
-    eta: float = 0.0
-    guidance: float = 1.0
-    label: str = ""
-    length: int = 128
-    batch_size: int = 4
+    formats: str = "mp4,gif"
+    fps: float = 0.0
+    num: int = field(default=4, kw_only=True)
+    show_matrix: bool = False
     weights: Literal["ema", "model"] = "ema"
     vae: str = ""
     device: str = ""
     precision: Literal["", "bf16", "fp32"] = ""
-    fps: float = 8.0
     tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig(system_metrics=False))
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
-        for name in ("num", "steps", "length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        super().__post_init__()
+        if not 0 <= self.fps <= 240:
+            raise ValueError(f"fps is {self.fps}: choose up to 240, or 0 for that of the given video")
+        for form in self.forms or [""]:
+            if form not in WRITERS:
+                raise ValueError(f"format {form!r} is unknown; choose among {', '.join(WRITERS)}")
+
+    @property
+    def forms(self) -> list[str]:
+        """The formats, one by one."""
+        return [form.strip() for form in self.formats.split(",") if form.strip()]
+
+    @property
+    def paths(self) -> list[str]:
+        """The given files."""
+        return [path for path in ([self.given] if isinstance(self.given, str) else self.given) if path]
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A trained model with all that is needed to use it.
+class Job:
+    """What the settings come to, once model and given files are read.
 
     Attributes:
-        model: on its device, in eval mode.
-        diffusion: its noise process.
-        vae: turns its latents into pictures.
-        classes: names of its classes; empty without.
-        size: side of a frame in pixels.
-        interval: the clips it was trained on take every interval-th frame.
-        step: optimizer steps it was trained for.
-        folder: the checkpoint.
+        plan: the task.
+        clip: latents `(1 f c h w)`, the given ones at their places.
+        fps: of the files.
+        said: what was done to the given files, a line each.
     """
 
-    model: VideoDiT
-    diffusion: Diffusion
-    vae: VAE
-    classes: tuple[str, ...]
-    size: int
-    interval: int
-    step: int
-    folder: Path
+    plan: Plan
+    clip: Tensor
+    fps: float
+    said: tuple[str, ...]
 
 
-def load(checkpoint: str | Path, weights: str = "ema", vae: str = "", device: str = "", precision: str = "") -> Trained:
-    """Load a checkpoint for use.
-
-    Args:
-        checkpoint: a run's folder, or a checkpoint.
-        weights: `ema` or `model`.
-        vae: VAE by name or path; empty takes the one the model was trained with.
-        device: empty takes a GPU if there is one.
-        precision: `bf16`, `fp32`; empty takes bf16 on a GPU.
+def prepare(trained: Trained, config: GenerateConfig) -> Job:
+    """Read the given files and make the plan.
 
     Raises:
-        ValueError: if there is no whole checkpoint, or its VAE cannot be found.
+        ValueError: if a file cannot be read, or does not fit the task.
     """
-    folder = ckpt.resolve(Path(checkpoint))
-    state = ckpt.read_state(folder)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = torch.bfloat16 if (precision or ("bf16" if place.type == "cuda" else "fp32")) == "bf16" else torch.float32
-    model = VideoDiT(ModelConfig(**state["network"]))
-    model.load_state_dict(ckpt.read_weights(folder, weights))
-    return Trained(
-        model.to(place, dtype).eval().requires_grad_(False),
-        Diffusion(DiffusionConfig(**state["settings"]["diffusion"])),
-        load_vae(vae or state["vae"], place),
-        tuple(state["classes"]) if state["network"]["num_classes"] else (),
-        state["size"],
-        state["settings"]["data"]["interval"],
-        state["step"],
-        folder,
-    )
+    sources = [read_source(path, trained.size) for path in config.paths]
+    clips = [source.frames for source in sources]
+    plan = make_plan(trained, config, clips)
+    said = [str(source) for source in sources]
+    if clips:
+        said.append("given: " + "; ".join(choose(clips, plan, trained.interval)[1]))
+    rates = [source.fps for source in sources if source.fps]
+    fps = config.fps or (rates[0] / trained.interval if rates else STEP_IN_TIME)
+    if rates and not config.fps:
+        said.append(
+            f"fps: {fps:g}, the given speed at every {trained.interval}. frame"
+            if trained.interval > 1
+            else f"fps: {fps:g}"
+        )
+    return Job(plan, encode_given(trained, plan, clips), fps, tuple(said))
 
 
-def read_frames(path: str, size: int) -> Tensor:
-    """All frames of an image, a video or a folder of images: uint8 `(n 3 size size)`, shorter side resized, then the
-    centre cropped, as the training data were.
+def batches(config: GenerateConfig, ranks: Ranks) -> list[range]:
+    """The seeds of every batch that this rank draws: of at most `batch_size`, and as many as ranks where it can be."""
+    size = min(config.batch_size, -(-config.num // ranks.world_size))
+    firsts = range(config.seed, config.seed + config.num, size)
+    every = [range(first, min(first + size, config.seed + config.num)) for first in firsts]
+    return [every[k] for k in ranks.share(len(every))]
+
+
+def make(trained: Trained, config: GenerateConfig, job: Job, ranks: Ranks) -> dict[int, Tensor]:
+    """This rank's samples: seed -> uint8 `(f 3 h w)` on the CPU.
 
     Raises:
-        ValueError: if it cannot be read.
+        ValueError: if the class or a setting does not fit the model.
     """
-    import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    from fvdm.videos import IMAGE_SUFFIXES, Info, Preprocess, VideoError, read_video, to_square
-
-    how = Preprocess(min_frames=1)
-    try:
-        if Path(path).suffix.lower() in IMAGE_SUFFIXES:
-            with Image.open(path) as image:
-                picture = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-            return torch.from_numpy(to_square(picture, size, how))[None]
-        parts = [part for part in read_video(path, size, how, 64) if not isinstance(part, Info)]
-    except (OSError, UnidentifiedImageError, VideoError) as error:
-        raise ValueError(f"cannot read frames from {path}: {error}") from None
-    return torch.from_numpy(np.concatenate(parts))
-
-
-def read_given(paths: Sequence[str], indices: Sequence[int], trained: Trained) -> Tensor:
-    """Latents of the given frames, `(1 g c h w)`.
-
-    Args:
-        paths: as many images as there are indices; or one video or folder of frames, from which the frames at
-            `indices`, counted at the model's interval, are taken.
-        indices: indices of the given frames in the model's clip.
-        trained: the model.
-
-    Raises:
-        ValueError: if a file cannot be read, or there are too few frames.
-    """
-    if len(paths) == 1:
-        frames = read_frames(paths[0], trained.size)  # (n 3 h w)
-        wanted = [k * trained.interval for k in indices]
-        if len(frames) == len(indices):
-            wanted = list(range(len(indices)))
-        if wanted and wanted[-1] >= len(frames):
-            raise ValueError(
-                f"{paths[0]} has {len(frames)} frames; the task takes frames {', '.join(map(str, wanted))}: give a "
-                f"longer video, or exactly {len(indices)} images"
-            )
-        frames = frames[wanted]
-    else:
-        if len(paths) != len(indices):
-            raise ValueError(f"the task wants {len(indices)} given frames, {len(paths)} files came")
-        frames = torch.cat([read_frames(path, trained.size)[:1] for path in paths])
-    return trained.vae.encode_mean(frames)[None]
-
-
-def class_numbers(label: str, classes: Sequence[str], seeds: Sequence[int]) -> Tensor | None:
-    """The class of each sample, int64 `(b)`: the one named, or one drawn from the sample's seed; None without classes.
-
-    Raises:
-        ValueError: if the model has no such class.
-    """
-    if not classes:
-        if label:
-            raise ValueError(f"label {label!r}: this model has no classes")
-        return None
-    if not label:
-        draws = [torch.randint(len(classes), (), generator=generator) for generator in generators(seeds)]
-        return torch.stack(draws)
-    if label in classes:
-        return torch.full((len(seeds),), list(classes).index(label))
-    if label.isdigit() and int(label) < len(classes):
-        return torch.full((len(seeds),), int(label))
-    raise ValueError(f"label {label!r} is no class of this model; choose one of {', '.join(classes)}")
-
-
-def solver(name: str, eta: float = 0.0) -> Solver:
-    """The solver of that name.
-
-    Raises:
-        ValueError: if there is none; lists those there are.
-    """
-    if name not in SOLVERS:
-        raise ValueError(f"solver {name!r} is unknown; choose one of {', '.join(SOLVERS)}")
-    if eta and name != "ddim":
-        raise ValueError(f"eta belongs to ddim; {name} has none")
-    return ddim(eta) if name == "ddim" else SOLVERS[name]()
-
-
-def generate(trained: Trained, config: GenerateConfig) -> Tensor:
-    """Make the samples of a task.
-
-    Returns:
-        uint8 `(num f 3 h w)` on the CPU.
-
-    Raises:
-        ValueError: if the given frames or the class do not fit the task or the model.
-    """
-    network = trained.model.config
-    indices = given_frames(config.task, network.frames)
-    paths = [config.given] if isinstance(config.given, str) else config.given
-    if not any(paths):
-        if indices and config.task != "long":
-            raise ValueError(f"{config.task} starts from {len(indices)} given frame(s); name them with --given")
-        indices = ()
-    device = trained.model.space.device
-    empty = torch.zeros(1, 0, network.channels, network.size, network.size)
-    clip = place((read_given(paths, indices, trained) if indices else empty).to(device), indices, network.frames)
-    how = Sampling(
-        config.steps,
-        config.guidance if trained.classes else 1.0,
-        solver(config.solver, config.eta),
-        null_class=network.num_classes,
-        progress=_progress,
-    )
-    length = config.length if config.task == "long" else network.frames
-    videos = []
-    for first in range(0, config.num, config.batch_size):
-        seeds = [config.seed + k for k in range(first, min(first + config.batch_size, config.num))]
-        y = class_numbers(config.label, trained.classes, seeds)
-        y = None if y is None else y.to(device)
-        batch = clip.expand(len(seeds), *clip.shape[1:])
-        latents = run(trained.model, trained.diffusion, batch, indices, seeds, how, length, y)
-        videos.append(trained.vae.decode(latents).cpu())
-    return torch.cat(videos)
+    videos: dict[int, Tensor] = {}
+    for seeds in batches(config, ranks):
+        made = make_batch(trained, config, job.plan, job.clip, seeds, _progress)
+        videos |= dict(zip(seeds, made, strict=True))
+    return videos
 
 
 def _progress(steps: Sequence[int]) -> Iterator[int]:
@@ -266,22 +154,29 @@ def _progress(steps: Sequence[int]) -> Iterator[int]:
     return iter(tqdm(steps, "sampling", leave=False, disable=not sys.stderr.isatty()))
 
 
-def write(videos: Tensor, config: GenerateConfig, trained: Trained) -> list[Path]:
-    """Write every sample as mp4 and gif, all of them as one mp4 side by side, and a picture of their frames."""
+def write_samples(videos: dict[int, Tensor], config: GenerateConfig, fps: float) -> list[Path]:
+    """Write samples, seed -> uint8 `(f 3 h w)`, in every format."""
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     files = []
-    writers: dict[str, Callable[..., None]] = {"mp4": write_mp4, "gif": write_gif}
-    for k, video in enumerate(videos):
-        for suffix, writer in writers.items():
-            files.append(out / f"{config.task}-{config.seed + k:05d}.{suffix}")
-            writer(video, files[-1], config.fps)
-    files += [out / f"{config.task}.mp4", out / f"{config.task}.png"]
-    write_mp4(tile(list(videos[:16])), files[-2], config.fps)
-    write_strips(videos[:8], files[-1])
-    record = settings.plain(config) | {"checkpoint": str(trained.folder), "step": trained.step}
+    for seed, video in videos.items():
+        for form in config.forms:
+            files.append(out / f"{config.task}-{seed:05d}{'' if form == 'frames' else '.' + form}")
+            WRITERS[form](video, files[-1], fps)
+    return files
+
+
+def write_overview(videos: dict[int, Tensor], config: GenerateConfig, trained: Trained, job: Job) -> list[Path]:
+    """Write the videos side by side, a picture of their frames, and a record of how they were made."""
+    out = Path(config.out)
+    several = [videos[seed] for seed in sorted(videos)][:GRID]
+    forms = [form for form in config.forms if form != "frames"] or ["mp4"]
+    files = [out / f"{config.task}.{form}" for form in forms]
+    for form, path in zip(forms, files, strict=True):
+        WRITERS[form](tile(several), path, job.fps)
+    write_strips(torch.stack(several[:8]), out / f"{config.task}.png")
+    record = settings.plain(config) | {"checkpoint": str(trained.folder), "step": trained.step, "fps": job.fps}
     ckpt.write_text(out / f"{config.task}.json", json.dumps(record, indent=1))
-    return [*files, out / f"{config.task}.json"]
+    return [*files, out / f"{config.task}.png", out / f"{config.task}.json"]
 
 
 def report(files: Sequence[Path], config: GenerateConfig, trained: Trained) -> None:
@@ -303,21 +198,75 @@ def report(files: Sequence[Path], config: GenerateConfig, trained: Trained) -> N
     tracker.close()
 
 
+def gather(videos: dict[int, Tensor], files: list[Path], ranks: Ranks) -> tuple[dict[int, Tensor], list[Path]]:
+    """Everything that the ranks made, on rank 0; there is nothing to do for one rank alone."""
+    if ranks.world_size == 1:
+        return videos, files
+    parts: list[Any] | None = [None] * ranks.world_size if ranks.is_main else None
+    dist.gather_object((videos, files), parts)
+    if parts is None:
+        return {}, []
+    made: dict[int, Tensor] = {}
+    for part, _ in parts:
+        made |= part
+    return made, sorted(path for _, written in parts for path in written)
+
+
+def run(config: GenerateConfig, ranks: Ranks) -> None:
+    """Make, write, and report; rank 0 alone speaks.
+
+    Raises:
+        ValueError: if settings, files and model do not fit each other.
+    """
+    if ranks.world_size > 1 and torch.cuda.is_available() and not config.device:
+        config = replace(config, device=f"cuda:{ranks.local_rank}")
+    trained = load(config.checkpoint, config.weights, config.vae, config.device, config.precision)
+    job = prepare(trained, config)
+    if ranks.is_main:
+        print("\n".join(job.said), end="\n" if job.said else "", flush=True)
+    if config.show_matrix:
+        if ranks.is_main:
+            print(text(job.plan.matrix))
+        return
+    try:
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {config.out}: {error.strerror}") from None
+    videos = make(trained, config, job, ranks)
+    videos, files = gather(videos, write_samples(videos, config, job.fps), ranks)
+    if ranks.is_main:
+        overview = write_overview(videos, config, trained, job)
+        report([*(path for path in files if path.is_file()), *overview], config, trained)
+        count, length = len(videos), job.plan.matrix.shape[1]
+        print(f"{config.task}: {count} video(s) of {length} frames in {config.out}; all in one: {overview[0]}")
+
+
 def main() -> None:
     """Command line."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         config = settings.parse(GenerateConfig, description=__doc__)
-        solver(config.solver, config.eta)
-        given_frames(config.task, 16)
-        trained = load(config.checkpoint, config.weights, config.vae, config.device, config.precision)
-        videos = generate(trained, config)
-        files = write(videos, config, trained)
+        ranks = from_environment() if "RANK" in os.environ else Ranks()
+        if ranks.world_size > 1:
+            dist.init_process_group("gloo")
+        run(config, ranks)
     except ValueError as error:
         settings.fail(error)
-    report(files, config, trained)
-    shown = next(path for path in files if path.name == f"{config.task}.mp4")
-    print(f"{config.task}: {len(videos)} video(s) of {videos.shape[1]} frames in {config.out}; all in one: {shown}")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+class _Callable(ModuleType):
+    """`from fvdm import generate` gives this module once something has imported it: so it can be called like its
+    function of that name."""
+
+    def __call__(self, *args: Any, **settings: Any) -> Tensor:
+        """See `fvdm.pipeline.generate`."""
+        return generate(*args, **settings)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Videos as people look at them: mp4 and gif files, and one picture of many frames. The only place that writes them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,19 +17,41 @@ def write_mp4(video: Tensor, path: Path, fps: float = 8.0) -> None:
         path: the file, written under a temporary name first.
         fps: frames per second.
     """
+    _write_video(video, path, fps, "mp4", "libx264", {"crf": "12"})
+
+
+def write_webm(video: Tensor, path: Path, fps: float = 8.0) -> None:
+    """Write a clip as VP9, near lossless; see `write_mp4`."""
+    _write_video(video, path, fps, "webm", "libvpx-vp9", {"crf": "15", "b": "0", "deadline": "good", "cpu-used": "4"})
+
+
+def _write_video(video: Tensor, path: Path, fps: float, container: str, codec: str, options: dict[str, object]) -> None:
     import av
 
     temporary = path.with_name(f".tmp-{path.name}")
     height, width = (side // 2 * 2 for side in video.shape[2:])
-    with av.open(str(temporary), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+    with av.open(str(temporary), "w", format=container) as file:
+        stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
+        assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"crf": "12"}
+        stream.options = options
+        stream.thread_count = 1  # With more, the bytes of a file depend on how the threads were scheduled.
         for frame in rearrange(video, "f c h w -> f h w c").cpu().numpy():
             picture = av.VideoFrame.from_ndarray(frame[:height, :width].copy(), format="rgb24")
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
+            file.mux(stream.encode(picture))
+        file.mux(stream.encode())
     temporary.rename(path)
+
+
+def write_frames(video: Tensor, path: Path, fps: float = 8.0) -> None:
+    """Write a clip, uint8 `(f 3 h w)`, as a folder of numbered PNG files; these have no rate."""
+    from PIL import Image
+
+    path.mkdir(parents=True, exist_ok=True)
+    for k, frame in enumerate(rearrange(video, "f c h w -> f h w c").cpu().numpy()):
+        temporary = path / f".tmp-{k:05d}.png"
+        Image.fromarray(frame).save(temporary, "PNG")
+        temporary.rename(path / f"{k:05d}.png")
 
 
 def write_gif(video: Tensor, path: Path, fps: float = 8.0) -> None:
@@ -61,3 +83,12 @@ def tile(videos: Sequence[Tensor]) -> Tensor:
     missing = -len(stack) % columns
     stack = torch.cat([stack, stack.new_zeros((missing, *stack.shape[1:]))])
     return rearrange(stack, "(r q) f c h w -> f c (r h) (q w)", q=columns)
+
+
+WRITERS: dict[str, Callable[[Tensor, Path, float], None]] = {
+    "mp4": write_mp4,
+    "gif": write_gif,
+    "webm": write_webm,
+    "frames": write_frames,
+}
+"""Format -> `(video, path, fps)`; `frames` writes a folder, the others a file."""

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fvdm.attention import Backend, attention
 from fvdm.diffusion import check_timesteps
+from fvdm.pretrained import Pretrained
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,10 @@ class Block(nn.Module):
         return torch.addcmul(x, gate_2, self.mlp(modulate(x, shift_2, scale_2)))
 
 
-class VideoDiT(nn.Module):
+class VideoDiT(Pretrained, nn.Module):
     """The denoiser: `forward(x (b f c h w), t (b f), y (b) or None) -> (b f c h w)`, 2c with learned variance."""
 
+    Config = ModelConfig
     space: Tensor
     time: Tensor
 

@@ -11,9 +11,14 @@ from torch import Tensor, nn
 from fvdm.data import DataConfig, batches
 from fvdm.diffusion import Diffusion
 from fvdm.distributed import Ranks
+from fvdm.guidance import Guidance
+from fvdm.matrices import Plan, Wish, find
 from fvdm.media import tile, write_gif, write_mp4, write_strips
+from fvdm.samplers import How
 from fvdm.shards import LatentShards
-from fvdm.tasks import Sampling, given_frames, run
+from fvdm.solvers import solver
+from fvdm.tasks import draw
+from fvdm.timesteps import evenly_spaced, spaced
 from fvdm.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -25,11 +30,12 @@ class PreviewConfig:
 
     Attributes:
         every: steps between previews; 0 is none.
-        tasks: what is made of each.
+        tasks: what is made of each; a task that must be told more, as any-frame must, is none for here.
         num: clips per task, shared out among the ranks.
-        steps: DDIM steps.
+        steps: sampling steps.
+        solver: ddim, ddpm, dpm++ or unipc.
         guidance: classifier-free guidance scale of a class-conditional model.
-        long_frames: frames of the task `long`.
+        long_frames: frames of the tasks that slide over a video, such as `long`.
         fps: frames per second of the files.
     """
 
@@ -37,9 +43,26 @@ class PreviewConfig:
     tasks: tuple[str, ...] = ("generate", "image-to-video", "interpolate", "long")
     num: int = 4
     steps: int = 50
+    solver: str = "ddim"
     guidance: float = 1.0
     long_frames: int = 32
     fps: float = 8.0
+
+    def __post_init__(self) -> None:
+        """Refuse, before a run begins, what would end it at its first preview."""
+        solver(self.solver)
+        for task in self.tasks:
+            make_plan(task, evenly_spaced(1), 16, max(self.long_frames, 16))
+
+
+def make_plan(task: str, levels: Tensor, window: int, long_frames: int) -> Plan:
+    """A task on a clip of one window, all of whose frames are at hand.
+
+    Raises:
+        ValueError: if there is no such task, or it must be told more.
+    """
+    length = max(long_frames, window) if find(task).length else window
+    return find(task).plan(Wish(levels, window, length, given=window))
 
 
 @torch.no_grad()
@@ -64,18 +87,24 @@ def preview(
     source = next(batches(shards, replace(data, batch_size=config.num, workers=0, flip=False), device=device))
     clip = source.x_0[mine]
     y = None if not null_class or source.y is None else source.y[mine]
-    how = Sampling(config.steps, guidance=config.guidance if y is not None else 1.0, null_class=null_class)
+    guidance = Guidance(config.guidance if y is not None else 1.0, null_class=null_class)
+    how = How(solver(config.solver), guidance)
+    levels = spaced(how.solver.spacing, config.steps, diffusion.noise_levels())
     made: dict[str, Tensor] = {}
     for task in config.tasks:
-        given = given_frames(task, clip.shape[1])
-        length = config.long_frames if task == "long" else clip.shape[1]
+        window = clip.shape[1]
+        matrix = make_plan(task, levels, window, config.long_frames).matrix
+        whole = torch.cat([clip, clip.new_zeros(len(clip), matrix.shape[1] - window, *clip.shape[2:])], dim=1)
         if mine:
-            made[task] = run(model, diffusion, clip, given, mine, how, length, y).float().cpu()
+            made[task] = draw(model, diffusion, whole, matrix, mine, how, y, window).float().cpu()
     parts: list[dict[str, Tensor] | None] | None = [None] * ranks.world_size if ranks.is_main else None
     dist.gather_object(made, parts)
     if parts is not None and tracker is not None:
         latents = {task: torch.cat([part[task] for part in parts if part]) for task in config.tasks}
-        _write(latents, shards, folder / f"step-{step:08d}", config.fps, step, tracker, device)
+        try:
+            _write(latents, shards, folder / f"step-{step:08d}", config.fps, step, tracker, device)
+        except OSError as error:
+            logger.warning("the preview videos of step %d could not be written: %s", step, error)
 
 
 def _write(

@@ -1,85 +1,76 @@
-"""Sampling: one loop over a timestep matrix, and the solver steps it is made of. Pure functions.
+"""Sampling: one loop over the rows of a timestep matrix, for a window of frames that slides along the video. Pure.
 
-A step takes `t` and `t_next`, both `(b f)`. A frame whose timestep stands still does not move, to the bit; that is
-all it takes to hold a given frame, start one late, or finish one early.
+A row says where each frame's timestep is, the next one where it goes. A frame whose timestep stands still does not
+move, to the bit; that is all it takes to hold a given frame, start one late, or finish one early. A video longer than
+the model's window is a wide matrix: `windows` cuts it into blocks, and `stream` slides from one to the next.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fvdm.diffusion import Diffusion, Model, Prediction, interpolate_log_variance
+from fvdm.diffusion import Diffusion, Model
+from fvdm.guidance import Guidance, guided, noisy_given
+from fvdm.solvers import Past, Solver, Step, ddim
 from fvdm.timesteps import check_schedule
 
+Block = tuple[int, Tensor]
+"""A window's first frame, and the matrix `(s + 1, window)` that is walked there."""
+Progress = Callable[[Sequence[int]], Iterator[int]]
 
-class Step(NamedTuple):
-    """What a solver knows when it takes a step.
+
+@dataclass(frozen=True)
+class How:
+    """How a matrix is walked; the same for every task.
 
     Attributes:
-        diffusion: the noise process.
-        prediction: the network's estimates at `t`.
-        x_t: where the clip stands, float32 `(b f c h w)`.
-        t: its timesteps `(b f)`.
-        t_next: the timesteps it goes to, `(b f)`.
-        noise: draws standard normal `(b f c h w)`, fresh at each call.
+        solver: takes the steps; DDIM with eta 0 unless another is given.
+        guidance: what the estimate is pushed towards.
+        given_noise: timestep that clean frames are shown to the network at; 0 is none.
+        progress: wraps the sequence of steps, such as `tqdm`.
     """
 
-    diffusion: Diffusion
-    prediction: Prediction
-    x_t: Tensor
-    t: Tensor
-    t_next: Tensor
-    noise: Callable[[], Tensor]
+    solver: Solver = field(default_factory=ddim)
+    guidance: Guidance = field(default_factory=Guidance)
+    given_noise: int = 0
+    progress: Progress = iter
 
 
-Solver = Callable[[Step], Tensor]
-"""Takes a step: returns the clip at `t_next`. What it says of frames that stand still is not used."""
+@dataclass(frozen=True)
+class State:
+    """A window of the video, as the loop left it.
 
-
-def ddim(eta: float = 0.0) -> Solver:
-    """DDIM (equation 12); `eta` 0 is deterministic, 1 adds the noise of a DDPM step with fixed variance.
-
-    Raises:
-        ValueError: unless 0 <= eta <= 1.
+    Attributes:
+        x: the frames `(b f c h w)`.
+        past: the rows before, newest first; as many as the solver reads.
+        known: int64 `(b f)`: how many of them hold for the frame.
     """
-    if not 0.0 <= eta <= 1.0:
-        raise ValueError(f"eta = {eta}: choose 0 (deterministic) to 1")
 
-    def step(now: Step) -> Tensor:
-        diffusion, prediction, _, t, t_next, noise = now
-        alpha, sigma = diffusion.levels(t)
-        alpha_next, sigma_next = diffusion.levels(t_next)
-        kept = (alpha / alpha_next) ** 2  # alpha_bar[t] / alpha_bar[t_next]
-        spread = eta * sigma_next / sigma.clamp(min=1e-12) * (1 - kept).clamp(min=0).sqrt()
-        direction = (sigma_next**2 - spread**2).clamp(min=0).sqrt()
-        x = alpha_next.float() * prediction.x_0 + direction.float() * prediction.eps
-        return x + spread.float() * noise() if eta else x
+    x: Tensor
+    past: tuple[Past, ...]
+    known: Tensor
 
-    return step
+    @classmethod
+    def of(cls, x: Tensor) -> "State":
+        """A window with no past."""
+        return cls(x, (), torch.zeros(x.shape[:2], dtype=torch.long, device=x.device))
 
+    def slide(self, fresh: Tensor) -> tuple[Tensor, "State"]:
+        """Move on by the frames `fresh (b n c h w)`: the n frames that leave on the left, and the window after."""
+        n = fresh.shape[1]
+        none = torch.zeros(fresh.shape[:2], dtype=torch.long, device=fresh.device)
 
-def ddpm() -> Solver:
-    """Ancestral sampling (DDPM, algorithm 2) with the learned variance where the network gives one (IDDPM)."""
+        def moved(kept: Tensor, new: Tensor) -> Tensor:
+            return torch.cat([kept, new.to(kept.dtype)], dim=1)
 
-    def step(now: Step) -> Tensor:
-        diffusion, prediction, x_t, t, t_next, noise = now
-        # A standing frame has no step to take; its posterior would be 0 / 0, so compute that of a step it could
-        # take. sample() keeps its x_t.
-        t = t.clamp(min=1)
-        t_next = torch.where(t_next < t, t_next, t - 1)
-        mean, lower, upper = diffusion.posterior(prediction.x_0, x_t, t, t_next)
-        v = prediction.variance if prediction.variance is not None else torch.ones_like(lower)
-        log_variance = interpolate_log_variance(v, lower, upper)
-        last = (t_next == 0)[..., None, None, None]
-        return mean + torch.where(last, 0.0, (0.5 * log_variance).exp() * noise())
-
-    return step
-
-
-SOLVERS: dict[str, Callable[[], Solver]] = {"ddim": ddim, "ddpm": ddpm}
+        past = tuple(
+            Past(moved(p.t, none)[:, n:], moved(p.x_t, fresh)[:, n:], moved(p.x_0, fresh)[:, n:]) for p in self.past
+        )
+        frames = moved(self.x, fresh)
+        return frames[:, :n], State(frames[:, n:], past, moved(self.known, none)[:, n:])
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -110,29 +101,113 @@ def start(x_0: Tensor, schedule: Tensor, diffusion: Diffusion, generator: Sequen
     return torch.where(clean, x_0, torch.where(pure, noise, diffusion.q_sample(x_0, t, noise)))
 
 
-def guided(model: Model, guidance: float, null_class: int) -> Model:
-    """Classifier-free guidance (Ho and Salimans, equation 6) on the estimate, not on the variance; in one forward.
+def walk(
+    state: State,
+    schedule: Tensor,
+    denoise: Callable[[Tensor, Tensor], Tensor],
+    diffusion: Diffusion,
+    solver: Solver,
+    noise: Callable[[], Tensor],
+    progress: Progress = iter,
+) -> State:
+    """Walk a window down the rows of its matrix. The only sampling loop there is.
 
     Args:
-        model: conditional denoiser.
-        guidance: scale; 1 is the conditional model itself, for which nothing is wrapped.
-        null_class: the label that stands for no class.
+        state: the window, its frames at the timesteps of the first row.
+        schedule: int `(s + 1, f)`; columns never rise.
+        denoise: `(x_t, t) -> estimate`.
+        diffusion: the noise process.
+        solver: takes the steps.
+        noise: draws standard normal `(b f c h w)`.
+        progress: wraps the sequence of steps.
     """
-    if guidance == 1.0:
-        return model
-
-    def both(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        assert y is not None
-        labels = torch.cat([y, torch.full_like(y, null_class)])
-        with_class, without = model(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
-        c = x.shape[2]
-        eps = torch.lerp(without[:, :, :c], with_class[:, :, :c], guidance)
-        return torch.cat([eps, with_class[:, :, c:]], dim=2)
-
-    return both
+    moving = (schedule[1:] < schedule[:-1]).any(1).tolist()
+    rows = schedule.to(state.x.device)
+    x, past, known = state.x, state.past, state.known
+    for i in progress([k for k, moves in enumerate(moving) if moves]):
+        t, t_next = (rows[k].expand(x.shape[:2]) for k in (i, i + 1))
+        moves = t_next < t
+        prediction = diffusion.predict(denoise(x, t), x, t)
+        now = Step(diffusion, prediction, x.float(), t, t_next, noise, past, known)
+        if solver.correct is not None:
+            now = now._replace(x_t=solver.correct(now))
+        x = torch.where(moves[..., None, None, None], solver.move(now).to(x.dtype), x)
+        past = (Past(t, now.x_t, prediction.x_0), *past)[: solver.memory]
+        known = torch.where(moves, known + 1, 0)  # A frame that stands forgets: see fvdm.solvers.
+    return State(x, past, known)
 
 
 @torch.no_grad()
+def stream(
+    model: Model,
+    fresh: Callable[[int], Tensor],
+    blocks: Iterable[Block],
+    diffusion: Diffusion,
+    how: How | None = None,
+    *,
+    y: Tensor | None = None,
+    generator: Sequence[torch.Generator] = (),
+) -> Iterator[Tensor]:
+    """Walk the blocks of a video one after another, and let the frames go as they leave the window.
+
+    The memory is that of one window, however long the video.
+
+    Args:
+        model: the denoiser, called as `model(x_t, t, y)`.
+        fresh: `n -> (b n c h w)`: the next n frames of the video, noised to the timesteps they begin at.
+        blocks: first frames, never falling, and matrices of one width; a frame that two blocks share begins in the
+            second where it ended in the first.
+        diffusion: the noise process the model was trained with.
+        how: solver, guidance and so on.
+        y: class labels `(b)`.
+        generator: one per sample, for what draws noise on the way.
+
+    Yields:
+        `(b n c h w)`, n >= 1, every frame once, in order.
+
+    Raises:
+        ValueError: if the blocks do not fit each other, or guidance is asked for without labels.
+    """
+    how = how or How()
+    if how.guidance.scale != 1.0 and y is None:
+        raise ValueError(f"guidance {how.guidance.scale} needs class labels; use guidance 1 without classes")
+    state, begin = None, 0
+    reached: Tensor | None = None  # Timesteps of the window's frames.
+    for first, matrix in blocks:
+        check_schedule(matrix, diffusion.num_timesteps)
+        width = matrix.shape[1]
+        state = state or State.of(fresh(width))
+        if first < begin or width != state.x.shape[1]:
+            raise ValueError(
+                f"a window of {width} frames at {first} cannot follow one of {state.x.shape[1]} at {begin}"
+            )
+        if first > begin:
+            left, state = state.slide(fresh(first - begin))
+            yield left
+        shared = max(0, width - (first - begin))
+        if reached is not None and not torch.equal(reached[width - shared :], matrix[0, :shared]):
+            raise ValueError(f"the window at frame {first} begins at other timesteps than the one before ended at")
+        state = _walk_block(model, state, matrix, diffusion, how, y, generator)
+        begin, reached = first, matrix[-1]
+    if state is not None:
+        yield state.x
+
+
+def _walk_block(
+    model: Model,
+    state: State,
+    matrix: Tensor,
+    diffusion: Diffusion,
+    how: How,
+    y: Tensor | None,
+    generator: Sequence[torch.Generator],
+) -> State:
+    noise = functools.partial(draw_noise, state.x.shape, generator, state.x.device)
+    steady = noisy_given(model, diffusion, how.given_noise, noise)
+    asked = guided(steady, how.guidance, diffusion, noise)
+    return walk(state, matrix, lambda x, t: asked(x, t, y), diffusion, how.solver, noise, how.progress)
+
+
 def sample(
     model: Model,
     x: Tensor,
@@ -144,9 +219,9 @@ def sample(
     null_class: int = 0,
     solver: Solver | None = None,
     generator: Sequence[torch.Generator] = (),
-    progress: Callable[[Sequence[int]], Iterator[int]] = iter,
+    progress: Progress = iter,
 ) -> Tensor:
-    """Walk a clip down the rows of a timestep matrix.
+    """Walk a clip of one window down the rows of a timestep matrix.
 
     Args:
         model: the denoiser, called as `model(x_t, t, y)`.
@@ -156,7 +231,7 @@ def sample(
         y: class labels `(b)`.
         guidance: classifier-free guidance scale; 1 is none.
         null_class: the label that stands for no class; needed with guidance.
-        solver: `ddim()` or `ddpm()`; DDIM with eta 0 when not given.
+        solver: one of `fvdm.solvers`; DDIM with eta 0 when not given.
         generator: one per sample, for solvers that add noise.
         progress: wraps the sequence of steps, such as `tqdm`.
 
@@ -169,42 +244,45 @@ def sample(
     check_schedule(schedule, diffusion.num_timesteps)
     if schedule.shape[1] != x.shape[1]:
         raise ValueError(f"the schedule is for {schedule.shape[1]} frames, the clip has {x.shape[1]}")
-    if guidance != 1.0 and y is None:
-        raise ValueError(f"guidance {guidance} needs class labels; use guidance 1 with an unconditional model")
-    step = solver or ddim()
-    denoise = guided(model, guidance, null_class)
-    moving = (schedule[1:] < schedule[:-1]).any(1).tolist()
-    rows = schedule.to(x.device)
-    for i in progress([k for k, moves in enumerate(moving) if moves]):
-        t, t_next = (rows[k].expand(x.shape[:2]) for k in (i, i + 1))
-        prediction = diffusion.predict(denoise(x, t, y), x, t)
-        noise = functools.partial(draw_noise, x.shape, generator, x.device)
-        x_next = step(Step(diffusion, prediction, x.float(), t, t_next, noise))
-        x = torch.where((t_next < t)[..., None, None, None], x_next.to(x.dtype), x)
-    return x
+    how = How(solver or ddim(), Guidance(guidance, null_class=null_class), progress=progress)
+    return next(stream(model, lambda n: x, [(0, schedule)], diffusion, how, y=y, generator=generator))
 
 
-def extend(draw: Callable[[Tensor, Sequence[int]], Tensor], first: Tensor, frames: int, overlap: int) -> Tensor:
-    """Long video as a sliding window (FVDM, section 2.4): each window continues the last `overlap` frames.
+def windows(matrix: Tensor, window: int) -> list[Block]:
+    """Cut the matrix of a long video into blocks that a model of `window` frames can walk.
+
+    In each row the window is where it holds all frames that move and sees the least noise: finished and given frames
+    rather than frames that wait. It never goes back.
 
     Args:
-        draw: `(clip (b window c h w), held) -> (b window c h w)`; holds the clip's `held` frames, draws the rest.
-        first: the first window, `(b window c h w)`.
-        frames: total length; 16 + 14 x 8 = 128 in the paper.
-        overlap: frames that a window shares with the one before.
+        matrix: int `(s + 1, frames)`.
+        window: frames that the model takes.
 
     Returns:
-        `(b frames c h w)`.
+        first frames and matrices, for `stream`.
 
     Raises:
-        ValueError: unless 1 <= overlap < window.
+        ValueError: if frames move in one row that no window holds together.
     """
-    window = first.shape[1]
-    if not 1 <= overlap < window:
-        raise ValueError(f"an overlap of {overlap} frames: choose 1 to {window - 1}, the model's window less one")
-    video = first
-    while video.shape[1] < frames:
-        clip = torch.zeros_like(first)
-        clip[:, :overlap] = video[:, -overlap:]
-        video = torch.cat([video, draw(clip, range(overlap))[:, overlap:]], dim=1)
-    return video[:, :frames]
+    count = matrix.shape[1]
+    if count <= window:
+        return [(0, matrix)]
+    moves = matrix[1:] < matrix[:-1]
+    noise = matrix[:-1].double().unfold(1, window, 1).sum(2)  # (s, places)
+    blocks: list[tuple[int, int]] = []  # (place, its first row)
+    place = 0
+    for row in moves.any(1).nonzero().flatten().tolist():
+        where = moves[row].nonzero().flatten()
+        low, high = int(where[0]), int(where[-1])
+        lowest, highest = max(place, high + 1 - window), min(low, count - window)
+        if lowest > highest:
+            raise ValueError(
+                f"frames {low} to {high} move together, and the model sees {window} at once: use fewer frames, or a "
+                "task that slides over the video, such as long, next-frame or stream"
+            )
+        centre = (low + high + 1 - window) / 2
+        place = min(range(lowest, highest + 1), key=lambda k: (noise[row, k].item(), abs(k - centre)))
+        if not blocks or blocks[-1][0] != place:
+            blocks.append((place, row))
+    ends = [row for _, row in blocks[1:]] + [len(moves)]
+    return [(k, matrix[a : b + 1, k : k + window]) for (k, a), b in zip(blocks, ends, strict=True)]

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import queue
-import subprocess
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fvdm.checkpoint import write_text
+from fvdm.provenance import git_commit
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,8 @@ class Tracker:
         self.into = into
         self.tags = {"git_commit": git_commit()} | (tags or {})
         folder.mkdir(parents=True, exist_ok=True)
-        self._journal = (folder / "events.jsonl").open("ab+")
+        self._journal = (folder / "events.jsonl").open("ab+", buffering=0)
+        self._pending = b""
         self._mend()
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._warned = False
@@ -86,7 +88,7 @@ class Tracker:
         if self._journal.tell():
             self._journal.seek(-1, os.SEEK_END)
             if self._journal.read(1) != b"\n":
-                self._journal.write(b"\n")
+                self._pending = b"\n"
 
     @property
     def run_id(self) -> str | None:
@@ -94,8 +96,9 @@ class Tracker:
         return self._position().get("run_id")
 
     def metrics(self, values: dict[str, float], step: int) -> None:
-        """Report numbers of a training step."""
-        self._write({"metrics": values, "step": step})
+        """Report numbers of a training step; what MLflow takes in no name, such as a plus or a comma, is replaced."""
+        named = {re.sub(r"[^\w\-. :/]", "_", name.replace("+", "p")): value for name, value in values.items()}
+        self._write({"metrics": named, "step": step})
 
     def artifact(self, path: Path, to: str = "") -> None:
         """Report a file that stays on disk, under the artifact folder `to`."""
@@ -107,8 +110,12 @@ class Tracker:
 
     def _write(self, event: dict[str, Any]) -> None:
         line = json.dumps(event | {"time": int(time.time() * 1000)})
-        self._journal.write(line.encode() + b"\n")
-        self._journal.flush()
+        self._pending += line.encode() + b"\n"
+        try:
+            while self._pending:
+                self._pending = self._pending[self._journal.write(self._pending) :]
+        except OSError as error:  # A full disk ends no training; what could not be written waits for the next event.
+            logger.warning("%s cannot be written (%s); keeping its events for later", self._journal.name, error)
         self._wake.put(True)
 
     def close(self, status: str = "FINISHED") -> None:
@@ -159,6 +166,7 @@ class Tracker:
         position = self._position()
         if "run_id" not in position:
             position["run_id"] = self.into or self._create(client)
+            position["experiment_id"] = client.get_run(position["run_id"]).info.experiment_id
             write_text(self.folder / "tracking.json", json.dumps(position))
         if self._monitor is None and not self.into:
             self._begin(client, position["run_id"])
@@ -240,19 +248,3 @@ def _batches(journal: Any, size: int = 200) -> Iterator[tuple[list[dict[str, Any
             events = []
     if end > begin:
         yield events, end
-
-
-def git_commit() -> str:
-    """The commit of the code that runs, with `-dirty` where files differ from it; empty outside a checkout."""
-    try:
-        here = Path(__file__).parent
-        out = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return out.stdout.strip()

@@ -5,16 +5,11 @@ All that is random is a function of (seed, number of the sample), so a resumed r
 on the same or another number of ranks.
 """
 
-import fcntl
-import json
 import logging
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,146 +18,18 @@ from torch import Tensor
 
 from fvdm import checkpoint as ckpt
 from fvdm import config as settings
-from fvdm.attention import Backend
-from fvdm.checkpoint import CheckpointConfig
-from fvdm.data import Batch, DataConfig, batches
-from fvdm.diffusion import Diffusion, DiffusionConfig
+from fvdm.data import Batch, batches
 from fvdm.distributed import Ranks, Stop, StopFlag, from_environment, seed_everything
 from fvdm.ema import EMA
-from fvdm.engine import Engine, EngineConfig, accumulation, initialise
-from fvdm.model import ModelConfig, VideoDiT, preset
-from fvdm.previews import PreviewConfig, preview
+from fvdm.engine import Engine, initialise
+from fvdm.model import ModelConfig, VideoDiT
+from fvdm.previews import preview
+from fvdm.run import Progress, Run, TrainConfig, initial_weights, model_config, only_one
 from fvdm.shards import LatentShards
 from fvdm.timesteps import sample_timesteps
-from fvdm.tracking import Tracker, TrackingConfig
+from fvdm.tracking import Tracker
 
 logger = logging.getLogger(__name__)
-
-LOCK_ATTEMPTS = 10  # a second apart
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Settings of a training run. The defaults are the paper's, for XL on 256-pixel clips of 16 frames.
-
-    Attributes:
-        name: the run; its folder, and its name in MLflow. Run the same name again to resume.
-        data: what is trained on.
-        runs: folder of all runs.
-        model: size and patch: S/2, B/2, L/2, XL/2 (or T, XS; patches /1, /4, /8).
-        conditional: use the class labels of the data.
-        class_dropout: probability that a clip's label is hidden, for guidance.
-        attention: attention backend: auto, flash, sdpa or math.
-        recompute: recompute the activations of every k-th block to save memory; 0 is none.
-        p: probability that a clip has one timestep per frame (PTSS); 0 is a scalar-timestep model.
-        steps: optimizer steps at which training ends.
-        seed: of the initial weights, the order of the data and all noise.
-        ema_decay: decay of the average of the weights, per step.
-        log_every: steps between two reports.
-        stop_every: steps between two looks at whether a rank was told to stop.
-        max_skipped: steps in a row whose loss or gradient is not finite, after which the run stops.
-        diffusion: noise process and objective.
-        engine: optimizer and ZeRO-2.
-        checkpoint: when checkpoints are written, and which are kept.
-        previews: videos made while training.
-        tracking: where the run is reported.
-    """
-
-    name: str
-    data: DataConfig
-    runs: str = "runs"
-    model: str = "XL/2"
-    conditional: bool = False
-    class_dropout: float = 0.1
-    attention: Backend = "auto"
-    recompute: int = 0
-    p: float = 0.2
-    steps: int = 250_000
-    seed: int = 0
-    ema_decay: float = 0.9999
-    log_every: int = 100
-    stop_every: int = 10
-    max_skipped: int = 10
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    previews: PreviewConfig = field(default_factory=PreviewConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return Path(self.runs) / self.name
-
-
-@dataclass
-class Progress:
-    """How far a run has come; with the weights it is the whole state.
-
-    Attributes:
-        step: steps taken, skipped ones included.
-        updates: steps that moved the weights; Adam's count.
-        consumed: samples used up by all ranks.
-        skipped: steps in a row that moved nothing.
-    """
-
-    step: int = 0
-    updates: int = 0
-    consumed: int = 0
-    skipped: int = 0
-
-
-def model_config(config: TrainConfig, shards: LatentShards) -> ModelConfig:
-    """The network that fits the settings and the data.
-
-    Raises:
-        ValueError: if labels are wanted and the data has none, or frames are not square.
-    """
-    c, h, w = shards.latent_shape
-    if h != w:
-        raise ValueError(f"the latents in {config.data.path} are {h} x {w}; the model takes square frames")
-    if config.conditional and not shards.classes:
-        raise ValueError(f"conditional is set, but the shards in {config.data.path} have no class labels")
-    return replace(
-        preset(config.model),
-        channels=c,
-        size=h,
-        frames=config.data.frames,
-        num_classes=len(shards.classes) if config.conditional else 0,
-        learned_variance=config.diffusion.learned_variance,
-        attention=config.attention,
-        recompute=config.recompute,
-    )
-
-
-def check(config: TrainConfig, world_size: int) -> None:
-    """Find, before a job waits in a queue, what would end it at its start.
-
-    Raises:
-        ValueError: if the data cannot be read, or model, data, batch and ranks do not fit each other.
-    """
-    model_config(config, LatentShards(config.data.path, config.data.split, config.data.cache))
-    accumulation(config.data.batch_size, config.engine.micro_batch, world_size)
-
-
-@contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Refuse a second training of the same run while one goes on.
-
-    Raises:
-        ValueError: if the run is already being trained.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        for _ in range(LOCK_ATTEMPTS):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                time.sleep(1)  # The ranks of a killed job take a moment to end.
-        else:
-            raise ValueError(f"{folder} is being trained by another job; wait for it, or use another name")
-        yield
 
 
 def train(config: TrainConfig) -> Stop:
@@ -172,7 +39,8 @@ def train(config: TrainConfig) -> Stop:
         Stop.NO for a complete run; else what it was told: run it again to go on.
 
     Raises:
-        ValueError: for settings that do not fit each other, the data, or the run that is there.
+        ValueError: for settings that do not fit each other, the data, the memory, or the run that is there.
+        OSError: if the last checkpoint could not be written.
     """
     stop = StopFlag()
     stop.install()
@@ -182,16 +50,25 @@ def train(config: TrainConfig) -> Stop:
     network = model_config(config, shards)
     seed_everything(config.seed)
     device = initialise(config.engine.timeout)
-    engine = Engine(VideoDiT(network).to(device), config.engine, config.data.batch_size, ranks)
+    model = VideoDiT(network)
+    if config.init and not ckpt.checkpoints(config.folder / "checkpoints"):
+        initial_weights(config.init, model)
+    engine = Engine(model.to(device), config.engine, config.data.batch_size, ranks)
     ema = EMA(engine.masters, config.ema_decay)
-    with only_one(config.folder) if ranks.is_main else _nothing():
+    with only_one(config.folder, 0.8 * config.engine.timeout) if ranks.is_main else _nothing():
         run = Run(config, network, engine, ema, ranks, shards)
         run.resume()
         tracker = run.begin_tracking() if ranks.is_main else None
         status = "FAILED"
         try:
             told = _loop(run, tracker, stop)
+            run.finish()
             status = "KILLED" if told else "FINISHED"
+        except torch.OutOfMemoryError as error:
+            if run.progress.step > run.first:  # It fitted before: another process's doing, which may pass.
+                raise
+            sentence = str(error).split(". ")[0]
+            raise ValueError(f"{sentence}; lower engine.micro_batch, or set recompute to 1") from None
         finally:
             if tracker:
                 tracker.close(status)
@@ -202,86 +79,6 @@ def train(config: TrainConfig) -> Stop:
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
-
-
-class Run:
-    """The parts of a training run, and what is kept of it."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        network: ModelConfig,
-        engine: Engine,
-        ema: EMA,
-        ranks: Ranks,
-        shards: LatentShards,
-    ) -> None:
-        self.config, self.network, self.engine, self.ema = config, network, engine, ema
-        self.ranks, self.shards = ranks, shards
-        self.diffusion = Diffusion(config.diffusion)
-        self.progress = Progress()
-        self.root = config.folder / "checkpoints"
-
-    def resume(self) -> None:
-        """Go on from the newest whole checkpoint, if there is one; rank 0 decides which.
-
-        Raises:
-            ValueError: if the run there is of another model.
-        """
-        found = [ckpt.newest(self.root) if self.ranks.is_main else None]
-        dist.broadcast_object_list(found)
-        folder = found[0]
-        if folder is None:
-            return
-        state = ckpt.read_state(folder)
-        if state["names"] != {name: list(shape) for name, shape in self.engine.names.items()}:
-            raise ValueError(
-                f"{folder} holds a model of another shape ({state['settings']['model']}) than {self.config.model} on "
-                f"these data; give the run another name, or its own settings"
-            )
-        slices = {name: ckpt.read_slice(folder, name, self.engine.slice) for name in ckpt.SLICES}
-        self.progress = Progress(**state["progress"])
-        self.engine.load_state(slices, self.progress.updates)
-        self.ema.shards[0][: len(self.engine.slice)] = slices["ema"].to(self.engine.device)
-        if self.ranks.is_main:
-            logger.info("resuming %s from step %d", self.config.name, self.progress.step)
-
-    def save(self) -> None:
-        """Write a checkpoint and remove those that the policy does not keep. Collective."""
-        own = slice(len(self.engine.slice))
-        folder = ckpt.save(
-            self.root,
-            self.progress.step,
-            self.engine.state() | {"ema": self.ema.shards[0][own]},
-            self.engine.slice.start,
-            {
-                "progress": vars(self.progress),
-                "names": self.engine.names,
-                "settings": settings.plain(self.config),
-                "network": settings.plain(self.network),
-                "vae": self.shards.manifest.vae,
-                "normalisation": self.shards.manifest.normalisation,
-                "classes": list(self.shards.classes),
-                "size": self.shards.manifest.size,
-            },
-            self.ranks.rank,
-            self.ranks.world_size,
-            dist.barrier,
-        )
-        if self.ranks.is_main:
-            ckpt.prune(self.root, self.config.checkpoint)
-            logger.info("checkpoint %s", folder)
-
-    def begin_tracking(self) -> Tracker:
-        """Write down what this run is, and begin (or continue) its MLflow run."""
-        folder = self.config.folder
-        settings.save(self.config, folder / "config.yaml")
-        ckpt.write_text(folder / "environment.json", json.dumps(environment(), indent=1))
-        flat = settings.flatten(self.config) | {f"network.{k}": v for k, v in vars(self.network).items()}
-        tracker = Tracker(folder, self.config.tracking, self.config.name, flat, {"kind": "train"})
-        tracker.artifact(folder / "config.yaml")
-        tracker.artifact(folder / "environment.json")
-        return tracker
 
 
 def _loop(run: Run, tracker: Tracker | None, stop: StopFlag) -> Stop:
@@ -319,6 +116,8 @@ def _loop(run: Run, tracker: Tracker | None, stop: StopFlag) -> Stop:
         if progress.step % config.checkpoint.every == 0:
             run.save()
             saved = progress.step
+            if tracker:
+                tracker.metrics({"checkpoint/stalled_seconds": run.writer.stalled}, progress.step)
     if saved != progress.step:
         run.save()
     return Stop.NO if progress.step >= config.steps else told
@@ -445,26 +244,12 @@ def _preview(run: Run, tracker: Tracker | None) -> None:
         )
 
 
-def environment() -> dict[str, Any]:
-    """Versions of what the run runs on, for the record."""
-    from importlib.metadata import version
-
-    packages = ("fvdm", "torch", "deepspeed", "webdataset", "diffusers", "mlflow", "submitit", "numpy")
-    return {
-        "python": platform.python_version(),
-        "host": platform.node(),
-        "system": platform.platform(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "packages": {name: version(name) for name in packages},
-    }
-
-
 def main(parse: Callable[[type[TrainConfig]], TrainConfig] = settings.parse) -> None:
     """`python -m fvdm.train --config FILE.yaml`: one rank of a training, under torchrun or alone."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
     try:
         told = train(parse(TrainConfig))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         settings.fail(error)
     raise SystemExit(75 if told else 0)
 

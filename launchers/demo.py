@@ -57,12 +57,13 @@ def main() -> None:
             print(f"\nthe demo stopped at: {title} (exit code {code}); run make demo again to go on", file=sys.stderr)
             raise SystemExit(code)
     result = json.loads(Path("demo/fvd/fvd.json").read_text())
-    run_id = json.loads((RUN / "tracking.json").read_text()).get("run_id", "")
+    place = json.loads((RUN / "tracking.json").read_text())
+    page = f"#/experiments/{place.get('experiment_id', 0)}/runs/{place.get('run_id', '')}"
     print(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes.")
     print(f"  videos   {Path('demo/videos').resolve()}")
     print(f"  FVD      {result['fvd']:.1f} ({result['clips']} clips: far too few to compare with published numbers)")
     print("  MLflow   make ui, then open http://127.0.0.1:5000")
-    print(f"           the run: http://127.0.0.1:5000/#/experiments/1/runs/{run_id}")
+    print(f"           the run: http://127.0.0.1:5000/{page}")
 
 
 if __name__ == "__main__":

@@ -1,130 +1,34 @@
-"""Submitting a job of many ranks through submitit: to Slurm, or as processes of this machine."""
+"""What every rank of a job runs: the environment of `torch.distributed`, the work, and a word on how it ended."""
 
-import argparse
+import contextlib
 import logging
 import os
-import shutil
-import signal
-import subprocess
+import socket
 import sys
 import threading
 import time
 import warnings
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import submitit
 
-from fvdm.distributed import free_port
+from launchers.after import Files
+from launchers.resources import Resources
 
 logger = logging.getLogger("fvdm.launchers")
 
-WAIT_FOR_SIGNAL = 120  # seconds before a time limit at which Slurm warns the ranks
-POLL = 0.3  # seconds between two looks at a log
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a job asks of the cluster.
-
-    Attributes:
-        cluster: slurm, local, or auto: Slurm where sbatch exists.
-        nodes: number of nodes; on this machine, of processes (or of groups of gpus-per-node processes).
-        gpus_per_node: GPUs, and ranks, of a node; 0 runs one rank a node on the CPU. -1 takes what is here.
-        cpus_per_task: CPU cores of a rank.
-        time: time limit in minutes; a training that reaches it starts itself again.
-        partition: Slurm partition.
-        account: Slurm account.
-        qos: Slurm quality of service.
-        constraint: Slurm node features.
-        mem: memory of a node, such as 200G.
-        exclude: nodes to leave out.
-        dependency: Slurm dependency, such as afterok:1234.
-        interface: network interface of the rendezvous, such as ib0; the system's choice when empty.
-    """
-
-    cluster: str = "auto"
-    nodes: int = 1
-    gpus_per_node: int = -1
-    cpus_per_task: int = 0
-    time: int = 24 * 60
-    partition: str = ""
-    account: str = ""
-    qos: str = ""
-    constraint: str = ""
-    mem: str = ""
-    exclude: str = ""
-    dependency: str = ""
-    interface: str = ""
-
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Offer every attribute as an option, with its text above."""
-        texts = dict(
-            line.strip().split(": ", 1)
-            for line in (cls.__doc__ or "").splitlines()
-            if line.strip().split(":")[0] in cls.__dataclass_fields__
-        )
-        for field in fields(cls):
-            name = "--" + field.name.replace("_", "-")
-            choices = ("auto", "slurm", "local") if field.name == "cluster" else None
-            kind: Any = type(field.default)
-            parser.add_argument(name, type=kind, default=field.default, choices=choices, help=texts[field.name])
-        parser.add_argument("--follow", action="store_true", help="show the log until the job ends")
-
-    @classmethod
-    def from_options(cls, options: argparse.Namespace) -> "Resources":
-        """Resolve what was left to the machine.
-
-        Raises:
-            ValueError: if Slurm is asked for and not there, or a number is out of range.
-        """
-        values = {field.name: getattr(options, field.name) for field in fields(cls)}
-        slurm = shutil.which("sbatch") is not None
-        if values["cluster"] == "slurm" and not slurm:
-            raise ValueError("there is no sbatch on this machine; run this on a login node, or use --cluster local")
-        if values["cluster"] == "auto":
-            values["cluster"] = "slurm" if slurm else "local"
-            print("submitting to Slurm" if slurm else "no Slurm here: running on this machine (--cluster local)")
-        if values["nodes"] < 1:
-            raise ValueError(f"--nodes {values['nodes']}: a job needs at least one node")
-        if values["gpus_per_node"] < 0:
-            values["gpus_per_node"] = _default_gpus(values["cluster"], values["nodes"])
-        return cls(**values)
-
-    @property
-    def local(self) -> bool:
-        """Whether the ranks are processes of this machine."""
-        return self.cluster == "local"
-
-    @property
-    def ranks_per_node(self) -> int:
-        """Ranks on each node: one per GPU, or one on the CPU."""
-        return max(1, self.gpus_per_node)
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self.nodes * self.ranks_per_node
-
-
-def _default_gpus(cluster: str, nodes: int) -> int:
-    if cluster == "slurm":
-        return 8
-    import torch
-
-    here = torch.cuda.device_count()
-    if here and nodes > here:
-        raise ValueError(f"--nodes {nodes} --cluster local: this machine has {here} GPUs; use --nodes {here} or fewer")
-    return 1 if here else 0
+POLL = 0.3  # seconds between two looks at a file or a process
+FIRST_PORT, PORTS = 20_000, 12_000  # below the ports that Linux hands out by itself
+PATIENCE = 300.0  # seconds that a rank waits for rank 0 to say where the ranks meet
 
 
 @dataclass(frozen=True)
 class Job(ABC):
-    """What every rank runs: sets up the environment of `torch.distributed`, then does the work.
+    """The work of a rank.
 
     Attributes:
         resources: what was asked of the cluster.
@@ -134,35 +38,48 @@ class Job(ABC):
 
     @abstractmethod
     def work(self) -> bool:
-        """The rank's work; True when the job should be started again."""
+        """The rank's work; True when there is more, and the job should be started again."""
 
-    def __call__(self, launcher: int, port: int) -> str:
+    @property
+    def checkpoints(self) -> Path | None:
+        """The folder whose newest `step-*` tells how far the work has come."""
+        return None
+
+    def __call__(self, launcher: int, port: int) -> bool:
         """Run one rank.
 
         Args:
             launcher: process that started a job on this machine, with which its ranks end; 0 on a cluster.
-            port: of the rendezvous; 0 derives it from the job's number.
+            port: of the rendezvous; 0 lets rank 0 choose it.
 
         Returns:
-            "" or the sentence that says what the user should change.
+            Whether there is more to do.
+
+        Raises:
+            SystemExit: code 2 for a mistake of the user's, whose sentence goes to the job's error file; 1 for a disk's.
         """
-        # The time limit's signal can come before the work installs its own handler, and would end the process.
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         environment = submitit.JobEnvironment()
         environment.paths.result_pickle.unlink(missing_ok=True)  # Left by a requeued job, it would be taken for ours.
+        files = Files(Path(os.environ["SUBMITIT_FOLDER"]), environment.job_id)
         if launcher:
             _end_with(launcher)
-        self._set_environment(environment, port)
         _log_to_stdout(environment.global_rank)
+        if environment.global_rank == 0 and self.checkpoints:
+            files.progress.write_text(str(self.checkpoints.resolve()))
+        self._set_environment(environment, port or _meet(files, environment))
         try:
             again = self.work()
         except ValueError as error:
             logger.error("error: %s", error)
-            return str(error)
-        if again and not self.resources.local and environment.global_rank == 0:
-            logger.info("the time limit is near: requeueing job %s", environment.raw_job_id)
-            subprocess.run(["scontrol", "requeue", environment.raw_job_id], check=True, timeout=60)
-        return ""
+            with contextlib.suppress(FileExistsError), files.error.open("x") as file:  # The first rank's counts.
+                file.write(str(error))
+            raise SystemExit(2) from None
+        except OSError as error:  # A full disk, which may be empty at the next start.
+            logger.error("error: %s", error)
+            raise SystemExit(1) from None
+        if again and environment.global_rank == 0:
+            files.again.touch()
+        return again
 
     def _set_environment(self, environment: submitit.JobEnvironment, port: int) -> None:
         local = self.resources.local
@@ -174,13 +91,41 @@ class Job(ABC):
             LOCAL_RANK=str(environment.local_rank),
             WORLD_SIZE=str(environment.num_tasks),
             MASTER_ADDR="127.0.0.1" if local else environment.hostnames[0],
-            MASTER_PORT=str(port or 20000 + int(environment.raw_job_id) % 20000),
+            MASTER_PORT=str(port),
         )
         if cores:
             os.environ["OMP_NUM_THREADS"] = str(cores)
         interface = self.resources.interface or ("lo" if local else "")
         if interface:
             os.environ.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)
+
+
+def ports(job: str, start: int) -> Iterator[int]:
+    """The ports that a job tries, in order: derived from its number and from how often it was started."""
+    first = hash((job, start)) if not job.isdigit() else int(job) + 97 * start
+    yield from (FIRST_PORT + (first + 31 * attempt) % PORTS for attempt in range(PORTS))
+
+
+def _meet(files: Files, environment: submitit.JobEnvironment) -> int:
+    """The port of the rendezvous: rank 0 takes the first of the job's that is free and tells the others by a file."""
+    start = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    place = files.folder / f"{files.job}_port-{start}"
+    if environment.global_rank == 0:
+        for port in ports(environment.raw_job_id, start):
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.bind(("", port))
+                break
+        temporary = place.with_suffix(".tmp")
+        temporary.write_text(str(port))
+        temporary.rename(place)
+        return port
+    deadline = time.monotonic() + PATIENCE
+    # Listing the folder makes network file systems look again, where asking for the name would be answered from memory.
+    while place.name not in os.listdir(files.folder):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"rank 0 wrote no {place} in {PATIENCE:.0f} s: is the run's folder shared by all nodes?")
+        time.sleep(POLL)
+    return int(place.read_text())
 
 
 def _log_to_stdout(rank: int) -> None:
@@ -213,114 +158,3 @@ def _end_with(launcher: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="end-with-launcher", daemon=True).start()
-
-
-def submit(job: Job, folder: Path, name: str) -> "submitit.Job[str]":
-    """Submit the job; its logs and its sbatch file go to `folder`.
-
-    Raises:
-        ValueError: if Slurm refuses it.
-    """
-    resources = job.resources
-    executor = submitit.AutoExecutor(folder=folder, cluster=resources.cluster)
-    if not resources.local:
-        executor.update_parameters(**_slurm_parameters(resources, name))
-        try:
-            return executor.submit(job, 0, 0)
-        except submitit.core.utils.FailedJobError as error:
-            raise ValueError(f"Slurm refused the job: {' '.join(str(error).split())}") from None
-    executor.update_parameters(
-        nodes=1,
-        tasks_per_node=resources.world_size,
-        gpus_per_node=resources.nodes * resources.gpus_per_node,
-        timeout_min=60 * 24 * 365,
-        stderr_to_stdout=True,
-    )
-    # The terminal sends Ctrl-C to all processes; the ranks ignore it, and the launcher turns it into a clean stop.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        return executor.submit(job, os.getpid(), free_port())
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _slurm_parameters(resources: Resources, name: str) -> dict[str, Any]:
-    words = {key: getattr(resources, key) for key in ("account", "qos", "constraint", "exclude", "dependency")}
-    parameters = {
-        "name": name,
-        "nodes": resources.nodes,
-        "tasks_per_node": resources.ranks_per_node,
-        "timeout_min": resources.time,
-        "stderr_to_stdout": True,
-        "slurm_partition": resources.partition or None,
-        "slurm_mem": resources.mem or None,
-        "slurm_signal_delay_s": WAIT_FOR_SIGNAL,
-        # Without it srun waits for ever for the peers of a rank that was killed.
-        "slurm_srun_args": ["--kill-on-bad-exit=1"],
-        "slurm_additional_parameters": {key: value for key, value in words.items() if value} | {"requeue": True},
-    }
-    if resources.gpus_per_node:
-        parameters["slurm_gpus_per_node"] = resources.gpus_per_node
-    if resources.cpus_per_task:
-        parameters["cpus_per_task"] = resources.cpus_per_task
-    return {key: value for key, value in parameters.items() if value is not None}
-
-
-def follow(job: "submitit.Job[str]") -> int:
-    """Show the first rank's log until the job ends; the exit code of the whole: 0, 1 (it failed) or 2 (settings)."""
-    offset = 0
-    log = job.task(0).paths.stdout
-    done = False
-    while not done:
-        try:
-            time.sleep(POLL)
-            done = job.done()
-            offset = _show(log, offset)
-        except KeyboardInterrupt:
-            print("\nstopping after this step, with a checkpoint", flush=True)
-            _stop(job)
-    return _verdict(job)
-
-
-def _show(log: Path, offset: int) -> int:
-    if not log.exists():
-        return offset
-    with log.open(errors="replace") as file:
-        file.seek(offset)
-        for line in iter(file.readline, ""):
-            if not line.startswith("submitit "):
-                print(line, end="", flush=True)
-        return file.tell()
-
-
-def _stop(job: "submitit.Job[str]") -> None:
-    process = getattr(job, "_process", None)
-    if process is not None:
-        process.send_signal(signal.SIGTERM)
-    else:
-        job.cancel()
-
-
-def _verdict(job: "submitit.Job[str]") -> int:
-    """Name the first cause: a user's mistake, then a rank that vanished, then the first rank that raised."""
-    raised: list[tuple[float, int]] = []
-    for task in range(job.num_tasks):
-        paths = job.task(task).paths
-        if not paths.result_pickle.exists():
-            print(f"error: rank {task} was killed; the others could not go on. Its log: {paths.stdout}", flush=True)
-            print("Type the same command again to go on from the newest checkpoint.", flush=True)
-            return 1
-        try:
-            sentence = job.task(task).result()
-        except submitit.core.utils.FailedJobError:
-            raised.append((paths.result_pickle.stat().st_mtime, task))
-            continue
-        if sentence:
-            print(f"error: {sentence}", file=sys.stderr, flush=True)
-            return 2
-    if raised:
-        paths = job.task(min(raised)[1]).paths
-        last = [line for line in paths.stdout.read_text(errors="replace").splitlines() if line.strip()][-1:]
-        print(f"error: rank {min(raised)[1]} failed first: {''.join(last)}\nIts log: {paths.stdout}", flush=True)
-        return 1
-    return 0

@@ -1,16 +1,20 @@
 """Train on Slurm, or on this machine: `python launchers/slurm_train.py --nodes 4 --config configs/ffs_xl.yaml`.
 
 Every word that is not one of the options below is a setting of the training, such as `--name`, `--model B/2` or
-`--data.path latents/ffs`; `--help` lists both. To resume a run, type the same command again.
+`--data.path latents/ffs`; `--help` lists both. To resume a run, type the same command again. A sweep is an array:
+`--array 0-2 --name 'seed-{array}' --seed '{array}'`.
 """
 
 import argparse
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from fvdm import config as settings
-from launchers.job import Job, Resources, follow, submit
+from launchers.job import Job
+from launchers.resources import Resources, array_numbers
+from launchers.submission import launch
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "ffs_xl.yaml"
 
@@ -20,21 +24,58 @@ class Training(Job):
     """One rank of a training: what submitit runs on every node."""
 
     words: tuple[str, ...]
+    folder: Path
 
     def work(self) -> bool:
-        """Train; True when the job should be started again."""
-        from fvdm.distributed import Stop
-        from fvdm.train import TrainConfig, train
+        """Train; True when the job was told to stop before the end."""
+        from fvdm.run import TrainConfig
+        from fvdm.train import train
 
-        return train(settings.parse(TrainConfig, self.words)) == Stop.REQUEUE
+        return bool(train(settings.parse(TrainConfig, self.words)))
+
+    @property
+    def checkpoints(self) -> Path:
+        """The run's checkpoints."""
+        return self.folder / "checkpoints"
 
 
 def arguments() -> argparse.ArgumentParser:
     """The launcher's own options."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, add_help=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--help", "-h", action="store_true", help="this text, and every setting of the training")
     Resources.add_arguments(parser)
     return parser
+
+
+def plan(options: argparse.Namespace, words: list[str]) -> tuple[list[Training], Path, str]:
+    """The jobs that the words stand for, the folder of their logs, and their name.
+
+    Raises:
+        ValueError: if anything is wrong that can be known before a job waits in a queue.
+    """
+    from fvdm.run import TrainConfig, check
+
+    resources = Resources.from_options(options)
+    jobs = []
+    for number in map(str, array_numbers(resources.array)[0]) if resources.array else [""]:
+        own = tuple(word.replace("{array}", number) if number else word for word in words)
+        config = settings.parse(TrainConfig, own)
+        try:
+            check(config, resources.world_size)
+        except ValueError as error:
+            if not options.dry_run:
+                raise
+            print(f"note: as it is now, this would be refused: {error}", file=sys.stderr)
+        jobs.append(Training(resources, own, config.folder))
+    names = [job.folder.name for job in jobs]
+    if len(set(names)) < len(jobs):
+        raise ValueError(f"--array: all its jobs would train the run {names[0]}; put {{array}} into --name")
+    if len(jobs) == 1:
+        return jobs, jobs[0].folder / "jobs", f"fvdm-{names[0]}"
+    name = f"{names[0]}-to-{names[-1]}"
+    return jobs, jobs[0].folder.parent / "arrays" / name, f"fvdm-{name}"
 
 
 def main() -> None:
@@ -46,21 +87,13 @@ def main() -> None:
         print("\nsettings of the training:")
         words = ["--help"]
     elif "--config" not in words and not any(word.startswith("--config=") for word in words):
-        print(f"no --config given: using {os.path.relpath(DEFAULT_CONFIG)}")
+        print(f"no --config given: using {os.path.relpath(DEFAULT_CONFIG)}", file=sys.stderr)
         words = ["--config", str(DEFAULT_CONFIG), *words]
-    from fvdm.train import TrainConfig, check
-
     try:
-        config = settings.parse(TrainConfig, words)
-        resources = Resources.from_options(options)
-        check(config, resources.world_size)
-        run = submit(Training(resources, tuple(words)), config.folder / "jobs", f"fvdm-{config.name}")
+        code = launch(*plan(options, words), options)
     except ValueError as error:
         settings.fail(error)
-    print(f"job {run.job_id}, run folder {config.folder}, log {run.task(0).paths.stdout}")
-    if resources.local or options.follow:
-        raise SystemExit(follow(run))
-    print(f"follow with: tail -F {run.task(0).paths.stdout}; cancel with: scancel {run.job_id}")
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -7,32 +7,37 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(p for d in ("fvdm", "data_prep", "launchers", "benchmarks") for p in (ROOT / d).glob("*.py"))
-MATHEMATICS = {"timesteps", "diffusion", "samplers", "model", "attention", "ema", "tasks", "protocols", "distances"}
+MATHEMATICS = {
+    "timesteps",
+    "diffusion",
+    "samplers",
+    "model",
+    "attention",
+    "ema",
+    "tasks",
+    "solvers",
+    "guidance",
+    "matrices",
+    "protocols",
+    "distances",
+}
 LAYERS = (
-    {
-        "timesteps",
-        "attention",
-        "distributed",
-        "config",
-        "ema",
-        "vae",
-        "media",
-        "location",
-        "videos",
-        "i3d",
-        "protocols",
-    },
-    {"diffusion", "shards"},
-    {"model", "samplers", "data", "engine", "checkpoint", "fvd"},
-    {"convert", "tasks", "tracking", "distances"},
-    {"previews"},
-    {"train", "generate"},
+    {"timesteps", "attention", "distributed", "config", "ema", "vae", "media", "location", "videos", "i3d"}
+    | {"pretrained", "provenance", "protocols"},
+    {"diffusion", "shards", "matrices"},
+    {"model", "solvers", "guidance", "data", "engine", "checkpoint", "fvd"},
+    {"convert", "samplers", "tracking", "writer", "distances"},
+    {"tasks"},
+    {"inputs"},
+    {"previews", "pipeline"},
+    {"run"},
+    {"train", "generate", "plan"},
 )
 DOORS = {
     "deepspeed": {"fvdm/engine.py"},
     "mlflow": {"fvdm/tracking.py", "benchmarks/reporting.py"},
     "flash_attn": {"fvdm/attention.py"},
-    "diffusers": {"fvdm/vae.py", "data_prep/train_vae.py"},
+    "diffusers": {"fvdm/vae.py", "data_prep/train_vae.py", "benchmarks/train_speed.py"},
     "webdataset": {"fvdm/shards.py", "fvdm/location.py", "data_prep/shards.py"},
 }
 
@@ -84,7 +89,7 @@ def test_the_mathematics_knows_no_files_no_ranks_and_draws_from_generators(name)
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_and_functions_stay_small(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= 480, f"{path} is too long to read in one go"
+    assert len(text.splitlines()) <= 400, f"{path} is too long to read in one go"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and node.end_lineno:
             assert node.end_lineno - node.lineno <= 75, f"{path}: {node.name} is too long"

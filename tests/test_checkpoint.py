@@ -1,5 +1,8 @@
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -104,6 +107,7 @@ def test_the_policy_keeps_the_last_and_every_nth_and_clears_what_kills_left(tmp_
     for step in range(10, 80, 10):
         save(tmp_path, step)
     (tmp_path / ".tmp-step-00000099").mkdir()
+    ckpt.clean(tmp_path)
     ckpt.prune(tmp_path, CheckpointConfig(keep_last=2, keep_every=30))
     assert [path.name for path in sorted(tmp_path.iterdir())] == [f"step-{s:08d}" for s in (30, 60, 70)]
 
@@ -123,3 +127,47 @@ def test_a_newer_format_is_refused(tmp_path):
     shutil.rmtree(folder)
     with pytest.raises(ValueError, match="no checkpoint"):
         ckpt.read_state(folder)
+
+
+def test_what_one_rank_cannot_write_none_has_written(tmp_path):
+    def barrier(error=""):
+        if error:
+            raise OSError(f"rank 0: {error}")
+
+    state = {"names": NAMES, "settings": {}}
+    good = save(tmp_path, 1)
+    (tmp_path / ".tmp-step-00000002").write_text("in the way")  # mkdir fails
+    with pytest.raises(OSError, match=r"rank 0: .*File exists"):
+        ckpt.save(tmp_path, 2, values(), 0, state, 0, 1, barrier)
+    assert ckpt.newest(tmp_path) == good
+    assert not (tmp_path / "step-00000002").exists()
+
+
+def command(*words):
+    done = subprocess.run([sys.executable, "-m", "fvdm.checkpoint", *map(str, words)], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def test_the_command_lists_verifies_and_exports(tmp_path):
+    run = tmp_path / "run"
+    old, new = save(run / "checkpoints", 10, ranks=2), save(run / "checkpoints", 20)
+    listed = command("list", run).stdout
+    assert [re.findall(r"step-(\d+).* (\d+) ranks  whole", line) for line in listed.splitlines()] == [
+        [("00000010", "2")],
+        [("00000020", "1")],
+    ]
+    assert command("verify", run).returncode == 0
+    damage(new, "flipped")
+    done = command("verify", run)
+    assert done.returncode == 2
+    assert "damaged: the checksum" in done.stdout
+    assert command("export", run, tmp_path / "out").returncode == 0  # of the newest whole one
+    assert ckpt.resolve(tmp_path / "out") == tmp_path / "out"
+    assert torch.equal(
+        ckpt.read_weights(tmp_path / "out")["b.bias"],
+        ckpt.read_weights(old)["b.bias"],
+    )
+    assert not list((tmp_path / "out").glob("shard-*"))
+    assert "exists" in command("export", run, tmp_path / "out").stderr
+    assert "no checkpoint" in command("list", tmp_path / "nothing").stderr

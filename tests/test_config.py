@@ -97,3 +97,43 @@ def test_shipped_configurations_are_valid(name):
     path = Path(__file__).parent.parent / "configs" / f"{name}.yaml"
     config = settings.parse(TrainConfig, ["--config", str(path)])
     assert config.name == name
+
+
+@dataclass(frozen=True)
+class Handy:
+    """Settings with long names.
+
+    Attributes:
+        class_: a word that Python keeps for itself.
+        show_matrix: a switch.
+        given_noise: a number.
+    """
+
+    class_: str = ""
+    show_matrix: bool = False
+    given_noise: int = 0
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--class", "dog"], Handy("dog")),
+        (["--class=dog"], Handy("dog")),
+        (["--show-matrix"], Handy(show_matrix=True)),
+        (["--show-matrix", "false"], Handy(show_matrix=False)),
+        (["--show_matrix", "--given-noise", "5"], Handy(show_matrix=True, given_noise=5)),
+        (["--given-noise=-5"], Handy(given_noise=-5)),
+        (["--class", "--show-matrix"], None),
+    ],
+)
+def test_options_may_be_typed_with_dashes_and_switches_without_a_value(words, expected):
+    if expected is None:
+        with pytest.raises(ValueError, match="class"):
+            settings.parse(Handy, words)
+    else:
+        assert settings.parse(Handy, words) == expected
+
+
+def test_a_setting_with_an_underscore_at_its_end_is_saved_and_read_back(tmp_path):
+    settings.save(Handy("cat"), tmp_path / "c.yaml")
+    assert settings.parse(Handy, ["--config", str(tmp_path / "c.yaml")]) == Handy("cat")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fvdm.diffusion import Diffusion, DiffusionConfig, discretized_log_likelihood, normal_kl
+from fvdm.diffusion import OBJECTIVES, Diffusion, DiffusionConfig, discretized_log_likelihood, normal_kl
 from fvdm.timesteps import sample_timesteps
 
 SHAPE = (3, 4, 2, 6, 6)
@@ -155,7 +155,7 @@ def test_the_posterior_is_bayes_rule():
     assert high.exp().item() == pytest.approx((1 - a / b).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("objective", ["eps", "v"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_perfect_estimate_has_no_error_and_gives_back_both_parts(objective):
     diffusion = Diffusion(DiffusionConfig(objective=objective, learned_variance=False))
     x_0, noise = randn(*SHAPE), randn(*SHAPE, seed=1)
@@ -165,3 +165,81 @@ def test_a_perfect_estimate_has_no_error_and_gives_back_both_parts(objective):
     prediction = diffusion.predict(target, diffusion.q_sample(x_0, t, noise), t)
     assert torch.allclose(prediction.x_0, x_0, atol=1e-4)
     assert torch.allclose(prediction.eps, noise, atol=1e-4)
+
+
+def test_rectified_flow_is_a_straight_line_per_frame():
+    diffusion = Diffusion(DiffusionConfig(objective="flow", learned_variance=False))
+    x_0, noise = randn(*SHAPE), randn(*SHAPE, seed=1)
+    t = torch.tensor([[0, 250, 999, 1000]]).expand(3, 4)
+    share = (t / 1000)[..., None, None, None]
+    assert torch.allclose(diffusion.q_sample(x_0, t, noise), (1 - share) * x_0 + share * noise, atol=1e-6)
+    assert torch.equal(diffusion.target(x_0, t, noise), noise - x_0)
+    assert torch.equal(diffusion.q_sample(x_0, t, noise)[:, 0], x_0[:, 0])
+    assert torch.equal(diffusion.q_sample(x_0, t, noise)[:, 3], noise[:, 3])
+
+
+def test_the_posterior_of_a_flow_is_bayes_rule_too():
+    diffusion = Diffusion(DiffusionConfig(objective="flow"))
+    x_0, x_t = randn(1, 1, 1, 1, 1).double(), randn(1, 1, 1, 1, 1, seed=1).double()
+    for t, s in ((700, 430), (1000, 999), (2, 1)):
+        (a, sigma_a), (b, sigma_b) = ((1 - k / 1000, k / 1000) for k in (t, s))
+        between = sigma_a**2 - (a / b * sigma_b) ** 2
+        variance = between * sigma_b**2 / sigma_a**2
+        wanted = a / b * sigma_b**2 / sigma_a**2 * x_t + b * between / sigma_a**2 * x_0
+        mean, low, high = diffusion.posterior(x_0, x_t, torch.tensor([[t]]), torch.tensor([[s]]))
+        assert mean.item() == pytest.approx(wanted.item(), abs=1e-6)
+        assert low.exp().item() == pytest.approx(variance, rel=1e-4)
+        assert high.exp().item() == pytest.approx(between, rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("learned_variance", [False, True])
+def test_losses_of_every_objective_are_finite_and_per_frame(objective, learned_variance):
+    diffusion = Diffusion(DiffusionConfig(objective=objective, learned_variance=learned_variance, min_snr=5.0))
+    t = torch.tensor([[0, 1, 2, 500], [999, 1000, 7, 3], [1000, 1000, 1, 1]])
+
+    def model(x, t, y=None):
+        return torch.tanh(fixed_output(x, t)[:, :, : (4 if learned_variance else 2)])
+
+    losses = diffusion.training_losses(model, randn(*SHAPE), t)
+    assert losses.isfinite().all()
+    assert (losses[t == 0] == 0).all()
+    assert (losses[t > 0] > 0).all()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_min_snr_counts_the_error_of_x_0_by_the_bounded_snr_of_its_frame(objective):
+    """Hang et al., equation 8: one weight on x_0, whatever is estimated; per frame, by its own t."""
+    diffusion = Diffusion(DiffusionConfig(objective=objective, learned_variance=False, min_snr=5.0))
+    x_0, noise = randn(*SHAPE), randn(*SHAPE, seed=1)
+    t = torch.tensor([[1, 150, 400, 900], [10, 20, 30, 40], [950, 500, 300, 2]])
+    off = 0.1 * randn(*SHAPE, seed=2)
+    estimate = diffusion.target(x_0, t, noise) + off
+    losses = diffusion.training_losses(lambda x, t, y: estimate, x_0, t, None, noise)
+    got = diffusion.predict(estimate, diffusion.q_sample(x_0, t, noise), t).x_0
+    alpha, sigma = (level.flatten(1) for level in diffusion.levels(t))
+    weight = (alpha / sigma).square().clamp(max=5.0)
+    wanted = weight * (got.double() - x_0).square().flatten(2).mean(2)
+    assert torch.allclose(losses.double(), wanted, rtol=1e-2)
+
+
+def test_min_snr_of_0_leaves_the_loss_alone():
+    x_0, noise, t = randn(*SHAPE), randn(*SHAPE, seed=1), torch.full((3, 4), 77)
+    plain = Diffusion().training_losses(fixed_output, x_0, t, None, noise)
+    assert torch.equal(
+        Diffusion(DiffusionConfig(min_snr=0.0)).training_losses(fixed_output, x_0, t, None, noise), plain
+    )
+    assert (Diffusion().weight(t) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"objective": "x"}, "eps, v, flow"),
+        ({"min_snr": -1.0}, "min_snr"),
+        ({"beta_end": 1.5}, "betas"),
+    ],
+)
+def test_bad_settings_are_refused(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        DiffusionConfig(**changes)

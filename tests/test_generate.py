@@ -1,6 +1,8 @@
 """From a checkpoint on disk to files on disk, by the command a user types."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,14 +12,20 @@ import av
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from fvdm import checkpoint as ckpt
 from fvdm import config as settings
-from fvdm.generate import GenerateConfig, generate, load, read_frames
-from fvdm.media import tile, write_gif, write_mp4, write_strips
+from fvdm.distributed import Ranks
+from fvdm.generate import GenerateConfig, batches
+from fvdm.inputs import as_frames, choose, read_frames, read_source
+from fvdm.matrices import TASKS, Plan, find, text
+from fvdm.media import tile, write_frames, write_gif, write_mp4, write_strips, write_webm
 from fvdm.model import VideoDiT, preset
-from fvdm.tasks import TASKS, given_frames
+from fvdm.pipeline import generate, indices, load, make_plan, recipe_of, stream
+from fvdm.timesteps import full_sequence, hold_clean
 from fvdm.train import TrainConfig
 from fvdm.vae import load_vae
 from tests.data_fixtures import real_frames, write_video
@@ -57,101 +65,295 @@ def clip(tmp_path_factory):
     return str(write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", real_frames()[:40]))
 
 
-def made(run, **changes):
-    return generate(load(run), GenerateConfig(str(run), num=2, steps=3, **changes))
+@pytest.fixture(scope="module")
+def trained(run):
+    return load(run)
 
 
+@pytest.fixture(scope="module")
+def pictures(clip):
+    return read_frames(clip, SIDE)
+
+
+def made(trained, task="generate", **changes):
+    return generate(trained, task, **{"num": 2, "steps": 3} | changes)
+
+
+ABOUT = {"any-frame": "1,-2", "infill": "2:4", "edit": "0,4:6"}
+
+
+@pytest.mark.parametrize("solver", ["ddim", "unipc"])
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_runs_from_the_same_checkpoint(run, clip, task):
-    given = "" if task == "generate" else clip
-    length = {"length": 20} if task == "long" else {}
-    videos = made(run, task=task, given=given, **length)
+def test_every_task_runs_from_the_same_checkpoint(trained, pictures, task, solver):
+    settings = {"length": 20} if TASKS[task].length else {}
+    given = None if task == "generate" else pictures
+    videos = made(trained, task, given=given, frames=ABOUT.get(task, ""), solver=solver, **settings)
+    length = 20 if TASKS[task].length else FRAMES
     assert videos.dtype == torch.uint8
-    assert videos.shape == (2, 20 if task == "long" else FRAMES, 3, SIDE, SIDE)
+    assert videos.shape == (2, length, 3, SIDE, SIDE)
     assert not torch.equal(videos[0], videos[1])
-    indices = list(given_frames(task, FRAMES)) if given else []
-    vae, frames = load_vae(), read_frames(clip, SIDE)
+    if given is None:
+        return
+    recipe = recipe_of(task, {"frames": ABOUT.get(task, ""), "solver": solver, **settings})
+    held = list(make_plan(trained, recipe, [pictures]).held)
+    vae = load_vae()
     # What is shown of a given frame is what the VAE makes of it: nothing in between has touched it.
-    expected = vae.decode(vae.encode_mean(frames[[2 * k for k in indices]]))
+    expected = vae.decode(vae.encode_mean(pictures[[2 * k for k in held]]))
     for video in videos:
-        assert torch.equal(video[indices], expected)
+        assert torch.equal(video[held], expected)
 
 
-def test_a_sample_is_the_same_in_any_batch(run):
-    one, three = (made(run, task="generate", batch_size=k, seed=4) for k in (1, 3))
+def test_a_sample_is_the_same_in_any_batch(trained):
+    one, three = (made(trained, batch_size=k, seed=4, num=3) for k in (1, 3))
     assert (one.int() - three.int()).abs().max() <= 1
-    shifted = made(run, task="generate", seed=5)
+    shifted = made(trained, seed=5)
     assert (shifted[0].int() - one[1].int()).abs().max() <= 1
 
 
-def test_given_may_be_images_a_folder_or_a_video(run, clip, tmp_path):
-    pictures = []
+def test_generating_leaves_the_state_of_the_world_alone(trained, pictures):
+    before, threads = torch.random.get_rng_state(), torch.get_num_threads()
+    given = pictures.clone()
+    first = made(trained, "image-to-video", given=given, solver="ddpm")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
+    assert torch.equal(given, pictures)
+    torch.randn(3)
+    assert torch.equal(made(trained, "image-to-video", given=given, solver="ddpm"), first)
+
+
+def test_a_stream_has_no_end_and_begins_with_what_is_given(trained, pictures):
+    frames = stream(trained, given=pictures, steps=8, num=2, context=2)
+    first = torch.stack([next(frames) for _ in range(25)], dim=1)
+    assert first.shape == (2, 25, 3, SIDE, SIDE)
+    assert torch.equal(first[0, :2], first[1, :2])
+    again = made(trained, "stream", given=pictures, steps=8, context=2, length=25)
+    assert torch.equal(first, again)
+
+
+def test_given_may_be_images_a_folder_or_a_video(clip, tmp_path):
     for k in (0, 14):
-        pictures.append(str(tmp_path / f"{k}.png"))
-        Image.fromarray(real_frames()[k]).save(pictures[-1])
-    two = made(run, task="interpolate", given=pictures)
-    folder = made(run, task="interpolate", given=str(tmp_path))
-    assert torch.equal(two, folder)
-    assert made(run, task="image-to-video", given=pictures[0]).shape[1] == FRAMES
+        Image.fromarray(real_frames()[k]).save(tmp_path / f"{k}.png")
+    folder = read_source(str(tmp_path), SIDE)
+    assert torch.equal(folder.frames, torch.cat([read_frames(str(tmp_path / f"{k}.png"), SIDE) for k in (0, 14)]))
+    video = read_source(clip, SIDE)
+    assert video.fps == pytest.approx(25, abs=5)
+    assert "40 frames of 176 x 144" in str(video)
+    assert f"shorter side to {SIDE}" in str(video)
+    assert str(folder).startswith(f"{tmp_path}: 2 frames of 176 x 144; shorter side")
+
+
+def test_which_given_frames_are_taken():
+    def take(clips, given, length=8, interval=2):
+        plan = Plan(hold_clean(full_sequence(2, length), given), tuple(given))
+        return choose([torch.arange(a, b)[:, None] for a, b in clips], plan, interval)[0].flatten().tolist()
+
+    assert take([(0, 40)], (0, 7)) == [0, 14]
+    assert take([(0, 2)], (0, 7)) == [0, 1]  # as many as are wanted
+    assert take([(5, 6), (9, 10)], (0, 7)) == [5, 9]
+    assert take([(0, 10), (20, 30)], (0, 1, 6, 7)) == [7, 9, 20, 22]  # the end of one, the beginning of the other
+    assert take([(0, 1)], (0,)) == [0]
+    with pytest.raises(ValueError, match="the given clip has 10 frames"):
+        take([(0, 10)], (0, 7))
+    with pytest.raises(ValueError, match="2 given frames; 3 came in 3 files"):
+        take([(0, 1), (1, 2), (2, 3)], (0, 7))
+
+
+def test_an_image_stands_for_a_still_clip(trained, pictures):
+    for task in ("progressive", "edit"):
+        videos = made(trained, task, given=pictures[0])
+        assert torch.equal(videos, made(trained, task, given=pictures[:1].expand(FRAMES, -1, -1, -1)))
+    assert made(trained, "long", given=pictures[0], length=12).shape[1] == 12
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("task", "settings", "sentence"),
     [
-        ({"task": "image-to-video"}, "name them with --given"),
-        ({"task": "dance"}, "image-to-video"),
-        ({"task": "image-to-video", "given": "/nowhere.mp4"}, "cannot read frames from /nowhere.mp4"),
-        ({"task": "generate", "solver": "euler"}, "ddim, ddpm"),
-        ({"task": "generate", "label": "cat"}, "no classes"),
+        ("image-to-video", {}, "name them with --given"),
+        ("dance", {}, "image-to-video"),
+        ("generate", {"given": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)}, "takes no given frames"),
+        ("image-to-video", {"given": torch.zeros(3, 8, 8)}, "frames are uint8"),
+        ("generate", {"solver": "euler"}, "ddim, ddpm, dpm"),
+        ("generate", {"spacing": "cosine"}, "even, trailing"),
+        ("generate", {"solver": "ddpm", "eta": 0.5}, "eta belongs to ddim"),
+        ("generate", {"class_": "cat"}, "no classes"),
+        ("generate", {"guidance": 7.0}, "no classes"),
+        ("generate", {"num": 0}, "num is 0"),
+        ("generate", {"stepz": 3}, "no setting stepz"),
+        ("generate", {"length": 20}, "frames 0 to 19 move together"),
+        ("edit", {"frames": "one", "given": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)}, "write indices"),
     ],
 )
-def test_misuse_is_refused(run, changes, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        made(run, **changes)
+def test_wrong_settings_are_refused_in_one_sentence(trained, task, settings, sentence):
+    with pytest.raises(ValueError, match=sentence) as caught:
+        made(trained, task, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    for name in ("a.png", "none.mp4", "none.png"):
+        with pytest.raises(ValueError, match="cannot read frames from") as caught:
+            read_frames(str(tmp_path / name), SIDE)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="sides must be within"):
+        as_frames(torch.zeros(3, 4, 400, dtype=torch.uint8), SIDE)
+
+
+def test_formats_are_named_with_commas():
+    assert GenerateConfig("run", formats="mp4, frames").forms == ["mp4", "frames"]
+    for formats in ("avi", "mp4,avi", ""):
+        with pytest.raises(ValueError, match="mp4, gif, webm, frames"):
+            GenerateConfig("run", formats=formats)
+    with pytest.raises(ValueError, match="fps"):
+        GenerateConfig("run", fps=-1)
+
+
+def test_indices_by_hand():
+    assert indices("0, 5,-1") == (0, 5, -1)
+    assert indices("4:8,9") == (4, 5, 6, 7, 9)
+    assert indices("0:8:3") == (0, 3, 6)
+    assert indices("") == ()
+    for words in ("a", "1:2:0", "1;2"):
+        with pytest.raises(ValueError, match="write indices"):
+            indices(words)
 
 
 def test_classes_are_chosen_by_name_or_number(tmp_path):
-    run = make_run(tmp_path, ("cat", "dog"))
-    by_name, by_number = made(run, label="dog", guidance=3.0), made(run, label="1", guidance=3.0)
+    trained = load(make_run(tmp_path, ("cat", "dog")))
+    by_name, by_number = made(trained, class_="dog", guidance=3.0), made(trained, class_="1", guidance=3.0)
     assert torch.equal(by_name, by_number)
-    assert not torch.equal(by_name, made(run, label="cat", guidance=3.0))
+    assert not torch.equal(by_name, made(trained, class_="cat", guidance=3.0))
     with pytest.raises(ValueError, match="cat, dog"):
-        made(run, label="bird")
-
-
-def test_without_a_label_every_sample_draws_its_own_class(tmp_path):
-    run = make_run(tmp_path, ("cat", "dog"))
-    trained = load(run)
-    several = generate(trained, GenerateConfig(str(run), num=8, steps=1))
-    alone = generate(trained, GenerateConfig(str(run), num=1, steps=1, seed=3))
+        made(trained, class_="bird")
+    # Without one every sample draws its own.
+    several, alone = made(trained, num=8, steps=1), made(trained, num=1, steps=1, seed=3)
     assert (several[3].int() - alone[0].int()).abs().max() <= 1
+
+
+@given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 7))
+def test_ranks_draw_every_sample_once(num, batch_size, world):
+    config = GenerateConfig("run", num=num, batch_size=batch_size, seed=5)
+    drawn = [seed for rank in range(world) for part in batches(config, Ranks(rank, rank, world)) for seed in part]
+    assert sorted(drawn) == list(range(5, 5 + num))
+    assert all(batches(config, Ranks(rank, rank, world)) for rank in range(min(world, -(-num // -(-num // world)))))
+
+
+def test_a_converted_folder_loads_like_a_run(tmp_path):
+    vae = load_vae()
+    network = replace(preset("T/2"), channels=vae.channels, size=SIDE // vae.factor, frames=FRAMES)
+    randomised(VideoDiT(network)).save_pretrained(tmp_path)
+    trained = load(tmp_path, vae="builtin")
+    assert trained.size == SIDE
+    assert made(trained).shape == (2, FRAMES, 3, SIDE, SIDE)
+    (tmp_path / "use.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"use\.json cannot be read"):
+        load(tmp_path, vae="builtin")
+
+
+def test_a_model_and_a_vae_that_do_not_fit_are_refused(tmp_path):
+    VideoDiT(replace(preset("T/2"), channels=3, size=8, frames=FRAMES)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="3 latent channels, its VAE"):
+        load(tmp_path, vae="builtin")
+
+
+FIVE_LINES = """
+import sys, fvdm
+assert "torch" not in sys.modules, "import fvdm must stay cheap"
+from fvdm import load, generate
+model = load({run!r})
+video = generate(model, task="generate", seed=7, steps=2)
+assert video.shape == (1, {frames}, 3, {side}, {side})
+import fvdm.generate
+from fvdm import generate as again
+assert again(model, seed=7, steps=2).equal(video)
+assert callable(fvdm.stream)
+"""
+
+
+@pytest.mark.slow
+def test_the_python_interface_of_five_lines(run, tmp_path):
+    words = FIVE_LINES.format(run=str(run), frames=FRAMES, side=SIDE)
+    done = subprocess.run([sys.executable, "-c", words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def command(run, out, *words):
+    base = [sys.executable, "-m", "fvdm.generate", "--checkpoint", str(run), "--steps", "2", "--out", str(out)]
+    return [*base, "--tracking.uri", f"sqlite:///{out.parent}/mlflow.db", *words]
+
+
+@pytest.mark.slow
+def test_two_ranks_write_the_files_of_one(run, tmp_path):
+    words = ["--task", "generate", "--num", "3", "--batch-size", "1", "--formats", "frames,mp4"]
+    alone = subprocess.run(command(run, tmp_path / "one", *words), cwd=tmp_path, capture_output=True, text=True)
+    assert alone.returncode == 0, alone.stderr
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        where = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        line = command(run, tmp_path / "two", *words)
+        ranks.append(subprocess.Popen(line, cwd=tmp_path, env=os.environ | where, stdout=subprocess.PIPE, text=True))
+    said = [process.communicate()[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0]
+    assert "3 video(s)" in said[0]
+    assert not said[1]
+    one, two = (sorted(p.relative_to(tmp_path / k) for p in (tmp_path / k).rglob("*.*")) for k in ("one", "two"))
+    assert one == two
+    for path in one:
+        if path.suffix in (".png", ".mp4"):
+            assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes(), path
+
+
+@pytest.mark.slow
+def test_the_matrix_can_be_seen_before_it_is_walked(run, clip, tmp_path):
+    words = ["--task", "interpolate", "--given", clip, "--show-matrix"]
+    done = subprocess.run(command(run, tmp_path / "out", *words), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert text(find("interpolate").plan(wish_of(2)).matrix) in done.stdout
+    assert "frames 0, 14 of it" in done.stdout
+    assert "at every 2. frame" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def wish_of(steps):
+    from fvdm.matrices import Wish
+    from fvdm.timesteps import evenly_spaced
+
+    return Wish(evenly_spaced(steps), FRAMES, FRAMES, given=FRAMES)
 
 
 @pytest.mark.slow
 def test_the_command_writes_what_it_says(run, clip, tmp_path):
-    command = [sys.executable, "-m", "fvdm.generate", "--checkpoint", str(run), "--task", "image-to-video"]
-    command += ["--given", clip, "--num", "2", "--steps", "2", "--out", str(tmp_path / "out")]
-    command += ["--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
+    line = command(run, out, "--task", "image-to-video", "--given", clip, "--num", "2")
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     wanted = {f"image-to-video-{k:05d}.{suffix}" for k in (0, 1) for suffix in ("mp4", "gif")}
-    wanted |= {f"image-to-video.{suffix}" for suffix in ("mp4", "png", "json")}
+    wanted |= {f"image-to-video.{suffix}" for suffix in ("mp4", "gif", "png", "json")}
     assert {path.name for path in out.iterdir() if path.is_file()} == wanted
     assert json.loads((out / "image-to-video.json").read_text())["seed"] == 0
     with av.open(str(out / "image-to-video-00001.mp4")) as container:
+        assert float(container.streams.video[0].average_rate) == pytest.approx(read_source(clip, SIDE).fps / 2, abs=0.1)
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert np.stack(frames).shape == (FRAMES, SIDE, SIDE, 3)
-    wrong = subprocess.run([*command, "--taks", "long"], cwd=tmp_path, capture_output=True, text=True)
-    assert wrong.returncode == 2
-    assert "did you mean task" in wrong.stderr
-    assert "Traceback" not in wrong.stderr
+    for words, sentence in ((["--taks", "long"], "did you mean task"), (["--class", "cat"], "no classes")):
+        wrong = subprocess.run([*line, *words], cwd=tmp_path, capture_output=True, text=True)
+        assert wrong.returncode == 2
+        assert sentence in wrong.stderr
+        assert "Traceback" not in wrong.stderr
 
 
 def test_media_round_trip(tmp_path):
     video = torch.from_numpy(real_frames()[:6].copy()).permute(0, 3, 1, 2)
     write_mp4(video, tmp_path / "v.mp4", fps=12.5)
     write_gif(video, tmp_path / "v.gif")
+    write_webm(video, tmp_path / "v.webm", fps=12.5)
+    write_frames(video, tmp_path / "v")
+    assert torch.equal(read_source(str(tmp_path / "v"), 144).frames[3], video[3, :, :, 16:160])
+    assert read_source(str(tmp_path / "v.webm"), 144).fps == pytest.approx(12.5)
     with av.open(str(tmp_path / "v.mp4")) as container:
         assert float(container.streams.video[0].average_rate) == 12.5
         back = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from benchmarks import sampler_speed
 from benchmarks.models import open_model
 from benchmarks.plots import pareto_front
-from fvdm.samplers import SOLVERS
+from fvdm.solvers import SOLVERS
 from tests.data_fixtures import cut, write_video
 from tests.test_generate import make_run
 

@@ -3,7 +3,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fvdm.timesteps import check_schedule, evenly_spaced, full_sequence, hold_clean, sample_timesteps
+from fvdm.diffusion import Diffusion, DiffusionConfig
+from fvdm.timesteps import (
+    SPACINGS,
+    check_schedule,
+    evenly_spaced,
+    full_sequence,
+    hold_clean,
+    leading,
+    sample_timesteps,
+    spaced,
+    staggered,
+    trailing,
+)
+
+NOISE = {objective: Diffusion(DiffusionConfig(objective=objective)).noise_levels() for objective in ("eps", "flow")}
 
 
 def draw(shape, p, seed=0):
@@ -54,13 +68,39 @@ def test_the_papers_spacing_of_50():
     assert levels[-1] == 0
 
 
-@given(st.integers(1, 1000))
-def test_spacing_has_distinct_falling_levels_with_both_ends(steps):
-    levels = evenly_spaced(steps)
+@pytest.mark.parametrize("objective", NOISE)
+@pytest.mark.parametrize("spacing", SPACINGS)
+@given(steps=st.integers(1, 1000))
+def test_every_spacing_has_distinct_falling_levels_down_to_0(spacing, objective, steps):
+    levels = spaced(spacing, steps, NOISE[objective])
+    assert levels.dtype == torch.long
     assert len(levels) == steps + 1
     assert (levels[:-1] > levels[1:]).all()
-    assert levels[0] == 1000
     assert levels[-1] == 0
+    assert levels[0] == 1000 if spacing != "leading" else levels[0] <= 1000
+
+
+def test_the_spacings_by_example():
+    assert trailing(4).tolist() == [1000, 750, 500, 250, 0]
+    assert leading(4).tolist() == [751, 501, 251, 1, 0]
+    noise = NOISE["eps"]
+    roots = noise[spaced("karras", 10, noise)[:-1]] ** (1 / 7)
+    assert torch.allclose(roots.diff(), roots.diff().mean(), rtol=0.1)
+    steps = noise[spaced("log-snr", 8, noise)[:-1]].log().diff()
+    assert torch.allclose(steps, steps.mean(), rtol=0.25)
+    with pytest.raises(ValueError, match="even, trailing, leading, karras"):
+        spaced("cosine", 5, noise)
+
+
+@given(st.integers(1, 20), st.lists(st.integers(0, 30), min_size=1, max_size=9))
+def test_a_staggered_frame_walks_its_levels_from_its_row_on(steps, begins):
+    levels = evenly_spaced(steps)
+    matrix = staggered(levels, begins)
+    check_schedule(matrix)
+    for column, begin in zip(matrix.T, begins, strict=True):
+        assert torch.equal(column[begin : begin + steps + 1], levels)
+        assert (column[:begin] == 1000).all()
+        assert (column[begin + steps :] == 0).all()
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.data())

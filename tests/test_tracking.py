@@ -191,3 +191,13 @@ def test_events_are_on_disk_at_once(tmp_path, config):
     assert event["metrics"] == {"loss": 1.0}
     assert event["step"] == 7
     tracker.close()
+
+
+def test_names_that_mlflow_refuses_do_not_block_what_comes_after(tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracker = Tracker(tmp_path / "run", TrackingConfig(uri, system_metrics=False), "names")
+    tracker.metrics({"speed/dpm++ 15, s": 1.0, "plain": 2.0}, 3)
+    tracker.close()
+    from mlflow.tracking import MlflowClient
+
+    assert MlflowClient(uri).get_run(tracker.run_id).data.metrics == {"speed/dpmpp 15_ s": 1.0, "plain": 2.0}

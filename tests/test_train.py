@@ -20,8 +20,9 @@ from fvdm.diffusion import Diffusion
 from fvdm.distributed import Ranks, free_port
 from fvdm.engine import accumulation
 from fvdm.model import VideoDiT
+from fvdm.run import TrainConfig, check, model_config
 from fvdm.shards import LatentShards
-from fvdm.train import Draw, TrainConfig, check, model_config
+from fvdm.train import Draw
 from tests.data_fixtures import make_shards
 
 ROOT = Path(__file__).parent.parent
@@ -192,6 +193,27 @@ def test_losses_that_are_not_finite_stop_the_run_and_name_the_samples(latents, t
     assert "lower engine.lr" in output
     assert "Traceback" not in output
     assert len(re.findall("skipped: not finite, with ", output)) == 3
+
+
+@pytest.mark.slow
+def test_a_run_begins_with_the_weights_of_another(latents, undisturbed, tmp_path):
+    """Of a run, or of a converted folder; a network of another shape is refused."""
+    from fvdm.convert import read_model
+
+    _, slices = state(undisturbed, "run")
+    still = ("--steps", 1, "--engine.lr", 0)
+    train(1, words(latents, tmp_path, "run", *still, "--init", undisturbed / "runs/run"), tmp_path)
+    assert torch.equal(state(tmp_path, "run")[1]["master"], slices["ema"])
+    model = VideoDiT(
+        model_config(settings.parse(TrainConfig, words(latents, tmp_path, "x")), LatentShards(str(latents)))
+    )
+    model.save_pretrained(tmp_path / "folder")
+    train(1, words(latents, tmp_path, "other", *still, "--init", tmp_path / "folder"), tmp_path)
+    flat = torch.cat([p.detach().flatten() for p in read_model(tmp_path / "folder").parameters()])
+    assert torch.equal(state(tmp_path, "other")[1]["master"], flat)
+    wrong = words(latents, tmp_path, "wrong", *still, "--init", tmp_path / "folder", "--model", "T/1")
+    (output,) = train(1, wrong, tmp_path, codes=(2,))
+    assert "do not fit the model of this run" in output
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
-"""The job array on a real Slurm; skipped where there is none (tests/slurm starts one on a single machine)."""
+"""The job array of an encoding on a real Slurm."""
 
-import shutil
 import subprocess
 
 import pytest
@@ -8,19 +7,7 @@ import pytest
 from tests.data_fixtures import cut, make_vae, write_video
 from tests.test_encode_latents import contents, encode
 
-
-def nodes() -> int:
-    """Idle or busy nodes of the Slurm that the environment points to."""
-    if not shutil.which("sinfo"):
-        return 0
-    done = subprocess.run(["sinfo", "-h", "-N", "-t", "idle,mix,alloc"], capture_output=True, text=True, timeout=20)
-    return len(done.stdout.split("\n")) - 1 if done.returncode == 0 else 0
-
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(nodes() < 2, reason="needs a Slurm of two nodes or more in the environment (SLURM_CONF)"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
 
 @pytest.fixture(scope="module")

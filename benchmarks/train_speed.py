@@ -1,0 +1,262 @@
+"""How fast the network trains, beside other networks of the same size, in one run on one machine.
+
+    python benchmarks/train_speed.py --models S/2 B/2
+    python benchmarks/train_speed.py --models S/2 --peer path/to/file.py:Class --memory
+
+Times forward, forward + backward, and a whole step (with AdamW and the EMA) on random latents. All subjects take turns,
+round after round, so that whatever else the machine does hits all alike; the figures are medians, the ratios medians of
+the rounds' ratios. Model-FLOPs utilisation is against the matrix rate measured in the same run.
+
+Subjects: `fvdm` in each precision (weights in that precision, as the engine trains), `diffusers` (its
+LatteTransformer3DModel of the same width and depth, where diffusers has one), and `--peer FILE.py:CLASS`, built as
+`Class(width=, depth=, heads=, patch=, channels=, size=, frames=)` and called with `x (b f c h w), t (b f)`. Others than
+ours run in float32, and in bfloat16 under autocast.
+"""
+
+import argparse
+import contextlib
+import functools
+import importlib.util
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fvdm.config import fail
+from fvdm.ema import EMA
+from fvdm.model import ModelConfig, VideoDiT, preset
+from fvdm.plan import flops
+from fvdm.tracking import Tracker, TrackingConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHAPE = ("width", "depth", "heads", "patch", "channels", "size", "frames")
+KINDS = ("forward", "forward+backward", "step")
+
+
+class Diffusers(nn.Module):
+    """diffusers' Latte transformer, called as ours is."""
+
+    def __init__(self, width: int, depth: int, heads: int, patch: int, channels: int, size: int, frames: int) -> None:
+        super().__init__()
+        from diffusers.models.transformers.latte_transformer_3d import LatteTransformer3DModel
+
+        self.net: Any = LatteTransformer3DModel(
+            num_attention_heads=heads,
+            attention_head_dim=width // heads,
+            in_channels=channels,
+            out_channels=2 * channels,
+            num_layers=depth // 2,
+            sample_size=size,
+            patch_size=patch,
+            norm_type="ada_norm_single",
+            caption_channels=8,
+            video_length=frames,
+            activation_fn="gelu-approximate",
+            attention_bias=True,
+            norm_elementwise_affine=False,
+            norm_eps=1e-6,
+        )
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """One timestep a clip: it has no more."""
+        nothing = torch.zeros(len(x), 1, 8, dtype=x.dtype, device=x.device)
+        out = self.net(x.transpose(1, 2), timestep=t[:, 0], encoder_hidden_states=nothing, return_dict=False)[0]
+        return out.transpose(1, 2)
+
+
+def peer_class(where: str) -> Callable[..., nn.Module]:
+    """The class that `FILE.py:CLASS` names.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    path, _, name = where.rpartition(":")
+    if not Path(path).is_file():
+        raise ValueError(f"--peer {where}: give FILE.py:CLASS; there is no file {path!r}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        raise ValueError(f"--peer {where}: {path} has no class {name}")
+    return getattr(module, name)
+
+
+class Subject:
+    """A network in training, ready to be timed."""
+
+    def __init__(self, name: str, config: ModelConfig, precision: str, batch: int, device: torch.device) -> None:
+        torch.manual_seed(0)
+        shape = {
+            key: getattr(config, key) for key in ("width", "depth", "heads", "patch", "channels", "size", "frames")
+        }
+        dtype = DTYPES[precision]
+        if name == "fvdm":
+            self.net: nn.Module = VideoDiT(config).to(device, dtype)
+        else:
+            self.net = (Diffusers if name == "diffusers" else peer_class(name))(**shape).to(device)
+        autocast = name != "fvdm" and precision == "bf16"
+        self.context = functools.partial(torch.autocast, device.type, dtype) if autocast else contextlib.nullcontext
+        self.x = torch.randn(batch, config.frames, config.channels, config.size, config.size, device=device)
+        self.t = torch.randint(1, 1000, (batch, config.frames), device=device)
+        self.device = device
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def forward(self) -> None:
+        """Without gradients."""
+        with torch.no_grad(), self.context():
+            self.net(self.x, self.t)
+
+    def backward(self) -> None:
+        """Forward and backward."""
+        with self.context():
+            loss = self.net(self.x, self.t).float().square().mean()
+        loss.backward()
+
+    def step(self) -> None:
+        """Forward, backward, AdamW on float32 masters and their EMA."""
+        if self.optimizer is None:
+            self.masters = [nn.Parameter(p.detach().float()) for p in self.net.parameters()]
+            self.optimizer = torch.optim.AdamW(self.masters, 1e-4, fused=True)
+            self.ema = EMA([master.detach() for master in self.masters])
+        self.net.zero_grad()
+        self.backward()
+        for master, p in zip(self.masters, self.net.parameters(), strict=True):
+            master.grad = None if p.grad is None else p.grad.float()
+        self.optimizer.step()
+        self.ema.update()
+        with torch.no_grad():
+            torch._foreach_copy_([*self.net.parameters()], [*self.masters])
+
+    def seconds(self, kind: str) -> float:
+        """Time one."""
+        function = {"forward": self.forward, "forward+backward": self.backward, "step": self.step}[kind]
+        self.synchronize()
+        began = time.perf_counter()
+        function()
+        self.synchronize()
+        return time.perf_counter() - began
+
+    def synchronize(self) -> None:
+        """Wait for the GPU."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def matrix_rate(precision: str, device: torch.device) -> float:
+    """FLOP/s of a large matrix product, the best of some."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=DTYPES[precision]) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        began = time.perf_counter()
+        c = a @ b
+        c[0, 0].item()
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
+
+
+def _own_peak(name: str, config: ModelConfig, precision: str, batch: int, queue: Any) -> None:
+    """In a process of its own: bytes that two steps add to what the process holds before."""
+    subject = Subject(name, config, precision, batch, torch.device("cpu"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    subject.step()
+    subject.step()
+    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024.0)
+
+
+def peak_memory(name: str, config: ModelConfig, precision: str, batch: int, device: torch.device) -> float:
+    """Bytes that a training step needs on top of the network."""
+    if device.type == "cuda":
+        subject = Subject(name, config, precision, batch, device)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        subject.step()
+        subject.step()
+        return float(torch.cuda.max_memory_allocated() - before)
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_own_peak, args=(name, config, precision, batch, queue))
+    process.start()
+    peak: float = queue.get(timeout=3600)
+    process.join()
+    return peak
+
+
+def measure(config: ModelConfig, options: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Seconds, ratios to the first subject and utilisation, by name."""
+    names = ["fvdm", *(["diffusers"] if options.diffusers else []), *options.peer]
+    pairs = [(name, precision) for name in names for precision in options.precisions]
+    subjects = {pair: Subject(pair[0], config, pair[1], options.batch, device) for pair in pairs}
+    rates = {precision: matrix_rate(precision, device) for precision in options.precisions}
+    times: dict[tuple[str, str, str], list[float]] = {}
+    for round_ in range(options.rounds + 1):
+        for (name, precision), subject in subjects.items():
+            for kind in options.kinds:
+                seconds = subject.seconds(kind)
+                if round_:  # The first warms up.
+                    times.setdefault((name, precision, kind), []).append(seconds)
+    results: dict[str, float] = {f"matrix rate {p}, TFLOP/s": rate / 1e12 for p, rate in rates.items()}
+    for (name, precision, kind), values in times.items():
+        own = times["fvdm", precision, kind]
+        label = f"{Path(name).name} {precision} {kind}"
+        results[f"{label}, s"] = statistics.median(values)
+        if name == "fvdm":
+            done = options.batch * flops(config, training=kind != "forward")
+            results[f"{label}, MFU"] = done / statistics.median(values) / rates[precision]
+        else:
+            results[f"{label} / fvdm"] = statistics.median(v / o for v, o in zip(values, own, strict=True))
+    del subjects
+    if options.memory:
+        for name, precision in pairs:
+            results[f"{Path(name).name} {precision}, GB of a step"] = (
+                peak_memory(name, config, precision, options.batch, device) / 1e9
+            )
+    return results
+
+
+def main() -> None:
+    """Measure, print, and log to MLflow."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["S/2"], help="sizes and patches")
+    parser.add_argument("--clip", default="16x4x32x32", help="frames x channels x height x width of the latents")
+    parser.add_argument("--batch", type=int, default=1, help="clips at once")
+    parser.add_argument("--precisions", nargs="+", choices=sorted(DTYPES), default=["fp32", "bf16"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="what is timed")
+    parser.add_argument("--rounds", type=int, default=5, help="turns that every subject takes")
+    parser.add_argument("--attention", default="auto", help="attention backend of ours")
+    parser.add_argument("--no-diffusers", dest="diffusers", action="store_false", help="leave diffusers' Latte out")
+    parser.add_argument("--peer", action="append", default=[], metavar="FILE.py:CLASS", help="another network")
+    parser.add_argument("--memory", action="store_true", help="measure the memory of a step, too")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/train_speed"), help="journal of the run")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        f, c, h, w = (int(part) for part in options.clip.split("x"))
+        if h != w:
+            raise ValueError(f"--clip {options.clip}: frames are square")
+        for name in options.models:
+            config = replace(preset(name), frames=f, channels=c, size=h, attention=options.attention)
+            figures = measure(config, options, device)
+            print(f"{name}, {options.batch} x {options.clip}, {device}, {torch.get_num_threads()} threads")
+            for label, value in figures.items():
+                print(f"  {label:48s} {value:9.3f}")
+            params = vars(options) | {"model": name, "device": str(device)}
+            settings = TrackingConfig(experiment="benchmarks")
+            tracker = Tracker(options.out / name.replace("/", "-"), settings, f"train_speed {name}", params, {})
+            tracker.metrics(figures, 0)
+            tracker.close()
+    except ValueError as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

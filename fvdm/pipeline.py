@@ -1,0 +1,366 @@
+"""A trained model and what it can do, in five lines of Python:
+
+    from fvdm import load, generate
+
+    model = load("runs/demo")
+    video = generate(model, task="image-to-video", given=picture, seed=7)  # uint8 (3 h w) -> (1 f 3 h w)
+
+Tensors in, tensors out; no state but the model.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fvdm import checkpoint as ckpt
+from fvdm.convert import read_model, read_use
+from fvdm.diffusion import Diffusion, DiffusionConfig
+from fvdm.guidance import Guidance
+from fvdm.inputs import as_frames, available, choose
+from fvdm.matrices import Plan, Wish, find
+from fvdm.model import ModelConfig, VideoDiT
+from fvdm.samplers import How, Progress, generators
+from fvdm.solvers import solver
+from fvdm.tasks import draw, draw_stream, place
+from fvdm.timesteps import spaced
+from fvdm.vae import VAE, load_vae
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to make, and how. docs/tasks.md shows every task.
+
+    Attributes:
+        task: generate, image-to-video, interpolate, any-frame, infill, transition, long, next-frame, progressive,
+            edit, pyramid or stream.
+        frames: indices that the task is about, such as 0,5,-1 or 4:12: the given frames of any-frame, the missing ones
+            of infill, those that edit changes.
+        length: frames of the video; 0 is one window of the model, or 128 for long and stream.
+        context: given frames of a task that continues a clip, and frames that a window of long shares with the one
+            before; 0 is the task's own number.
+        delay: rows of the matrix that a frame of pyramid or stream starts after the one before; 0 is the task's own.
+        strength: how much edit may change, 0 to 1.
+        slope: how much nearer to pure noise each frame of progressive begins than the one before.
+        num: number of samples.
+        seed: seed of the first sample; the k-th has seed + k, whatever the batch size.
+        batch_size: samples drawn at once.
+        class_: class of a class-conditional model, by name or number; empty draws one for each sample, from its seed.
+        steps: sampling steps of a frame.
+        solver: ddim, ddpm, dpm++ or unipc.
+        spacing: where the steps lie: even (the paper's), trailing, leading, karras or log-snr; empty is even for ddim
+            and ddpm, karras for dpm++ and unipc.
+        eta: noise of ddim, 0 to 1.
+        guidance: classifier-free guidance scale of a class-conditional model; 1 is none.
+        guidance_interval: lowest and highest timestep that is guided; empty is all.
+        guidance_rescale: 0 to 1: how far a guided estimate gets its standard deviation back.
+        history_guidance: guidance scale towards the clean frames that are seen; 1 is none.
+        given_noise: timestep that clean frames are shown to the network at; 0 is none.
+    """
+
+    task: str = "generate"
+    frames: str = ""
+    length: int = 0
+    context: int = 0
+    delay: int = 0
+    strength: float = 0.6
+    slope: float = 0.1
+    num: int = 1
+    seed: int = 0
+    batch_size: int = 4
+    class_: str = ""
+    steps: int = 50
+    solver: str = "ddim"
+    spacing: str = ""
+    eta: float = 0.0
+    guidance: float = 1.0
+    guidance_interval: tuple[int, int] | None = None
+    guidance_rescale: float = 0.0
+    history_guidance: float = 1.0
+    given_noise: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what can be refused before a model is loaded."""
+        for name in ("num", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.length < 0:
+            raise ValueError(f"length is {self.length}: it must be positive, or 0 for the task's own")
+        find(self.task)
+        solver(self.solver, self.eta)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model with all that is needed to use it.
+
+    Attributes:
+        model: on its device, in eval mode.
+        diffusion: its noise process.
+        vae: turns its latents into pictures.
+        classes: names of its classes; empty without.
+        size: side of a frame in pixels.
+        interval: the clips it was trained on take every interval-th frame.
+        step: optimizer steps it was trained for; 0 where that is not known.
+        folder: where it came from.
+    """
+
+    model: VideoDiT
+    diffusion: Diffusion
+    vae: VAE
+    classes: tuple[str, ...]
+    size: int
+    interval: int
+    step: int
+    folder: Path
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.space.device
+
+
+def load(checkpoint: str | Path, weights: str = "ema", vae: str = "", device: str = "", precision: str = "") -> Trained:
+    """Load a model for use.
+
+    Args:
+        checkpoint: a run's folder, or a checkpoint; a folder of `save_pretrained` or of `python -m fvdm.convert`; or a
+            checkpoint file of Latte or of the official FVDM code.
+        weights: `ema` or `model`, of a run.
+        vae: VAE by name or path; empty takes the one the model was trained with.
+        device: empty takes a GPU if there is one.
+        precision: `bf16`, `fp32`; empty takes bf16 on a GPU.
+
+    Raises:
+        ValueError: if there is no whole checkpoint, or its VAE cannot be found.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = torch.bfloat16 if (precision or ("bf16" if place.type == "cuda" else "fp32")) == "bf16" else torch.float32
+    path = Path(checkpoint)
+    if path.is_file() or (path / "config.json").is_file():
+        model = read_model(path)
+        use = read_use(path, model)
+        decoder = load_vae(vae or use.vae, place)
+        if decoder.channels != model.config.channels:
+            raise ValueError(f"the model has {model.config.channels} latent channels, its VAE {decoder.channels}")
+        about: dict[str, Any] = {"classes": use.classes, "interval": use.interval, "step": 0, "folder": path}
+        about |= {"size": model.config.size * decoder.factor, "diffusion": Diffusion(use.diffusion)}
+    else:
+        folder = ckpt.resolve(path)
+        state = ckpt.read_state(folder)
+        model = VideoDiT(ModelConfig(**state["network"]))
+        model.load_state_dict(ckpt.read_weights(folder, weights))
+        decoder = load_vae(vae or state["vae"], place)
+        about = {"classes": tuple(state["classes"]) if state["network"]["num_classes"] else ()}
+        about |= {"interval": state["settings"]["data"]["interval"], "step": state["step"], "folder": folder}
+        about |= {"size": state["size"], "diffusion": Diffusion(DiffusionConfig(**state["settings"]["diffusion"]))}
+    return Trained(model.to(place, dtype).eval().requires_grad_(False), vae=decoder, **about)
+
+
+def generate(
+    trained: Trained,
+    task: str = "generate",
+    *,
+    given: Tensor | Sequence[Tensor] | None = None,
+    progress: Progress = iter,
+    **settings: Any,
+) -> Tensor:
+    """Make videos.
+
+    Args:
+        trained: from `load`.
+        task: a name of docs/tasks.md.
+        given: pictures or clips, uint8 `(3 h w)` or `(n 3 h w)`; several in a list.
+        progress: wraps the sequence of steps, such as `tqdm`.
+        **settings: of `Recipe`, such as `seed=3, steps=25, solver="dpm++", class_="dog"`.
+
+    Returns:
+        uint8 `(num f 3 h w)` on the CPU.
+
+    Raises:
+        ValueError: if the settings or the given frames do not fit the task or the model.
+    """
+    recipe = recipe_of(task, settings)
+    clips = fitted(trained, given)
+    plan = make_plan(trained, recipe, clips)
+    latents = encode_given(trained, plan, clips)
+    seeds = range(recipe.seed, recipe.seed + recipe.num)
+    batches = [seeds[k : k + recipe.batch_size] for k in range(0, recipe.num, recipe.batch_size)]
+    return torch.cat([make_batch(trained, recipe, plan, latents, batch, progress) for batch in batches])
+
+
+def stream(trained: Trained, *, given: Tensor | Sequence[Tensor] | None = None, **settings: Any) -> Iterator[Tensor]:
+    """Frames of a video without an end, one by one, in constant memory.
+
+    Args:
+        trained: from `load`.
+        given: what the video begins with; see `generate`.
+        **settings: of `Recipe`.
+
+    Yields:
+        uint8 `(num 3 h w)` on the CPU; stop asking when there are enough.
+
+    Raises:
+        ValueError: if the settings do not fit the model.
+    """
+    recipe = recipe_of("stream", settings)
+    clips = fitted(trained, given)
+    plan = make_plan(trained, recipe, clips)
+    latents = encode_given(trained, plan, clips)
+    seeds = range(recipe.seed, recipe.seed + recipe.num)
+    return _stream(trained, recipe, plan, latents, seeds, iter)
+
+
+def recipe_of(task: str, settings: dict[str, Any]) -> Recipe:
+    """The recipe of keyword arguments.
+
+    Raises:
+        ValueError: if there is no such setting; lists those there are.
+    """
+    names = [field.name for field in fields(Recipe)]
+    for name in settings:
+        if name not in names:
+            raise ValueError(f"there is no setting {name}; choose among {', '.join(names)}")
+    return Recipe(task=task, **settings)
+
+
+def fitted(trained: Trained, given: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
+    """Given pictures as clips of the model's size, uint8 `(n 3 size size)` each."""
+    clips = [] if given is None else [given] if isinstance(given, Tensor) else list(given)
+    return [as_frames(clip, trained.size) for clip in clips]
+
+
+def indices(words: str) -> tuple[int, ...]:
+    """Frames by index, such as `0,5,-1` or `4:12` (the end excluded), as integers.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    found: list[int] = []
+    for word in filter(None, (word.strip() for word in words.split(","))):
+        match = re.fullmatch(r"(-?\d+)(?::(\d+))?(?::(\d+))?", word)
+        if not match or (match[3] and not int(match[3])):
+            raise ValueError(f"frames {words!r}: write indices like 0,5,-1, or a range like 4:12")
+        begin = int(match[1])
+        found += range(begin, int(match[2]), int(match[3] or 1)) if match[2] else [begin]
+    return tuple(found)
+
+
+def wish(trained: Trained, recipe: Recipe, clips: Sequence[Tensor]) -> Wish:
+    """What a task is told."""
+    window = trained.model.config.frames
+    noise = trained.diffusion.noise_levels()
+    exactly = sum(map(len, clips)) == recipe.context
+    return Wish(
+        levels=spaced(recipe.spacing or solver(recipe.solver).spacing, recipe.steps, noise),
+        window=window,
+        length=recipe.length or find(recipe.task).length or window,
+        given=recipe.context if exactly else available(clips, trained.interval),
+        frames=indices(recipe.frames),
+        context=recipe.context,
+        delay=recipe.delay,
+        strength=recipe.strength,
+        slope=recipe.slope,
+    )
+
+
+def make_plan(trained: Trained, recipe: Recipe, clips: Sequence[Tensor]) -> Plan:
+    """The task's matrix and given frames.
+
+    Raises:
+        ValueError: if the task wants given frames and none came, or came and are not wanted.
+    """
+    task = find(recipe.task)
+    plan = task.plan(wish(trained, recipe, clips))
+    if task.needs_given and not clips:
+        raise ValueError(f"{recipe.task} starts from {len(plan.given)} given frame(s); name them with --given")
+    if clips and not plan.given:
+        raise ValueError(f"{recipe.task} takes no given frames")
+    return plan
+
+
+def encode_given(trained: Trained, plan: Plan, clips: Sequence[Tensor]) -> Tensor:
+    """Latents `(1 f c h w)` of a plan's clip: those of the given frames at their places, zeros elsewhere.
+
+    Raises:
+        ValueError: if there are too few frames.
+    """
+    c = trained.model.config
+    empty = torch.zeros(1, 0, c.channels, c.size, c.size)
+    frames = choose(clips, plan, trained.interval)[0] if plan.given else None
+    latents = empty if frames is None else trained.vae.encode_mean(frames)[None]
+    return place(latents.to(trained.device), plan.given, plan.matrix.shape[1])
+
+
+def class_numbers(name: str, classes: Sequence[str], seeds: Sequence[int]) -> Tensor | None:
+    """The class of each sample, int64 `(b)`: the one named, or one drawn from the sample's seed; None without classes.
+
+    Raises:
+        ValueError: if the model has no such class.
+    """
+    if not classes:
+        if name:
+            raise ValueError(f"class {name!r}: this model has no classes")
+        return None
+    if not name:
+        draws = [torch.randint(len(classes), (), generator=generator) for generator in generators(seeds)]
+        return torch.stack(draws)
+    if name in classes:
+        return torch.full((len(seeds),), list(classes).index(name))
+    if name.isdigit() and int(name) < len(classes):
+        return torch.full((len(seeds),), int(name))
+    raise ValueError(f"class {name!r} is none of this model's; choose one of {', '.join(classes)}")
+
+
+def make_batch(
+    trained: Trained, recipe: Recipe, plan: Plan, clip: Tensor, seeds: Sequence[int], progress: Progress = iter
+) -> Tensor:
+    """Samples of these seeds, uint8 `(b f 3 h w)` on the CPU.
+
+    Raises:
+        ValueError: if a setting does not fit the model.
+    """
+    if find(recipe.task).endless is not None:
+        frames = _stream(trained, recipe, plan, clip, seeds, progress)
+        return torch.stack(list(islice(frames, clip.shape[1])), dim=1)
+    batch = clip.expand(len(seeds), *clip.shape[1:])
+    y, how = _condition(trained, recipe, seeds, progress)
+    window = trained.model.config.frames
+    latents = draw(trained.model, trained.diffusion, batch, plan.matrix, seeds, how, y, window)
+    return trained.vae.decode(latents).cpu()
+
+
+def _stream(
+    trained: Trained,
+    recipe: Recipe,
+    plan: Plan,
+    clip: Tensor,
+    seeds: Sequence[int],
+    progress: Progress,
+) -> Iterator[Tensor]:
+    y, how = _condition(trained, recipe, seeds, progress)
+    batch = clip[:, : len(plan.given)].expand(len(seeds), -1, *clip.shape[2:])
+    want = replace(wish(trained, recipe, []), given=len(plan.given))
+    for latents in draw_stream(trained.model, trained.diffusion, batch, want, seeds, how, y):
+        yield trained.vae.decode(latents[:, 0]).cpu()
+
+
+def _condition(trained: Trained, recipe: Recipe, seeds: Sequence[int], progress: Progress) -> tuple[Tensor | None, How]:
+    """Classes and settings of the sampler."""
+    y = class_numbers(recipe.class_, trained.classes, seeds)
+    if recipe.guidance != 1.0 and y is None:
+        raise ValueError(f"guidance {recipe.guidance:g} is towards a class, and this model has no classes")
+    guidance = Guidance(
+        recipe.guidance,
+        recipe.history_guidance,
+        recipe.guidance_interval,
+        recipe.guidance_rescale,
+        trained.model.config.num_classes,
+    )
+    how = How(solver(recipe.solver, recipe.eta), guidance, recipe.given_noise, progress)
+    return None if y is None else y.to(trained.device), how

@@ -1,0 +1,85 @@
+"""Writes checkpoints beside the training: training waits for the copy into host memory, not for the disk."""
+
+import datetime
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = datetime.timedelta(hours=1)  # for the slowest rank's disk, and for rank 0, which writes the weights by name
+
+
+class Writer:
+    """Runs one collective write at a time, in a thread on a process group of its own.
+
+    Attributes:
+        stalled: seconds for which the last write held training up.
+        seconds: seconds that the last write took.
+    """
+
+    def __init__(self, background: bool) -> None:
+        """Collective.
+
+        Args:
+            background: write in a thread; else `begin` returns when all is written.
+        """
+        self.background = background
+        # Never the group of the gradients: the messages of two threads would meet in it. On the CPU, so that no
+        # stream waits either.
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.stalled = self.seconds = 0.0
+        self._thread: threading.Thread | None = None
+        self._error: OSError | None = None
+        self._raised: BaseException | None = None
+
+    def barrier(self, error: str = "") -> None:
+        """Wait for the writers of all ranks; raise OSError on each if one of them gives a sentence."""
+        errors: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error, self.group)
+        first = next((f"rank {rank}: {text}" for rank, text in enumerate(errors) if text), None)
+        if first:
+            raise OSError(first)
+
+    def begin(self, slices: dict[str, Tensor], write: Callable[[dict[str, Tensor]], None]) -> None:
+        """Wait for the write before, copy, and write. Collective.
+
+        Args:
+            slices: tensors that training will change; `write` gets a copy in host memory.
+            write: raises the same OSError on all ranks, or on none.
+        """
+        began = time.monotonic()
+        self.wait()
+        copy = {name: tensor.detach().to("cpu", copy=self.background) for name, tensor in slices.items()}
+        # A daemon: a rank that gives up on a hung peer must not wait for it here once more.
+        self._thread = threading.Thread(target=self._run, args=(write, copy), name="checkpoint", daemon=True)
+        self._thread.start()
+        if not self.background:
+            self._thread.join()
+        self.stalled = time.monotonic() - began
+
+    def _run(self, write: Callable[[dict[str, Tensor]], None], slices: dict[str, Tensor]) -> None:
+        began = time.monotonic()
+        try:
+            write(slices)
+        except OSError as error:
+            self._error = error
+            logger.warning("the checkpoint could not be written (%s); training goes on, and the next is tried", error)
+        except BaseException as error:  # A lost peer: training meets it as well.
+            self._raised = error
+        self.seconds = time.monotonic() - began
+
+    def wait(self) -> OSError | None:
+        """Wait until nothing is being written. The error of the last write, the same on all ranks."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._raised:
+            raise self._raised
+        error, self._error = self._error, None
+        return error

@@ -1,0 +1,173 @@
+"""What the sbatch file runs before and after the ranks: clears the way, then decides whether the job starts again.
+
+    after.py begin FOLDER MAX_RESTARTS
+    after.py end FOLDER MAX_RESTARTS CODE        CODE: what srun returned
+
+It starts again when it was told to stop while Slurm still lets it run (a time limit ahead, a preemption), and when a
+rank failed; not when the user cancelled it, nor when a setting is wrong. Needs nothing but Python, and no second.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from os import environ
+from pathlib import Path
+
+FIRST_CAUSE = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.+)$", re.MULTILINE)
+
+
+class Files:
+    """The files by which the parts of one job tell each other how it went, in the job's folder.
+
+    Attributes:
+        error: the sentence of a rank that found a mistake of the user's.
+        again: there when the ranks have stopped as they were told and work is left.
+        outcome: what became of the job, for who follows it; begins with done, again, error or failed.
+        progress: names the folder whose newest checkpoint tells how far the job has come.
+        failures: a line of JSON for each failure.
+        mark: where in the log this start of the job begins.
+        log: what the job and rank 0 print.
+    """
+
+    def __init__(self, folder: Path, job: str) -> None:
+        self.folder, self.job = folder, job
+        self.error = folder / f"{job}_error.txt"
+        self.again = folder / f"{job}_again"
+        self.outcome = folder / f"{job}_outcome.txt"
+        self.progress = folder / f"{job}_progress.txt"
+        self.failures = folder / f"{job}_failures.jsonl"
+        self.mark = folder / f"{job}_mark"
+        self.log = folder / f"{job}_0_log.out"
+
+    def log_of(self, rank: int) -> Path:
+        """What a rank prints."""
+        return self.folder / f"{self.job}_{rank}_log.out"
+
+
+def job_id() -> str:
+    """This job's number, as the names of its files have it."""
+    array = environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{environ['SLURM_ARRAY_TASK_ID']}" if array else environ["SLURM_JOB_ID"]
+
+
+def begin(files: Files) -> None:
+    """Remove what an earlier start of the job has left."""
+    for path in (files.error, files.again, files.outcome, *files.folder.glob(f"{files.job}_port-*")):
+        path.unlink(missing_ok=True)
+    _write(files.mark, str(files.log.stat().st_size if files.log.exists() else 0))
+
+
+def end(files: Files, max_restarts: int, code: int) -> int:
+    """Decide, say it, do it. Returns the exit code of the job."""
+    if files.error.exists():
+        return _finish(files, "error", files.error.read_text().strip(), 2)
+    stopped = files.again.exists()
+    if code == 0 and not stopped:
+        return _finish(files, "done", "", 0)
+    if not _may_go_on():
+        return _finish(files, "cancelled", "", 0 if stopped else 1)
+    if stopped:
+        return _again(files, "stopped in time, with a checkpoint")
+    cause = first_cause(files, code)
+    count = _count_failure(files, cause)
+    if count > max_restarts:
+        sentence = f"{cause}. Failure {count} without a new checkpoint between: not started again (--max-restarts)"
+        return _finish(files, "failed", sentence, 1)
+    return _again(files, f"{cause}; start {count} of at most {max_restarts} without a new checkpoint")
+
+
+def first_cause(files: Files, code: int) -> str:
+    """The rank that failed first and how, from what srun said in the order in which it happened."""
+    text = files.log.read_text(errors="replace")[int(files.mark.read_text()) :] if files.mark.exists() else ""
+    found = FIRST_CAUSE.search(text)
+    if not found:
+        return f"the ranks ended with exit code {code}"
+    node, rank, how = found[1], int(re.split("[,-]", found[2])[0]), found[3]
+    log = files.log_of(rank)
+    sentence = f"rank {rank} on {node} failed first: {how}"
+    if "exit code" in how and log.exists():
+        said = [
+            line.strip()
+            for line in log.read_text(errors="replace").splitlines()
+            if re.match(r"\w[\w.]*(Error|Exception|Interrupt)\b", line.strip())
+        ]
+        sentence += f" ({said[-1][:300]})" if said else ""
+    return f"{sentence}. Its log: {log}"
+
+
+def _count_failure(files: Files, cause: str) -> int:
+    """Write the failure down; how many there were in a row with the same newest checkpoint."""
+    folder = Path(files.progress.read_text()) if files.progress.exists() else None
+    newest = max((path.name for path in folder.glob("step-*")), default="") if folder else ""
+    before = files.failures.read_text().splitlines() if files.failures.exists() else []
+    lines = [*before, json.dumps({"time": time.time(), "cause": cause, "checkpoint": newest})]
+    _write(files.failures, "".join(line + "\n" for line in lines))
+    others = (i for i, line in enumerate(reversed(lines)) if json.loads(line)["checkpoint"] != newest)
+    return next(others, len(lines))
+
+
+def _write(path: Path, text: str) -> None:
+    """Leave a note; a full disk takes none, and must not keep the job from starting again."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        temporary.write_text(text)
+        temporary.rename(path)
+    except OSError as error:
+        print(f"{path} cannot be written: {error}", flush=True)
+        temporary.unlink(missing_ok=True)
+
+
+def _may_go_on() -> bool:
+    """Whether the job is still Slurm's to run: a cancelled one is already completing, as is one out of time."""
+    command = ["scontrol", "show", "job", "-o", environ["SLURM_JOB_ID"]]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    return "JobState=RUNNING" in shown
+
+
+def _finish(files: Files, what: str, sentence: str, code: int) -> int:
+    if sentence:
+        print(f"error: {sentence}", flush=True)
+    _write(files.outcome, f"{what} {sentence}\n")
+    return code
+
+
+def _again(files: Files, why: str) -> int:
+    """Start the job again: requeue it, or submit its file once more where Slurm does not requeue."""
+    files.again.unlink(missing_ok=True)
+    print(f"{why}: starting job {files.job} again", flush=True)
+    _write(files.outcome, "again\n")
+    requeue = subprocess.run(["scontrol", "requeue", files.job], capture_output=True, text=True, timeout=60)
+    if requeue.returncode == 0:
+        return 0
+    script = files.folder / f"{files.job}_submission.sh"
+    submit = ["sbatch", "--parsable", str(script)]
+    submitted = subprocess.run(submit, capture_output=True, text=True, timeout=60)
+    if submitted.returncode or "SLURM_ARRAY_JOB_ID" in environ:
+        said = " ".join(f"{requeue.stderr} {submitted.stderr}".split())
+        return _finish(files, "failed", f"Slurm neither requeues nor takes the job again: {said}", 1)
+    new = submitted.stdout.strip().partition(";")[0]
+    # The new job waits a minute for its pickle.
+    for kind in ("submitted.pkl", "submission.sh", "failures.jsonl"):
+        source = files.folder / f"{files.job}_{kind}"
+        if source.exists():
+            shutil.copyfile(source, files.folder / f"{new}_{kind}")
+    print(f"Slurm does not requeue job {files.job}: it goes on as job {new}", flush=True)
+    _write(files.outcome, f"again {new}\n")
+    return 0
+
+
+def main() -> int:
+    """Run one half; see the text above."""
+    half, folder, max_restarts, *code = sys.argv[1:]
+    files = Files(Path(folder), job_id())
+    if half == "begin":
+        begin(files)
+        return 0
+    return end(files, int(max_restarts), int(code[0]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

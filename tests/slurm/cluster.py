@@ -1,0 +1,96 @@
+"""The test cluster, from Python: see cluster.sh."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).with_name("cluster.sh")
+NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
+PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+MISSING = "needs Slurm: apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge"
+QUIET = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "MLFLOW_ENABLE_TELEMETRY": "false"}
+
+
+def installed() -> bool:
+    """Whether Slurm's daemons and clients are on this machine."""
+    return all(shutil.which(name, path=PATH) for name in NEEDED)
+
+
+class Cluster:
+    """A running cluster; its environment is that of the clients."""
+
+    def __init__(self, nodes: int, name: str = "test", port: int = 17000) -> None:
+        self.env = os.environ | QUIET | {"SLURM_TEST_DIR": f"/tmp/slurm-{name}", "SLURM_TEST_PORT": str(port)}
+        self.pending: dict[str, float] = {}
+        self("up", str(nodes))
+        exported = self("env")
+        self.env["PATH"] = PATH
+        for name, value in re.findall(r"export (\w+)=(.*)", exported):
+            self.env[name] = value.replace("$PATH", self.env["PATH"])
+
+    def __call__(self, *words: str) -> str:
+        """Run cluster.sh."""
+        done = subprocess.run([str(SCRIPT), *words], env=self.env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, f"cluster.sh {' '.join(words)}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def run(self, *words: object, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        """Run a client command, or a script of the project when the first word ends with .py."""
+        command = [str(word) for word in words]
+        if command[0].endswith(".py"):
+            command = [sys.executable, str(ROOT / command[0]), *command[1:]]
+        return subprocess.run(command, env=self.env, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+
+    def job(self, number: str) -> dict[str, str]:
+        """What `scontrol show job` says, by name; empty when the job is forgotten."""
+        shown = self.run("scontrol", "show", "job", "-o", number).stdout
+        return dict(re.findall(r"(\S+?)=(\S*)", shown))
+
+    def state(self, number: str) -> str:
+        """PENDING, RUNNING, COMPLETED, ..."""
+        return self.job(number).get("JobState", "")
+
+    def hurry(self, number: str) -> None:
+        """Let a requeued job start soon; Slurm makes it wait for its old credentials to expire.
+
+        Not within the second of its requeueing: the nodes would take it for the job that was just killed.
+        """
+        if self.state(number) != "PENDING":
+            self.pending.pop(number, None)
+        elif time.monotonic() - self.pending.setdefault(number, time.monotonic()) > 2:
+            self.run("scontrol", "update", f"jobid={number}", "StartTime=now")
+
+    def wait(self, number: str, states: set[str], seconds: float = 240) -> str:
+        """Wait until the job is in one of the states, hurrying it on."""
+        end = time.monotonic() + seconds
+        while (state := self.state(number)) not in states:
+            assert time.monotonic() < end, f"job {number} is {state}, not one of {states}"
+            if "PENDING" not in states:
+                self.hurry(number)
+            time.sleep(0.5)
+        return state
+
+
+def ranks(folder: Path) -> list[psutil.Process]:
+    """The rank processes of jobs whose files lie in `folder`, by rank."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        line = process.info["cmdline"] or [""]
+        mine = "submitit.core._submit" in line and str(folder) in " ".join(line) and not line[0].endswith("srun")
+        if mine and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process)
+
+    def rank(process: psutil.Process) -> int:
+        try:
+            return int(process.environ().get("SLURM_PROCID", -1))
+        except psutil.Error:
+            return -1
+
+    return sorted(found, key=rank)

@@ -1,0 +1,175 @@
+"""Training on a real Slurm: what ends, what starts again, and with what word."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from fvdm import checkpoint as ckpt
+from tests.data_fixtures import make_shards
+from tests.slurm.chaos import ENDED, chaos
+from tests.slurm.cluster import MISSING, ROOT, installed, ranks
+from tests.test_train import losses, state, wait_until, words
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    return make_shards(tmp_path_factory.mktemp("latents"), [12, 9, 10, 30, 8, 11, 6], labels=True)
+
+
+def submit(cluster, folder, latents, *more, name="run", options=(), config="c.yaml"):
+    """Submit a small training from `folder`; what the launcher printed, and the job's number."""
+    (folder / "c.yaml").write_text("name: run\n")
+    fixed = ["--cluster", "slurm", "--cpus-per-task", 1, "--time", 60, "--config", config]
+    script = "launchers/slurm_train.py"
+    done = cluster.run(script, *fixed, *options, *words(latents, folder, name, *more), cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, re.findall(r"(?:^job|cancel with: scancel) (\d+)", done.stdout, re.MULTILINE)[0]
+
+
+def log(folder, job, rank=0, run="run"):
+    return (folder / "runs" / run / "jobs" / f"{job}_{rank}_log.out").read_text(errors="replace")
+
+
+def outcome(folder, job):
+    return (folder / "runs" / "run" / "jobs" / f"{job}_outcome.txt").read_text().split(None, 1)
+
+
+def until_training(folder, steps=1, run="run"):
+    journal = folder / "runs" / run / "events.jsonl"
+    wait_until(lambda: journal.exists() and len(re.findall("loss/mean", journal.read_text())) >= steps)
+
+
+def test_four_nodes_run_one_training_that_a_time_limit_does_not_end(cluster, latents, tmp_path):
+    printed, job = submit(cluster, tmp_path, latents, "--steps", 400, options=["--nodes", 4])
+    assert f"cancel with: scancel {job}" in printed
+    cluster.wait(job, {"RUNNING"})
+    facts = cluster.job(job)
+    assert (facts["NumNodes"], facts["NumTasks"], facts["Requeue"]) == ("4", "4", "1")
+    cluster.run("scancel", "--signal=USR2", job)  # The ranks are not listening yet, and must not miss it.
+    wait_until(lambda: int(cluster.job(job).get("Restarts", 0)) >= 1)
+    cluster.wait(job, {"COMPLETED"})
+    text = "".join(log(tmp_path, job, rank) for rank in range(4))
+    assert len(set(re.findall(r"hostname=(node\d)", text))) == 4
+    assert "stopped in time, with a checkpoint" in text
+    assert "resuming run from step" in text
+    assert max(losses(tmp_path, "run")) == 400
+    assert outcome(tmp_path, job) == ["done"]
+    record, _ = state(tmp_path, "run")
+    assert record["world_size"] == 4
+    assert (tmp_path / "runs/run/jobs" / f"{job}_submission.sh").exists()
+
+
+def test_a_killed_rank_is_named_and_the_job_starts_again_until_it_may_not(cluster, latents, tmp_path):
+    _, job = submit(cluster, tmp_path, latents, "--steps", 10**6, options=["--nodes", 4, "--max-restarts", 1])
+    until_training(tmp_path)
+    ranks(tmp_path)[1].kill()
+    wait_until(lambda: int(cluster.job(job).get("Restarts", 0)) == 1)
+    assert re.search(r"rank 1 on node\d failed first: Killed.*start 1 of at most 1", log(tmp_path, job))
+    cluster.wait(job, {"RUNNING"})
+    wait_until(lambda: log(tmp_path, job).count("step 1/") == 2)
+    ranks(tmp_path)[2].kill()
+    assert cluster.wait(job, ENDED) == "FAILED"
+    what, sentence = outcome(tmp_path, job)
+    assert what == "failed"
+    assert "rank 2 on node" in sentence
+    wait_until(lambda: not ranks(tmp_path), 30)
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(cluster, latents, tmp_path):
+    _, job = submit(cluster, tmp_path, latents, "--steps", 10**6, options=["--nodes", 2])
+    until_training(tmp_path)
+    cluster.run("scancel", job)
+    cluster.wait(job, {"CANCELLED"})
+    wait_until(lambda: not ranks(tmp_path), 30)
+    assert ckpt.newest(tmp_path / "runs/run/checkpoints") is not None
+    time.sleep(3)
+    assert cluster.state(job) == "CANCELLED"
+
+
+def test_a_mistake_ends_the_job_at_once_with_its_sentence(cluster, latents, tmp_path):
+    bad = ("--steps", 50, "--engine.lr", "1e30", "--max_skipped", 3)
+    (tmp_path / "c.yaml").write_text("name: run\n")
+    fixed = ["--cluster", "slurm", "--nodes", 2, "--cpus-per-task", 1, "--follow", "--config", "c.yaml"]
+    done = cluster.run("launchers/slurm_train.py", *fixed, *words(latents, tmp_path, "run", *bad), cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "3 steps in a row" in done.stderr
+    job = re.findall(r"^job (\d+)", done.stdout, re.MULTILINE)[0]
+    assert cluster.job(job).get("Restarts") == "0"
+
+
+def test_four_two_four_ranks_and_a_cluster_that_does_not_requeue(cluster, latents, tmp_path):
+    """The losses of a changing number of ranks stay within 1e-3 of those of an unchanged one."""
+    whole, split = tmp_path / "whole", tmp_path / "split"
+    whole.mkdir(), split.mkdir()
+    _, reference = submit(cluster, whole, latents, "--steps", 30, options=["--nodes", 4])
+    cluster.wait(reference, {"COMPLETED"})
+    for nodes, steps in ((4, 10), (2, 20)):
+        _, job = submit(cluster, split, latents, "--steps", steps, options=["--nodes", nodes])
+        cluster.wait(job, {"COMPLETED"})
+    _, job = submit(cluster, split, latents, "--steps", 30, options=["--nodes", 4])
+    cluster.run("scontrol", "update", f"jobid={job}", "Requeue=0")
+    cluster.wait(job, {"RUNNING"})
+    cluster.run("scancel", "--signal=TERM", job)
+    cluster.wait(job, ENDED)
+    what, following = outcome(split, job)
+    assert what == "again"
+    cluster.wait(following.strip(), {"COMPLETED"})
+    assert outcome(split, following.strip()) == ["done"]
+    wanted, got = losses(whole, "run"), losses(split, "run")
+    assert set(got) == set(wanted)
+    assert max(abs(got[step] - wanted[step]) for step in wanted) < 1e-3
+    assert (state(whole, "run")[1]["master"] - state(split, "run")[1]["master"]).abs().max() < 1e-3
+
+
+def test_an_array_is_a_sweep_and_any_script_runs_in_the_same_way(cluster, latents, tmp_path):
+    sweep = ["--steps", 2, "--seed", "{array}"]
+    _, job = submit(cluster, tmp_path, latents, *sweep, name="seed-{array}", options=["--array", "1-2"])
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys; print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], sys.argv[1])")
+    run = ["launchers/slurm_run.py", "--cluster", "slurm", "--nodes", 2, "--cpus-per-task", 1, "--follow"]
+    done = cluster.run(*run, script, "word", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rank 0 of 2 word" in done.stdout
+    wait_until(lambda: cluster.run("squeue", "-h", "-j", job).stdout == "")
+    first, second = (state(tmp_path, f"seed-{seed}")[1]["master"] for seed in (1, 2))
+    assert not torch.equal(first, second)
+
+
+def test_a_short_chaos(tmp_path):
+    if not installed():
+        pytest.skip(MISSING)
+    chaos(tmp_path, events=4, seed=7)
+
+
+@pytest.mark.parametrize("name", ["ffs_xl", "sky_xl", "ucf101_xl", "taichi_xl"])
+def test_dry_runs_of_the_papers_configurations(name, tmp_path):
+    """On a plain GPU cluster: a rank for each GPU, a signal ahead of the time limit, requeueing."""
+    command = [sys.executable, str(ROOT / "launchers/slurm_train.py"), "--config", str(ROOT / f"configs/{name}.yaml")]
+    more = ["--nodes", "4", "--gpus-per-node", "8", "--cpus-per-task", "12", "--partition", "gpu", "--dry-run"]
+    done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=12", "--partition=gpu",
+        "--signal=USR2@300", "--time=1440", "--requeue", "--open-mode=append", f"--job-name=fvdm-{name}",
+    ):  # fmt: skip
+        assert f"\n#SBATCH {line}\n" in done.stdout, line
+    assert "--kill-on-bad-exit=1" in done.stdout
+    assert not list(tmp_path.iterdir()), "a dry run leaves nothing behind"
+
+
+def test_failures_are_counted_from_the_last_progress(tmp_path):
+    from launchers.after import Files, _count_failure
+
+    files = Files(tmp_path, "1")
+    files.progress.write_text(str(tmp_path / "checkpoints"))
+    assert [_count_failure(files, "x") for _ in range(3)] == [1, 2, 3]
+    (tmp_path / "checkpoints" / "step-00000010").mkdir(parents=True)
+    assert [_count_failure(files, "x") for _ in range(2)] == [1, 2]
+    assert len([json.loads(line) for line in files.failures.read_text().splitlines()]) == 5

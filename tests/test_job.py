@@ -1,0 +1,52 @@
+"""Where the ranks of a job meet, and what the script around them decides; the whole of it runs in tests/slurm."""
+
+import socket
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from launchers.after import Files, end, first_cause
+from launchers.job import _meet, ports
+
+
+def test_the_port_comes_from_the_jobs_number_and_is_drawn_again_if_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    files = Files(tmp_path, "1234")
+    tried = ports("1234", 1)
+    first, second = next(tried), next(tried)
+    assert first == next(ports("1234", 1)) != next(ports("1234", 2))
+    found = {}
+
+    def rank(number):
+        found[number] = _meet(files, SimpleNamespace(global_rank=number, raw_job_id="1234"))
+
+    with socket.socket() as taken:
+        taken.bind(("", first))
+        waiting = threading.Thread(target=rank, args=(1,))  # comes before rank 0
+        waiting.start()
+        rank(0)
+        waiting.join(10)
+    assert found == {0: second, 1: second}
+
+
+def test_the_first_cause_is_the_one_that_srun_saw_first(tmp_path):
+    files = Files(tmp_path, "7")
+    files.log.write_text("srun: error: node9: task 5: Killed\n")  # of an earlier start
+    files.mark.write_text(str(files.log.stat().st_size))
+    with files.log.open("a") as file:
+        file.write("srun: error: node2: task 1: Exited with exit code 1\nsrun: error: node1: task 0: Killed\n")
+    files.log_of(1).write_text("Traceback\n  File ...\nRuntimeError: it broke\nsubmitit ERROR\n")
+    assert first_cause(files, 137).startswith("rank 1 on node2 failed first: Exited with exit code 1 (RuntimeError: it")
+    assert first_cause(Files(tmp_path, "8"), 9) == "the ranks ended with exit code 9"
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "outcome", "exit_code"), [(0, "", "done", 0), (137, "no labels", "error", 2)]
+)
+def test_a_complete_or_a_mistaken_job_does_not_start_again(tmp_path, code, error, outcome, exit_code):
+    files = Files(tmp_path, "7")
+    if error:
+        files.error.write_text(error)
+    assert end(files, 5, code) == exit_code
+    assert files.outcome.read_text().split(None, 1) == [outcome, *([error + "\n"] if error else [])]

@@ -1,0 +1,61 @@
+"""What a job asks of the cluster, from the command line to the sbatch file."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from launchers.resources import Resources, array_numbers
+
+
+def resources(*words):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    Resources.add_arguments(parser)
+    return Resources.from_options(parser.parse_args(["--dry-run", "--gpus-per-node", "2", *words]))
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("30", 30), ("30:20", 31), ("2:00:00", 120), ("1-0", 1440), ("1-12:30", 2190), ("1-00:00:01", 1441)],
+)
+def test_time_limits_are_slurms(text, minutes):
+    assert resources("--time", text).minutes == minutes
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers", "at_a_time"),
+    [("", [], 0), ("0-3", [0, 1, 2, 3], 4), ("1,3,5-6", [1, 3, 5, 6], 4), ("0-9:4%2", [0, 4, 8], 2)],
+)
+def test_arrays_are_slurms(text, numbers, at_a_time):
+    assert array_numbers(text) == (numbers, at_a_time)
+
+
+def test_every_option_reaches_the_sbatch_file():
+    words = ["--partition", "gpu", "--account", "lab", "--qos", "high", "--constraint", "ib", "--mem", "200G"]
+    words += ["--exclude", "n1", "--nodelist", "n2", "--dependency", "afterok:1", "--gpu-type", "h200"]
+    words += ["--cpus-per-task", "12", "--sbatch", "reservation=spring", "--sbatch=--comment=a=b", "--nodes", "4"]
+    asked = resources(*words).sbatch_parameters("name", Path("folder"))
+    assert asked["gpus_per_node"] == "h200:2"
+    assert (asked["nodes"], asked["ntasks_per_node"], asked["cpus_per_task"]) == (4, 2, 12)
+    wanted = {"account": "lab", "qos": "high", "constraint": "ib", "mem": "200G", "exclude": "n1", "nodelist": "n2"}
+    wanted |= {"partition": "gpu", "dependency": "afterok:1", "reservation": "spring", "comment": "a=b"}
+    assert asked["additional_parameters"] == wanted | {"requeue": True}
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--time", "soon"], "--time soon"),
+        (["--array", "a-b"], "--array a-b"),
+        (["--nodes", "0"], "at least one node"),
+        (["--time", "4", "--warn", "300"], "--warn 300"),
+    ],
+)
+def test_mistakes_are_named(words, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        resources(*words)
+
+
+def test_an_option_of_sbatch_needs_a_value():
+    with pytest.raises(ValueError, match="give key=value"):
+        resources("--sbatch", "spring").sbatch_parameters("name", Path("folder"))
