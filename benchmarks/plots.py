@@ -86,5 +86,5 @@ def bars(values: Mapping[str, Mapping[str, float]], path: Path, title: str, y: s
     axes.set(title=title, ylabel=y)
     axes.set_xticks(range(len(values)), list(values))
     axes.grid(alpha=0.3, axis="y")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=len(names), fontsize=8)
     return _save(figure, path)

@@ -84,6 +84,9 @@ def send(report: Report, out: Path, *, into: str = "", parent: str = "", trackin
     tags = {"kind": report.kind} | machine() | dict(report.tags)
     tags |= {"mlflow.parentRunId": parent} if parent else {}
     folder = out / ".tracking" / f"{report.kind}-{time.time_ns()}"
+    if into and not _known(into, tracking):
+        logger.warning("MLflow has no run %s here: the result gets a run of its own", into)
+        into = ""
     tracker = Tracker(folder, tracking, report.name, dict(report.params), tags, into=into)
     for step, values in report.metrics:
         tracker.metrics(dict(values), step)
@@ -97,6 +100,20 @@ def send(report: Report, out: Path, *, into: str = "", parent: str = "", trackin
     if run_id and report.data:
         _log_data(report.data, run_id, tracking)
     return run_id
+
+
+def _known(run_id: str, tracking: TrackingConfig) -> bool:
+    """Whether the server has such a run; a server that does not answer is given the benefit of the doubt."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    try:
+        MlflowClient(tracking_uri(tracking.uri)).get_run(run_id)
+    except MlflowException as error:
+        return error.error_code != "RESOURCE_DOES_NOT_EXIST"
+    except OSError:
+        pass
+    return True
 
 
 def _log_data(data: Sequence[Data], run_id: str, tracking: TrackingConfig) -> None:

@@ -251,8 +251,8 @@ def run_all(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def draw(rows: Sequence[Row], out: Path) -> dict[str, Path]:
-    """A figure of quality against time for every setting."""
+def draw(rows: Sequence[Row], out: Path, exact: int) -> dict[str, Path]:
+    """A figure of quality against time for every setting; `exact` are the steps of the reference."""
     images = {}
     for setting in dict.fromkeys(row.setting for row in rows):
         groups: dict[str, dict[str, tuple[float, float]]] = {}
@@ -261,7 +261,7 @@ def draw(rows: Sequence[Row], out: Path) -> dict[str, Path]:
                 groups.setdefault(row.solver, {})[str(row.steps)] = (row.seconds, row.quality)
         if not groups:
             continue  # Only stochastic solvers, and no real clips.
-        y = "FVD" if rows[0].fvd is not None else "distance to 1000 steps of DDIM, relative"
+        y = "FVD" if rows[0].fvd is not None else f"distance to {exact} steps of DDIM, relative"
         images[setting] = pareto(groups, out / f"{setting}.png", setting, "seconds per clip", y)
     return images
 
@@ -287,7 +287,7 @@ def report(rows: Sequence[Row], options: argparse.Namespace) -> None:
         {key: value for key, value in vars(options).items() if key != "out"},
         {"config": options.checkpoint},
         [out / "results.json"],
-        draw(rows, out),
+        draw(rows, out, options.reference_steps),
         data,
     )
     send(found, out)

@@ -56,6 +56,18 @@ def test_the_grid_is_the_papers():
     assert "--p" in grid.command(grid.cells[0])
 
 
+def test_a_training_in_the_queue_is_not_submitted_again(tmp_path, monkeypatch):
+    (tmp_path / "squeue").write_text("#!/bin/sh\ncase $3 in fvdm-*) echo 7;; esac\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    options = ablation.arguments().parse_args(["--out", str(tmp_path), "--p", "0", "--models", "S/2"])
+    options.every = 10
+    grid = ablation.Ablation(options, [])
+    monkeypatch.setattr(grid, "command", lambda cell: pytest.fail(f"{cell} was submitted again"))
+    assert not grid.train()
+    assert grid.measure() == {}
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [([], "--real is missing"), (["--real", "x", "--samplers", "ddim"], "each is SOLVER:STEPS")],

@@ -18,6 +18,8 @@ MATHEMATICS = {
     "solvers",
     "guidance",
     "matrices",
+    "protocols",
+    "distances",
 }
 LAYERS = (
     {"timesteps", "attention", "distributed", "config", "ema", "vae", "media", "location", "videos", "i3d"}

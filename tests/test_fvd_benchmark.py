@@ -13,10 +13,12 @@ import torch
 
 from benchmarks import fvd as benchmark
 from benchmarks.measure import clip_features, freeze
+from benchmarks.reporting import Data, Report, run_of, send
 from benchmarks.sources import Files, Sampled, Samples
 from fvdm.distributed import Ranks, free_port
 from fvdm.fvd import features, load_i3d
 from fvdm.protocols import Clip
+from fvdm.tracking import Tracker, TrackingConfig
 from tests.data_fixtures import cut, write_frames, write_video
 from tests.test_generate import make_run
 
@@ -28,7 +30,7 @@ QUICK = ["--frames", "9", "--size", "32", "--bootstrap", "4", "--chunk", "2"]
 def clips(tmp_path_factory):
     """Two folders of short real clips: files, and frame folders."""
     root = tmp_path_factory.mktemp("clips")
-    for k in range(5):
+    for k in range(4):
         write_video(root / "real" / f"{k}.mp4", cut(k, 12)[:, :64, :64])
         write_frames(root / "fake" / str(k), cut(k + 9, 9)[:, 40:104, 40:104], [f"{i}.png" for i in range(9)])
     return root
@@ -80,7 +82,7 @@ def test_the_same_command_gives_the_same_digits_and_a_card(clips, tmp_path, monk
         "note:",
     ):
         assert entry in shown
-    assert first["clips"] == first["clips_real"] == 5
+    assert first["clips"] == first["clips_real"] == 4
     assert "2048" in first["card"]["departs from it"]
     assert 0 <= first["low"] <= first["fvd"] <= first["high"]
     from mlflow.tracking import MlflowClient
@@ -131,10 +133,29 @@ def test_a_checkpoint_is_sampled_in_any_order_of_chunks(tmp_path):
         source.read([Clip(k, (0,)) for k in (3, 1)])
 
 
+def test_a_result_finds_the_run_of_its_model_or_gets_its_own(tmp_path, monkeypatch, caplog):
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.chdir(tmp_path)
+    owner = Tracker(tmp_path / "run", TrackingConfig(system_metrics=False), "model")
+    owner.close()
+    assert run_of(str(tmp_path / "run")) == run_of(str(tmp_path / "run" / "checkpoints" / "step-1")) == owner.run_id
+    found = Report("fvd", "fvd", [(7, {"fvd/x": 1.5})], data=[Data("clips", "/clips", "real", [1, 2])])
+    assert send(found, tmp_path, into=owner.run_id) == owner.run_id
+    assert run_of(str(tmp_path)) == ""
+    own = send(found, tmp_path, into="0123456789abcdef0123456789abcdef")
+    assert own not in ("", owner.run_id)
+    assert "a run of its own" in caplog.text
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    for run_id in (own, owner.run_id):
+        assert [(m.step, m.value) for m in client.get_metric_history(run_id, "fvd/x")] == [(7, 1.5)]
+        assert client.get_run(run_id).inputs.dataset_inputs[0].dataset.name == "clips"
+
+
 def test_features_are_those_of_the_clips(clips):
     net = load_i3d()
     source = Files(str(clips / "fake"), 32)
-    taken = [Clip(k, tuple(range(9))) for k in (0, 2, 4)]
+    taken = [Clip(k, tuple(range(9))) for k in (0, 2, 3)]
     found = clip_features(net, source, taken, Ranks(), chunk=2)
     expected = torch.cat([features(net, source.read([clip])) for clip in taken]).double()
     np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -171,7 +192,7 @@ def test_few_clips_give_finite_numbers_and_a_warning():
     [
         (["--protocol", "fvd"], "choose one of styleganv"),
         (["--frames", "8"], "--frames is 8: give 9 or more"),
-        (["--frames", "64"], "0 of 5 videos have 64 frames"),
+        (["--frames", "64"], "0 of 4 videos have 64 frames"),
         (["--real-pattern", "x*"], "no videos named x*"),
         (["--fake", "/nowhere"], "'/nowhere' is not a folder"),
         (["--clips", "1"], "at least 2 clips"),
