@@ -22,6 +22,7 @@ from data_prep.layouts import PAPER, list_videos
 from fvdm.pipeline import Trained, generate, load
 from fvdm.protocols import Clip
 from fvdm.shards import LatentShards
+from fvdm.solvers import solver
 from fvdm.vae import load_vae, sample_latents
 from fvdm.videos import Info, VideoError, even_step, frame_files, read_video
 
@@ -254,7 +255,7 @@ class Samples:
             "codec": "none: pixels of the VAE",
             "first resize": f"none: {self.size} x {self.size}",
             "checkpoint": f"{trained.folder} ({names['model']}, p = {names['p']}, step {trained.step}, {how.weights})",
-            "sampler": how.solver,
+            "sampler": f"{how.solver}, steps spaced {solver(how.solver).spacing}",
             "steps": str(how.steps),
             "guidance": f"{how.guidance:g}" if trained.classes else "none: no classes",
             "precision": str(next(trained.model.parameters()).dtype).removeprefix("torch."),
