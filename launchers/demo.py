@@ -39,7 +39,7 @@ def commands(extra: list[str]) -> dict[str, list[str]]:
         "training": [*train, *extra],
         **tasks,
         "samples for FVD": [*generate, "--out", "demo/videos/fvd", "--num", FVD_CLIPS, "--seed", "1000"],
-        "FVD": [*fvd, "--clips", FVD_CLIPS, "--size", SIZE, "--run", str(RUN), "--out", "demo/fvd"],
+        "FVD": [*fvd, "--protocol", "even", "--clips", FVD_CLIPS, "--size", SIZE, "--run", str(RUN), "--out", "demo/fvd"],
     }
     return {title: [python, *words] for title, words in steps.items()}
 
