@@ -28,7 +28,8 @@ def commands(extra: list[str]) -> dict[str, list[str]]:
     encode = ["data_prep/encode_latents.py", "--videos", "demo/clips", "--out", "demo/latents", "--size", SIZE]
     train = ["launchers/slurm_train.py", "--cluster", "local", "--nodes", "2", "--config", "configs/demo.yaml"]
     generate = ["-m", "fvdm.generate", "--checkpoint", str(RUN), "--steps", "25"]
-    fvd = ["benchmarks/fvd.py", "--real", "demo/clips", "--fake", "demo/videos/fvd", "--fake-pattern", "generate-*.mp4"]
+    fvd = ["benchmarks/fvd.py", "--protocol", "even", "--real", "demo/clips", "--fake", "demo/videos/fvd"]
+    fvd += ["--fake-pattern", "generate-*.mp4"]
     tasks = {
         f"task {task}": [*generate, "--task", task, "--out", f"demo/videos/{task}", "--num", "4", *words]
         for task, words in TASKS.items()
@@ -39,7 +40,7 @@ def commands(extra: list[str]) -> dict[str, list[str]]:
         "training": [*train, *extra],
         **tasks,
         "samples for FVD": [*generate, "--out", "demo/videos/fvd", "--num", FVD_CLIPS, "--seed", "1000"],
-        "FVD": [*fvd, "--protocol", "even", "--clips", FVD_CLIPS, "--size", SIZE, "--run", str(RUN), "--out", "demo/fvd"],
+        "FVD": [*fvd, "--clips", FVD_CLIPS, "--size", SIZE, "--run", str(RUN), "--out", "demo/fvd"],
     }
     return {title: [python, *words] for title, words in steps.items()}
 
