@@ -1,4 +1,7 @@
-"""Videos as people look at them: mp4 and gif files, and one picture of many frames. The only place that writes them."""
+"""Videos as people look at them: mp4 and gif files, and one picture of many frames. The only place that writes them.
+
+The same frames give the same bytes: ranks that share the work write the files that one alone would have written.
+"""
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -7,6 +10,8 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from torch import Tensor
+
+EXACT = {"fflags": "bitexact"}  # no random numbers in a file's header
 
 
 def write_mp4(video: Tensor, path: Path, fps: float = 8.0) -> None:
@@ -17,7 +22,8 @@ def write_mp4(video: Tensor, path: Path, fps: float = 8.0) -> None:
         path: the file, written under a temporary name first.
         fps: frames per second.
     """
-    _write_video(video, path, fps, "mp4", "libx264", {"crf": "12"})
+    # With mbtree, x264's AVX-512 code reads memory it has not written: the same frames gave several files.
+    _write_video(video, path, fps, "mp4", "libx264", {"crf": "12", "mbtree": "0"})
 
 
 def write_webm(video: Tensor, path: Path, fps: float = 8.0) -> None:
@@ -30,7 +36,7 @@ def _write_video(video: Tensor, path: Path, fps: float, container: str, codec: s
 
     temporary = path.with_name(f".tmp-{path.name}")
     height, width = (side // 2 * 2 for side in video.shape[2:])
-    with av.open(str(temporary), "w", format=container) as file:
+    with av.open(str(temporary), "w", format=container, options=EXACT) as file:
         stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
         assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from fvdm.distributed import Ranks
 from fvdm.generate import GenerateConfig, batches
 from fvdm.inputs import as_frames, choose, read_frames, read_source
 from fvdm.matrices import TASKS, Plan, find, text
-from fvdm.media import tile, write_frames, write_gif, write_mp4, write_strips, write_webm
+from fvdm.media import WRITERS, tile, write_frames, write_gif, write_mp4, write_strips, write_webm
 from fvdm.model import VideoDiT, preset
 from fvdm.pipeline import generate, indices, load, make_plan, recipe_of, stream
 from fvdm.timesteps import full_sequence, hold_clean
@@ -344,6 +345,20 @@ def test_the_command_writes_what_it_says(run, clip, tmp_path):
         assert wrong.returncode == 2
         assert sentence in wrong.stderr
         assert "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize("form", ["mp4", "webm"])
+def test_the_same_frames_give_the_same_file(form, tmp_path):
+    """Whatever lies in the memory that an encoder gets: so that ranks write the files of one."""
+    video = tile(list((torch.rand(3, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)))
+    path, files, litter, dice = tmp_path / f"v.{form}", set(), [], random.Random(0)
+    for _ in range(100):
+        litter.append(np.ones(dice.randint(1, 5000), dtype=np.uint8))
+        if dice.random() < 0.3:
+            litter.pop(dice.randrange(len(litter)))
+        WRITERS[form](video, path, 8.0)
+        files.add(path.read_bytes())
+    assert len(files) == 1
 
 
 def test_media_round_trip(tmp_path):

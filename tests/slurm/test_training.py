@@ -41,6 +41,11 @@ def outcome(folder, job):
     return (folder / "runs" / "run" / "jobs" / f"{job}_outcome.txt").read_text().split(None, 1)
 
 
+def started(folder):
+    """The ranks that have begun to hold signals back; to one that is not there yet, Slurm sends none."""
+    return [rank for rank in ranks(folder) if "start.py" not in " ".join(rank.cmdline())]
+
+
 def until_training(folder, steps=1, run="run"):
     journal = folder / "runs" / run / "events.jsonl"
     wait_until(lambda: journal.exists() and len(re.findall("loss/mean", journal.read_text())) >= steps)
@@ -52,6 +57,7 @@ def test_four_nodes_run_one_training_that_a_time_limit_does_not_end(cluster, lat
     cluster.wait(job, {"RUNNING"})
     facts = cluster.job(job)
     assert (facts["NumNodes"], facts["NumTasks"], facts["Requeue"]) == ("4", "4", "1")
+    wait_until(lambda: len(started(tmp_path)) == 4)
     cluster.run("scancel", "--signal=USR2", job)  # The ranks are not listening yet, and must not miss it.
     wait_until(lambda: int(cluster.job(job).get("Restarts", 0)) >= 1)
     cluster.wait(job, {"COMPLETED"})
