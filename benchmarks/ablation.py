@@ -26,12 +26,12 @@ import numpy as np
 
 from benchmarks import fvd
 from benchmarks.plots import Point, curves
-from benchmarks.reporting import Report, adopt, machine, run_of, send
+from benchmarks.reporting import Report, machine, send
 from benchmarks.smoke import smoke_clips, smoke_latents
 from fvdm.checkpoint import STEP, write_text
 from fvdm.config import fail
 from fvdm.distributed import Ranks
-from fvdm.tracking import Tracker, TrackingConfig
+from fvdm.tracking import Tracker, TrackingConfig, run_of
 
 ROOT = Path(__file__).parent.parent
 TITLES = {
@@ -148,7 +148,7 @@ class Ablation:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(result, indent=1))
         print(f"{point.cell.name}, step {point.step}, {point.sampler}: FVD {result['fvd']:.1f}", flush=True)
-        run_id = run_of(str(self.folder(point.cell)))
+        run_id = run_of(self.folder(point.cell))
         if run_id:
             name = f"fvd/{options.protocol}_{options.frames}f_{point.sampler.replace(':', '_')}"
             found = Report("fvd", "fvd", [(point.step, {name: result["fvd"]})])
@@ -200,10 +200,9 @@ def report(ablation: Ablation, found: dict[Spot, float]) -> None:
         tracker.artifact(path, "figures")
         tracker.image(path, f"figures/{name}", options.steps)
     tracker.artifact(out / "results.json")
+    for child in filter(None, (run_of(ablation.folder(cell)) for cell in ablation.cells)):
+        tracker.adopt(child)
     tracker.close()
-    children = [run_id for cell in ablation.cells if (run_id := run_of(str(ablation.folder(cell))))]
-    if tracker.run_id:
-        adopt(children, tracker.run_id, tracking)
 
 
 def arguments() -> argparse.ArgumentParser:

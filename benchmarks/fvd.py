@@ -23,7 +23,7 @@ if __package__ in (None, ""):  # run as a file: the folder above holds the packa
 import numpy as np
 
 from benchmarks.measure import clip_features, ranks
-from benchmarks.reporting import Data, Report, run_of, send
+from benchmarks.reporting import Data, Report, send
 from benchmarks.sources import Sampled, Samples, Source, device, open_source
 from fvdm import fvd
 from fvdm.checkpoint import write_text
@@ -32,6 +32,7 @@ from fvdm.distances import bootstrap, extrapolate, floor, kernel_distance, quiet
 from fvdm.distributed import Ranks
 from fvdm.i3d import I3D
 from fvdm.protocols import PROTOCOLS, Clip, departures, protocol, select_fake, select_real
+from fvdm.tracking import run_of
 
 RESIZES = {
     "direct": "whole picture to 224 x 224, bilinear, align_corners=False, no antialias",
@@ -273,7 +274,7 @@ def report(result: dict[str, Any], options: argparse.Namespace) -> None:
         [out / "fvd.json", out / "card.txt"],
         data=[Data(Path(path).name, path, side, result["taken"][side]) for side, path in sides],
     )
-    send(found, out, into=run_of(options.run or options.fake))
+    send(found, out, into=run_of(Path(options.run or options.fake)))
 
 
 def arguments() -> argparse.ArgumentParser:

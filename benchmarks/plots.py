@@ -1,4 +1,4 @@
-"""The benchmarks' figures, as PNG files. The only place that imports matplotlib."""
+"""The benchmarks' figures, as PNG files."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -12,9 +11,7 @@ from typing import Any
 
 import torch
 
-from fvdm.tracking import Tracker, TrackingConfig, tracking_uri
-
-logger = logging.getLogger(__name__)
+from fvdm.tracking import Tracker, TrackingConfig
 
 EXPERIMENT = "benchmarks"
 
@@ -84,9 +81,6 @@ def send(report: Report, out: Path, *, into: str = "", parent: str = "", trackin
     tags = {"kind": report.kind} | machine() | dict(report.tags)
     tags |= {"mlflow.parentRunId": parent} if parent else {}
     folder = out / ".tracking" / f"{report.kind}-{time.time_ns()}"
-    if into and not _known(into, tracking):
-        logger.warning("MLflow has no run %s here: the result gets a run of its own", into)
-        into = ""
     tracker = Tracker(folder, tracking, report.name, dict(report.params), tags, into=into)
     for step, values in report.metrics:
         tracker.metrics(dict(values), step)
@@ -95,71 +89,8 @@ def send(report: Report, out: Path, *, into: str = "", parent: str = "", trackin
     for name, path in report.images.items():
         tracker.artifact(path, report.kind)
         tracker.image(path, f"{report.kind}/{name}", max((step for step, _ in report.metrics), default=0))
+    for entry in report.data:
+        digest = hashlib.sha256(json.dumps([entry.path, entry.clips]).encode()).hexdigest()[:16]
+        tracker.dataset(entry.name, entry.path, digest, entry.role, len(entry.clips))
     tracker.close()
-    run_id = tracker.run_id or ""
-    if run_id and report.data:
-        _log_data(report.data, run_id, tracking)
-    return run_id
-
-
-def _known(run_id: str, tracking: TrackingConfig) -> bool:
-    """Whether the server has such a run; a server that does not answer is given the benefit of the doubt."""
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
-
-    try:
-        MlflowClient(tracking_uri(tracking.uri)).get_run(run_id)
-    except MlflowException as error:
-        return error.error_code != "RESOURCE_DOES_NOT_EXIST"
-    except OSError:
-        pass
-    return True
-
-
-def _log_data(data: Sequence[Data], run_id: str, tracking: TrackingConfig) -> None:
-    """List the data sets as inputs of the run; a server that is away costs this list, not the numbers."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-    from mlflow.tracking import MlflowClient
-
-    inputs = [
-        DatasetInput(
-            Dataset(
-                name=entry.name,
-                digest=hashlib.sha256(json.dumps([entry.path, entry.clips]).encode()).hexdigest()[:16],
-                source_type="local",
-                source=json.dumps({"uri": entry.path}),
-                profile=json.dumps({"clips": len(entry.clips)}),
-            ),
-            [InputTag("mlflow.data.context", entry.role)],
-        )
-        for entry in data
-    ]
-    try:
-        MlflowClient(tracking_uri(tracking.uri)).log_inputs(run_id, inputs)
-    except Exception as error:  # As in the Tracker: no server's trouble ends a measurement.
-        logger.warning("MLflow did not take the list of data sets: %s", error)
-
-
-def adopt(children: Sequence[str], parent: str, tracking: TrackingConfig) -> None:
-    """Show runs below another in MLflow's list, where they began on their own; they must be of one experiment."""
-    from mlflow.tracking import MlflowClient
-
-    try:
-        client = MlflowClient(tracking_uri(tracking.uri))
-        for child in children:
-            client.set_tag(child, "mlflow.parentRunId", parent)
-    except Exception as error:  # As in the Tracker: no server's trouble ends a measurement.
-        logger.warning("MLflow did not take the children of the run: %s", error)
-
-
-def run_of(folder: str) -> str:
-    """The MLflow run of a training run's folder; empty where there is none.
-
-    A checkpoint's folder leads to its run's too.
-    """
-    for place in (Path(folder), Path(folder).parent.parent):
-        try:
-            return str(json.loads((place / "tracking.json").read_text())["run_id"])
-        except (OSError, ValueError, KeyError):
-            continue
-    return ""
+    return tracker.run_id or ""

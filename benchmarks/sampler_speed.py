@@ -4,7 +4,7 @@
     python benchmarks/sampler_speed.py --smoke
 
 For each task, batch size, precision and attention backend, DDPM with 250 and 1000 steps, DDIM with 100, 50, 25 and 10,
-and every other solver of fvdm.samplers with 10, 15 and 20. Quality is the root mean square distance to what DDIM with
+and every other solver of fvdm.solvers with 10, 15 and 20. Quality is the root mean square distance to what DDIM with
 1000 steps makes of the same noise, over the root mean square of that (a stochastic solver draws noise of its own, so
 that its distance says nothing); with --real it is the Fréchet video distance of as many clips. On a terminal, in
 results.json, and as figures in MLflow.
@@ -38,11 +38,16 @@ from fvdm.attention import BACKENDS, Backend
 from fvdm.checkpoint import write_text
 from fvdm.config import fail
 from fvdm.distances import quiet
+from fvdm.guidance import Guidance
+from fvdm.matrices import given_frames, on_window
 from fvdm.pipeline import Trained, class_numbers
 from fvdm.protocols import protocol, select_real
+from fvdm.samplers import How
 from fvdm.solvers import SOLVERS, solver
-from fvdm.tasks import TASKS, Sampling, given_frames, run
+from fvdm.tasks import draw
+from fvdm.timesteps import spaced
 
+TASKS = ("generate", "image-to-video", "interpolate", "long")  # the paper's
 STEPS = {"ddpm": (250, 1000), "ddim": (10, 25, 50, 100)}
 OTHERS = (10, 15, 20)  # steps of every other solver
 STOCHASTIC = ("ddpm",)
@@ -113,8 +118,6 @@ class Bench:
         self.setting, self.options = setting, options
         self.trained = open_model(options.checkpoint, setting.precision, setting.attention, options.frames)
         network = self.trained.model.config
-        self.given = given_frames(setting.task, network.frames)
-        self.length = 2 * network.frames if setting.task == "long" else network.frames
         shape = (options.clips, network.frames, network.channels, network.size, network.size)
         self.source = torch.zeros(shape, device=self.trained.model.space.device)
 
@@ -122,16 +125,17 @@ class Bench:
         """Latents `(n f c h w)` of all clips, the seconds they took, and how many clips the network has seen."""
         options, network, classes = self.options, self.trained.model.config, self.trained.classes
         counter, parts, batch = Counter(self.trained), [], self.setting.batch
-        guidance = options.guidance if classes else 1.0
+        how = How(solver(name), Guidance(options.guidance if classes else 1.0, null_class=network.num_classes))
+        levels = spaced(how.solver.spacing, steps, self.trained.diffusion.noise_levels())
+        matrix = on_window(self.setting.task, levels, network.frames, 2 * network.frames).matrix
         _synchronize()
         begun = time.perf_counter()
         for first in range(0, options.clips, batch):
             seeds = [options.seed + k for k in range(first, min(first + batch, options.clips))]
             y = class_numbers("", classes, seeds)
             y = None if y is None else y.to(self.source.device)
-            how = Sampling(steps, guidance, solver(name), null_class=network.num_classes)
             clip = self.source[first : first + batch]
-            parts.append(run(counter, self.trained.diffusion, clip, self.given, seeds, how, self.length, y))
+            parts.append(draw(counter, self.trained.diffusion, clip, matrix, seeds, how, y))
         _synchronize()
         return torch.cat(parts).float(), time.perf_counter() - begun, counter.clips
 
@@ -251,7 +255,7 @@ def run_all(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def draw(rows: Sequence[Row], out: Path, exact: int) -> dict[str, Path]:
+def figures(rows: Sequence[Row], out: Path, exact: int) -> dict[str, Path]:
     """A figure of quality against time for every setting; `exact` are the steps of the reference."""
     images = {}
     for setting in dict.fromkeys(row.setting for row in rows):
@@ -287,7 +291,7 @@ def report(rows: Sequence[Row], options: argparse.Namespace) -> None:
         {key: value for key, value in vars(options).items() if key != "out"},
         {"config": options.checkpoint},
         [out / "results.json"],
-        draw(rows, out, options.reference_steps),
+        figures(rows, out, options.reference_steps),
         data,
     )
     send(found, out)
@@ -301,7 +305,7 @@ def arguments() -> argparse.ArgumentParser:
         "--checkpoint", default="random:XS/2", help="run or checkpoint; or random:SIZE for random weights [random:XS/2]"
     )
     add("--frames", type=int, default=16, help="frames of a model of random weights [16]")
-    add("--tasks", nargs="+", default=list(TASKS), help="tasks [all]")
+    add("--tasks", nargs="+", default=list(TASKS), help=f"tasks that need not be told more [{' '.join(TASKS)}]")
     add("--batch-sizes", nargs="+", type=int, default=[1, 4], help="clips at once [1 4]")
     add("--precisions", nargs="+", default=["fp32", "bf16"], help="fp32, bf16 [both]")
     add("--attention", nargs="+", default=["auto"], help=f"backends: {', '.join(BACKENDS)} [auto]")

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from fvdm.config import fail
 from fvdm.diffusion import Diffusion
-from fvdm.distributed import from_environment, seed_everything
+from fvdm.distributed import Ranks, from_environment, seed_everything
 from fvdm.ema import EMA
 from fvdm.engine import Engine, EngineConfig, initialise
 from fvdm.model import VideoDiT, preset
@@ -33,9 +33,8 @@ def peak(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
-def steps(options: argparse.Namespace) -> dict[str, float]:
+def steps(options: argparse.Namespace, ranks: Ranks) -> dict[str, float]:
     """Take the steps; the figures of the rank that needed most. Collective."""
-    ranks = from_environment()
     seed_everything(0)
     config = replace(
         preset(options.model),
@@ -78,7 +77,6 @@ def steps(options: argparse.Namespace) -> dict[str, float]:
         "predicted_gb": predicted / 1e9,
         "measured_over_predicted": measured / predicted,
         "seconds_per_step": seconds,
-        "main": float(ranks.is_main),
     }
 
 
@@ -97,10 +95,11 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     try:
-        figures = steps(options)
+        ranks = from_environment()
+        figures = steps(options, ranks)
     except ValueError as error:
         fail(error)
-    if figures.pop("main"):
+    if ranks.is_main:
         for name, value in figures.items():
             print(f"{name:24s} {value:.3f}")
         name = f"train_memory {options.model} x{figures['ranks']:.0f}"

@@ -31,7 +31,7 @@ from torch import Tensor
 from benchmarks.baseline import replacement
 from benchmarks.models import open_model
 from benchmarks.plots import bars, curves
-from benchmarks.reporting import Data, Report, run_of, send
+from benchmarks.reporting import Data, Report, send
 from benchmarks.scores import drawn, feature_distance, psnr, ssim
 from benchmarks.smoke import smoke_clips
 from benchmarks.sources import Source, device, open_source
@@ -40,11 +40,15 @@ from fvdm.checkpoint import write_text
 from fvdm.config import fail
 from fvdm.distances import quiet
 from fvdm.i3d import I3D, MIN_FRAMES
+from fvdm.matrices import given_frames, on_window
 from fvdm.media import write_strips
 from fvdm.pipeline import Trained
 from fvdm.protocols import Clip, protocol, select_real
+from fvdm.samplers import How
 from fvdm.solvers import solver
-from fvdm.tasks import Sampling, given_frames, place, run
+from fvdm.tasks import draw, place
+from fvdm.timesteps import spaced
+from fvdm.tracking import run_of
 
 TASKS = ("image-to-video", "interpolate", "long")
 
@@ -55,8 +59,8 @@ class Method:
     def __init__(self, name: str, trained: Trained, options: argparse.Namespace) -> None:
         self.name, self.trained, self.options = name, trained, options
 
-    def __call__(self, truth: Tensor, given: Sequence[int], seeds: Sequence[int]) -> Tensor:
-        """Videos, uint8 `(b f 3 h w)`, of the truth's shape; given frames of it at indices in the first window."""
+    def __call__(self, task: str, truth: Tensor, given: Sequence[int], seeds: Sequence[int]) -> Tensor:
+        """Videos, uint8 `(b f 3 h w)`, of the truth's shape; the task's given frames of it, in the first window."""
         if self.name == "frozen":
             return truth[:, [max((g for g in given if g <= k), default=given[0]) for k in range(truth.shape[1])]]
         trained, network = self.trained, self.trained.model.config
@@ -67,8 +71,10 @@ class Method:
         y = torch.full((len(truth),), network.num_classes, device=latents.device) if network.num_classes else None
         length, options = truth.shape[1], self.options
         if self.name == "held":
-            how = Sampling(options.steps, solver=solver(options.solver))
-            made = run(trained.model, trained.diffusion, latents, given, seeds, how, length, y)
+            how = How(solver(options.solver))
+            levels = spaced(how.solver.spacing, options.steps, trained.diffusion.noise_levels())
+            matrix = on_window(task, levels, network.frames, length).matrix
+            made = draw(trained.model, trained.diffusion, latents, matrix, seeds, how, y)
         else:
             repeats = options.resamples if self.name == "repaint" else 1
             made = replacement(
@@ -119,7 +125,7 @@ class Bench:
         for number, clips in enumerate(self.batches()):
             truth = self.source.read(clips)
             first = self.options.seed + number * self.options.batch
-            made = method(truth, self.given, range(first, first + len(clips)))
+            made = method(self.task, truth, self.given, range(first, first + len(clips)))
             for name, function in (("psnr", psnr), ("ssim", ssim)):
                 by_frame[name].append(function(made[:, self.drawn], truth[:, self.drawn]))
             if net is not None:
@@ -213,7 +219,11 @@ def report(results: Mapping[str, Mapping[str, Mapping[str, Any]]], options: argp
         f"zero-shot {Path(options.checkpoint).name}",
         metrics,
         {key: value for key, value in vars(options).items() if key != "out"},
-        {"config": options.checkpoint, "baseline": options.baseline or "none", "model_run": run_of(options.checkpoint)},
+        {
+            "config": options.checkpoint,
+            "baseline": options.baseline or "none",
+            "model_run": run_of(Path(options.checkpoint)),
+        },
         [out / "results.json"],
         figures(results, out),
         [Data(Path(options.real).name, options.real, "truth", taken)],

@@ -3,7 +3,6 @@
 docs/tasks.md shows every task. Under torchrun the ranks share the samples, and write the same files.
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from fvdm.inputs import choose, read_frames, read_source
 from fvdm.matrices import Plan, text
 from fvdm.media import WRITERS, tile, write_strips
 from fvdm.pipeline import Recipe, Trained, encode_given, generate, load, make_batch, make_plan, stream
-from fvdm.tracking import Tracker, TrackingConfig
+from fvdm.tracking import Tracker, TrackingConfig, run_of
 
 __all__ = ["GenerateConfig", "Trained", "generate", "load", "main", "read_frames", "stream"]
 logger = logging.getLogger(__name__)
@@ -181,15 +180,12 @@ def write_overview(videos: dict[int, Tensor], config: GenerateConfig, trained: T
 
 def report(files: Sequence[Path], config: GenerateConfig, trained: Trained) -> None:
     """Log the files to the MLflow run that trained the model; to one of their own where that is not known."""
-    run_id = ""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        run_id = json.loads((trained.folder.parent.parent / "tracking.json").read_text())["run_id"]
     tracker = Tracker(
         Path(config.out) / ".tracking",
         config.tracking,
         f"generate-{config.task}",
         tags={"kind": "generate"},
-        into=run_id,
+        into=run_of(trained.folder),
     )
     for path in files:
         if path.suffix == ".png":

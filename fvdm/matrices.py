@@ -266,14 +266,29 @@ def find(task: str) -> Task:
     return TASKS[task]
 
 
+def on_window(task: str, levels: Tensor, window: int, length: int = 0) -> Plan:
+    """A task on a clip of one window, all of whose frames are at hand.
+
+    Args:
+        task: by name.
+        levels: falling timesteps of one frame, `(s + 1,)`.
+        window: frames of the clip.
+        length: frames of the video, for a task that slides over one.
+
+    Raises:
+        ValueError: if there is no such task (lists those there are), or it must be told more.
+    """
+    found = find(task)
+    return found.plan(Wish(levels, window, max(length, window) if found.length else window, given=window))
+
+
 def given_frames(task: str, frames: int) -> tuple[int, ...]:
     """The indices of the frames that a task wants given, in a clip of one window of `frames`.
 
     Raises:
         ValueError: if there is no such task; lists those there are.
     """
-    found = find(task)
-    return found.plan(Wish(evenly_spaced(1), frames, frames, given=frames)).given
+    return on_window(task, evenly_spaced(1), frames).given
 
 
 def text(matrix: Tensor, rows: int = 60) -> str:

@@ -12,7 +12,7 @@ from fvdm.data import DataConfig, batches
 from fvdm.diffusion import Diffusion
 from fvdm.distributed import Ranks
 from fvdm.guidance import Guidance
-from fvdm.matrices import Plan, Wish, find
+from fvdm.matrices import on_window
 from fvdm.media import tile, write_gif, write_mp4, write_strips
 from fvdm.samplers import How
 from fvdm.shards import LatentShards
@@ -52,17 +52,7 @@ class PreviewConfig:
         """Refuse, before a run begins, what would end it at its first preview."""
         solver(self.solver)
         for task in self.tasks:
-            make_plan(task, evenly_spaced(1), 16, max(self.long_frames, 16))
-
-
-def make_plan(task: str, levels: Tensor, window: int, long_frames: int) -> Plan:
-    """A task on a clip of one window, all of whose frames are at hand.
-
-    Raises:
-        ValueError: if there is no such task, or it must be told more.
-    """
-    length = max(long_frames, window) if find(task).length else window
-    return find(task).plan(Wish(levels, window, length, given=window))
+            on_window(task, evenly_spaced(1), 16, self.long_frames)
 
 
 @torch.no_grad()
@@ -92,11 +82,9 @@ def preview(
     levels = spaced(how.solver.spacing, config.steps, diffusion.noise_levels())
     made: dict[str, Tensor] = {}
     for task in config.tasks:
-        window = clip.shape[1]
-        matrix = make_plan(task, levels, window, config.long_frames).matrix
-        whole = torch.cat([clip, clip.new_zeros(len(clip), matrix.shape[1] - window, *clip.shape[2:])], dim=1)
+        matrix = on_window(task, levels, clip.shape[1], config.long_frames).matrix
         if mine:
-            made[task] = draw(model, diffusion, whole, matrix, mine, how, y, window).float().cpu()
+            made[task] = draw(model, diffusion, clip, matrix, mine, how, y).float().cpu()
     parts: list[dict[str, Tensor] | None] | None = [None] * ranks.world_size if ranks.is_main else None
     dist.gather_object(made, parts)
     if parts is not None and tracker is not None:

@@ -92,6 +92,11 @@ class TrainConfig:
         """The run's folder."""
         return Path(self.runs) / self.name
 
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of its checkpoints."""
+        return self.folder / "checkpoints"
+
 
 @dataclass
 class Progress:
@@ -148,12 +153,8 @@ def initial_weights(init: str, model: VideoDiT) -> None:
         weights = dict(read_model(path).state_dict())
     else:
         weights = ckpt.read_weights(ckpt.resolve(path))
-    own = model.state_dict()
-    odd = sorted(
-        name
-        for name in {*weights, *own}
-        if getattr(weights.get(name), "shape", 0) != getattr(own.get(name), "shape", 1)
-    )
+    theirs, own = ({(name, w.shape) for name, w in each.items()} for each in (weights, model.state_dict()))
+    odd = sorted({name for name, _ in theirs ^ own})
     if odd:
         raise ValueError(
             f"the weights of --init {init} do not fit the model of this run: {len(odd)} differ, such as {odd[0]}; "
@@ -207,6 +208,16 @@ def only_one(folder: Path, patience: float) -> Iterator[None]:
         yield
 
 
+def newest_checkpoint(config: TrainConfig, ranks: Ranks) -> Path | None:
+    """Where the run goes on from: its newest whole checkpoint, as rank 0 finds it. Collective."""
+    found: list[Path | None] = [None]
+    if ranks.is_main:
+        ckpt.clean(config.checkpoints)
+        found = [ckpt.newest(config.checkpoints)]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
 class Run:
     """The parts of a training run, and what is kept of it."""
 
@@ -224,22 +235,15 @@ class Run:
         self.diffusion = Diffusion(config.diffusion)
         self.progress = Progress()
         self.first = 0  # the step at which this start began
-        self.root = config.folder / "checkpoints"
+        self.root = config.checkpoints
         self.writer = Writer(config.checkpoint.background)
 
-    def resume(self) -> None:
-        """Go on from the newest whole checkpoint, if there is one; rank 0 decides which.
+    def resume(self, folder: Path) -> None:
+        """Go on from a checkpoint.
 
         Raises:
-            ValueError: if the run there is of another model.
+            ValueError: if it is of another model.
         """
-        if self.ranks.is_main:
-            ckpt.clean(self.root)
-        found = [ckpt.newest(self.root) if self.ranks.is_main else None]
-        dist.broadcast_object_list(found)
-        folder = found[0]
-        if folder is None:
-            return
         state = ckpt.read_state(folder)
         if state["names"] != {name: list(shape) for name, shape in self.engine.names.items()}:
             raise ValueError(

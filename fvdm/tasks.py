@@ -4,19 +4,14 @@
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fvdm.diffusion import Diffusion, Model
-from fvdm.guidance import Guidance
-from fvdm.matrices import TASKS, Wish, find, given_frames, kept, long, rolling_blocks
-from fvdm.samplers import How, Progress, generators, start, stream, windows
-from fvdm.solvers import Solver, ddim
-from fvdm.timesteps import hold_clean, spaced
-
-__all__ = ["TASKS", "Sampling", "draw", "draw_stream", "find", "given_frames", "place", "run"]
+from fvdm.matrices import Wish, kept, rolling_blocks
+from fvdm.samplers import How, generators, start, stream, windows
 
 
 def draw(
@@ -34,21 +29,23 @@ def draw(
     Args:
         model: the denoiser.
         diffusion: its noise process.
-        clip: latents `(b f c h w)`; what stands in frames that begin at T is ignored.
-        matrix: int `(s + 1, f)`; see `fvdm.tasks`.
+        clip: latents `(b f c h w)`; what stands in frames that begin at T is ignored, and the last of these may be left
+            out.
+        matrix: int `(s + 1, frames)`; see `fvdm.matrices`.
         seeds: one per sample; a sample is the same in every batch.
         how: solver, guidance and so on.
         y: class labels `(b)`.
         window: frames that the model takes; 0 is f.
 
     Returns:
-        latents `(b f c h w)`; frames whose column stands at 0 are bit-identical to those of `clip`.
+        latents `(b frames c h w)`; frames whose column stands at 0 are bit-identical to those of `clip`.
 
     Raises:
         ValueError: if a setting is out of range.
     """
     generator = generators(seeds)
-    x = start(clip, matrix, diffusion, generator)
+    more = clip.new_zeros(clip.shape[0], max(0, matrix.shape[1] - clip.shape[1]), *clip.shape[2:])
+    x = start(torch.cat([clip, more], dim=1), matrix, diffusion, generator)
     rest = iter(x.split(1, dim=1))
     blocks = windows(matrix, window or clip.shape[1])
 
@@ -115,61 +112,3 @@ def place(given: Tensor, indices: Sequence[int], frames: int) -> Tensor:
     clip = torch.zeros((given.shape[0], frames, *given.shape[2:]), dtype=given.dtype, device=given.device)
     clip[:, list(indices)] = given
     return clip
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """The short form of how to sample, for `run`.
-
-    Attributes:
-        steps: sampling steps, 1 to T, spaced as suits the solver.
-        guidance: classifier-free guidance scale of a class-conditional model; 1 is none.
-        solver: one of `fvdm.solvers`; None is DDIM with eta 0.
-        overlap: frames that a window of a long video shares with the one before; 0 is half the window.
-        null_class: the label that stands for no class.
-        progress: wraps the sequence of steps, such as `tqdm`.
-    """
-
-    steps: int = 50
-    guidance: float = 1.0
-    solver: Solver | None = None
-    overlap: int = 0
-    null_class: int = 0
-    progress: Progress = iter
-
-
-def run(
-    model: Model,
-    diffusion: Diffusion,
-    clip: Tensor,
-    given: Sequence[int],
-    seeds: Sequence[int],
-    how: Sampling,
-    length: int = 0,
-    y: Tensor | None = None,
-) -> Tensor:
-    """Draw the frames of a clip that are not given; go on window by window where more frames are wanted.
-
-    Args:
-        model: the denoiser.
-        diffusion: its noise process.
-        clip: latents `(b f c h w)`, f the frames the model takes; what stands in frames not given is ignored.
-        given: indices of the given frames.
-        seeds: one per sample; a sample is the same in every batch.
-        how: sampling settings.
-        length: frames wanted; 0 is f.
-        y: class labels `(b)`.
-
-    Returns:
-        latents `(b length c h w)`; given frames are bit-identical to those of `clip`.
-
-    Raises:
-        ValueError: if a setting is out of range.
-    """
-    window = clip.shape[1]
-    solver = how.solver or ddim()
-    levels = spaced(solver.spacing, how.steps, diffusion.noise_levels())
-    matrix = hold_clean(long(Wish(levels, window, length or window, context=how.overlap)).matrix, given)
-    whole = torch.cat([clip, clip.new_zeros(clip.shape[0], matrix.shape[1] - window, *clip.shape[2:])], dim=1)
-    walked = How(solver, Guidance(how.guidance, null_class=how.null_class), progress=how.progress)
-    return draw(model, diffusion, whole, matrix, seeds, walked, y, window)

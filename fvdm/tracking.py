@@ -66,7 +66,8 @@ class Tracker:
             name: the run's name in MLflow.
             params: settings; a setting that changed since the run began is reported as a tag.
             tags: tags of the run, such as its kind.
-            into: id of a run of somebody else's to report into; its state and settings stay as they are.
+            into: id of a run of somebody else's to report into; its state and settings stay as they are. If the server
+                has no such run, the report gets one of its own.
         """
         self.folder, self.config, self.name = folder, config, name
         self.params = {k: str(v) for k, v in (params or {}).items()}
@@ -108,6 +109,14 @@ class Tracker:
         """Report an image file that stays on disk, as the `step`-th of the series `key`."""
         self._write({"image": str(path.resolve()), "key": key, "step": step})
 
+    def dataset(self, name: str, uri: str, digest: str, role: str, clips: int) -> None:
+        """Report a data set that went into the run: where it lies, what was taken of it, and as what, such as real."""
+        self._write({"dataset": {"name": name, "uri": uri, "digest": digest, "role": role, "clips": clips}})
+
+    def adopt(self, run_id: str) -> None:
+        """Show another run, of the same experiment, below this one."""
+        self._write({"adopt": run_id})
+
     def _write(self, event: dict[str, Any]) -> None:
         line = json.dumps(event | {"time": int(time.time() * 1000)})
         self._pending += line.encode() + b"\n"
@@ -120,8 +129,7 @@ class Tracker:
 
     def close(self, status: str = "FINISHED") -> None:
         """End the run as FINISHED, FAILED or KILLED, once everything is sent or the server's patience is over."""
-        if not self.into:
-            self._write({"status": status})
+        self._write({"status": status})
         self._wake.put(False)
         self._thread.join(PATIENCE)
         if self._monitor:
@@ -165,17 +173,31 @@ class Tracker:
         client = MlflowClient(tracking_uri(self.config.uri))
         position = self._position()
         if "run_id" not in position:
-            position["run_id"] = self.into or self._create(client)
+            found = self._find(client)
+            position |= {"run_id": found or self._create(client), "own": not found}
             position["experiment_id"] = client.get_run(position["run_id"]).info.experiment_id
             write_text(self.folder / "tracking.json", json.dumps(position))
-        if self._monitor is None and not self.into:
+        own = position.get("own", not self.into)
+        if self._monitor is None and own:
             self._begin(client, position["run_id"])
         with (self.folder / "events.jsonl").open("rb") as journal:
             journal.seek(position["sent"])
             for events, end in _batches(journal):
-                self._deliver(client, position["run_id"], events)
+                self._deliver(client, position["run_id"], events, own)
                 position["sent"] = end
                 write_text(self.folder / "tracking.json", json.dumps(position))
+
+    def _find(self, client: Any) -> str:
+        """The run to report into; empty when it is to be made."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return client.get_run(self.into).info.run_id if self.into else ""
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            logger.warning("MLflow has no run %s here: the report gets a run of its own", self.into)
+            return ""
 
     def _create(self, client: Any) -> str:
         found = client.get_experiment_by_name(self.config.experiment)
@@ -209,7 +231,7 @@ class Tracker:
             )
             self._monitor.start()
 
-    def _deliver(self, client: Any, run_id: str, events: list[dict[str, Any]]) -> None:
+    def _deliver(self, client: Any, run_id: str, events: list[dict[str, Any]], own: bool) -> None:
         from mlflow.entities import Metric
 
         metrics = [
@@ -222,7 +244,12 @@ class Tracker:
         for event in events:
             path = Path(event.get("artifact") or event.get("image") or "")
             if "status" in event:
-                client.set_terminated(run_id, event["status"])
+                if own:  # The end of somebody else's run is not ours to tell.
+                    client.set_terminated(run_id, event["status"])
+            elif "dataset" in event:
+                client.log_inputs(run_id, [_dataset(**event["dataset"])])
+            elif "adopt" in event:
+                _adopt(client, event["adopt"], run_id)
             elif not path.is_file():
                 continue  # Metrics, or a file that its owner has since removed.
             elif "artifact" in event:
@@ -231,6 +258,33 @@ class Tracker:
                 from PIL import Image
 
                 client.log_image(run_id, Image.open(path), key=event["key"], step=event["step"])
+
+
+def run_of(folder: Path) -> str:
+    """The MLflow run of a training run's folder, or of the run that a checkpoint lies in; empty where there is none."""
+    for place in (folder, folder.parent.parent):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return str(json.loads((place / "tracking.json").read_text())["run_id"])
+    return ""
+
+
+def _adopt(client: Any, child: str, parent: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.set_tag(child, "mlflow.parentRunId", parent)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        logger.warning("MLflow has no run %s here: it is not shown below %s", child, parent)
+
+
+def _dataset(name: str, uri: str, digest: str, role: str, clips: int) -> Any:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    source, profile = json.dumps({"uri": uri}), json.dumps({"clips": clips})
+    dataset = Dataset(name=name, digest=digest, source_type="local", source=source, profile=profile)
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", role)])
 
 
 def _batches(journal: Any, size: int = 200) -> Iterator[tuple[list[dict[str, Any]], int]]:

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fvdm import checkpoint as ckpt
 from fvdm import config as settings
 from fvdm.data import Batch, batches
 from fvdm.distributed import Ranks, Stop, StopFlag, from_environment, seed_everything
@@ -24,7 +23,7 @@ from fvdm.ema import EMA
 from fvdm.engine import Engine, initialise
 from fvdm.model import ModelConfig, VideoDiT
 from fvdm.previews import preview
-from fvdm.run import Progress, Run, TrainConfig, initial_weights, model_config, only_one
+from fvdm.run import Progress, Run, TrainConfig, initial_weights, model_config, newest_checkpoint, only_one
 from fvdm.shards import LatentShards
 from fvdm.timesteps import sample_timesteps
 from fvdm.tracking import Tracker
@@ -50,14 +49,15 @@ def train(config: TrainConfig) -> Stop:
     network = model_config(config, shards)
     seed_everything(config.seed)
     device = initialise(config.engine.timeout)
-    model = VideoDiT(network)
-    if config.init and not ckpt.checkpoints(config.folder / "checkpoints"):
-        initial_weights(config.init, model)
-    engine = Engine(model.to(device), config.engine, config.data.batch_size, ranks)
-    ema = EMA(engine.masters, config.ema_decay)
     with only_one(config.folder, 0.8 * config.engine.timeout) if ranks.is_main else _nothing():
-        run = Run(config, network, engine, ema, ranks, shards)
-        run.resume()
+        checkpoint = newest_checkpoint(config, ranks)
+        model = VideoDiT(network)
+        if config.init and checkpoint is None:
+            initial_weights(config.init, model)
+        engine = Engine(model.to(device), config.engine, config.data.batch_size, ranks)
+        run = Run(config, network, engine, EMA(engine.masters, config.ema_decay), ranks, shards)
+        if checkpoint:
+            run.resume(checkpoint)
         tracker = run.begin_tracking() if ranks.is_main else None
         status = "FAILED"
         try:

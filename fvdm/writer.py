@@ -20,7 +20,6 @@ class Writer:
 
     Attributes:
         stalled: seconds for which the last write held training up.
-        seconds: seconds that the last write took.
     """
 
     def __init__(self, background: bool) -> None:
@@ -33,7 +32,7 @@ class Writer:
         # Never the group of the gradients: the messages of two threads would meet in it. On the CPU, so that no
         # stream waits either.
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        self.stalled = self.seconds = 0.0
+        self.stalled = 0.0
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
         self._raised: BaseException | None = None
@@ -64,7 +63,6 @@ class Writer:
         self.stalled = time.monotonic() - began
 
     def _run(self, write: Callable[[dict[str, Tensor]], None], slices: dict[str, Tensor]) -> None:
-        began = time.monotonic()
         try:
             write(slices)
         except OSError as error:
@@ -72,7 +70,6 @@ class Writer:
             logger.warning("the checkpoint could not be written (%s); training goes on, and the next is tried", error)
         except BaseException as error:  # A lost peer: training meets it as well.
             self._raised = error
-        self.seconds = time.monotonic() - began
 
     def wait(self) -> OSError | None:
         """Wait until nothing is being written. The error of the last write, the same on all ranks."""

@@ -25,7 +25,7 @@ class Files:
     Attributes:
         error: the sentence of a rank that found a mistake of the user's.
         again: there when the ranks have stopped as they were told and work is left.
-        outcome: what became of the job, for who follows it; begins with done, again, error or failed.
+        outcome: what became of the job, for who follows it: done, again, cancelled, error or failed, and a sentence.
         progress: names the folder whose newest checkpoint tells how far the job has come.
         failures: a line of JSON for each failure.
         mark: where in the log this start of the job begins.
@@ -81,8 +81,8 @@ def end(files: Files, max_restarts: int, code: int) -> int:
 
 def first_cause(files: Files, code: int) -> str:
     """The rank that failed first and how, from what srun said in the order in which it happened."""
-    text = files.log.read_text(errors="replace")[int(files.mark.read_text()) :] if files.mark.exists() else ""
-    found = FIRST_CAUSE.search(text)
+    text = files.log.read_bytes()[int(files.mark.read_text()) :] if files.mark.exists() else b""
+    found = FIRST_CAUSE.search(text.decode(errors="replace"))
     if not found:
         return f"the ranks ended with exit code {code}"
     node, rank, how = found[1], int(re.split("[,-]", found[2])[0]), found[3]
@@ -142,10 +142,12 @@ def _again(files: Files, why: str) -> int:
     requeue = subprocess.run(["scontrol", "requeue", files.job], capture_output=True, text=True, timeout=60)
     if requeue.returncode == 0:
         return 0
-    script = files.folder / f"{files.job}_submission.sh"
-    submit = ["sbatch", "--parsable", str(script)]
+    if "SLURM_ARRAY_JOB_ID" in environ:  # Its file would submit the whole array.
+        said = " ".join(requeue.stderr.split())
+        return _finish(files, "failed", f"Slurm does not requeue this job of an array: {said}", 1)
+    submit = ["sbatch", "--parsable", str(files.folder / f"{files.job}_submission.sh")]
     submitted = subprocess.run(submit, capture_output=True, text=True, timeout=60)
-    if submitted.returncode or "SLURM_ARRAY_JOB_ID" in environ:
+    if submitted.returncode:
         said = " ".join(f"{requeue.stderr} {submitted.stderr}".split())
         return _finish(files, "failed", f"Slurm neither requeues nor takes the job again: {said}", 1)
     new = submitted.stdout.strip().partition(";")[0]

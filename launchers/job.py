@@ -102,7 +102,7 @@ class Job(ABC):
 
 def ports(job: str, start: int) -> Iterator[int]:
     """The ports that a job tries, in order: derived from its number and from how often it was started."""
-    first = hash((job, start)) if not job.isdigit() else int(job) + 97 * start
+    first = int(job) + 97 * start
     yield from (FIRST_PORT + (first + 31 * attempt) % PORTS for attempt in range(PORTS))
 
 

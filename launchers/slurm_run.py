@@ -2,11 +2,10 @@
 
     python launchers/slurm_run.py --gpus-per-node 1 benchmarks/fvd.py --real DIR --fake DIR
     python launchers/slurm_run.py --nodes 2 -m fvdm.generate --checkpoint runs/mine --out out --num 64
-    python launchers/slurm_run.py --array 0-31 --gpus-per-node 1 data_prep/encode_latents.py --videos DIR --out DIR \\
-        --jobs 32 --job {array}
+    python launchers/slurm_run.py --array 0-3 -m fvdm.generate --checkpoint runs/mine --seed {array}00 --out out/{array}
 
 Options before the script are the cluster's; those after it are the script's. Every rank runs it, with RANK, WORLD_SIZE
-and the rest of torch.distributed's environment set.
+and the rest of torch.distributed's environment set. An encoding has its own: encode_latents.py --cluster slurm.
 """
 
 import argparse
@@ -51,24 +50,31 @@ class Script(Job):
         return False
 
 
+def split(words: list[str]) -> tuple[list[str], list[str]]:
+    """The launcher's own words, and those from the script (a Python file, or -m) on."""
+    begin = next((k for k, word in enumerate(words) if word == "-m" or word.endswith(".py")), len(words))
+    return words[:begin], words[begin:]
+
+
 def main() -> None:
     """Submit, and tell where to look."""
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     Resources.add_arguments(parser)
-    parser.add_argument("script", nargs=argparse.REMAINDER, help="a Python file, or -m and a module, and its words")
-    options = parser.parse_args()
+    parser.usage = "%(prog)s [options] (FILE.py | -m MODULE) [words of the script]"
+    own, script = split(sys.argv[1:])
+    options = parser.parse_args(own)
     try:
-        if not options.script:
+        if not script:
             raise ValueError("no script given, such as benchmarks/fvd.py")
-        if options.script[0] != "-m" and not Path(options.script[0]).is_file():
-            raise ValueError(f"there is no file {options.script[0]}")
+        if script[0] != "-m" and not Path(script[0]).is_file():
+            raise ValueError(f"there is no file {script[0]}")
         resources = Resources.from_options(options)
         numbers = array_numbers(resources.array)[0]
-        filled = [[word.replace("{array}", str(number)) for word in options.script] for number in numbers]
-        jobs = [Script(resources, tuple(words)) for words in filled or [options.script]]
-        name = Path(options.script[1 if options.script[0] == "-m" else 0]).stem.rpartition(".")[2]
+        filled = [[word.replace("{array}", str(number)) for word in script] for number in numbers]
+        jobs = [Script(resources, tuple(words)) for words in filled or [script]]
+        name = Path(script[1 if script[0] == "-m" else 0]).stem.rpartition(".")[2]
         code = launch(jobs, LOGS, f"fvdm-{name}", options)
     except ValueError as error:
         settings.fail(error)

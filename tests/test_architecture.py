@@ -35,7 +35,7 @@ LAYERS = (
 )
 DOORS = {
     "deepspeed": {"fvdm/engine.py"},
-    "mlflow": {"fvdm/tracking.py", "benchmarks/reporting.py"},
+    "mlflow": {"fvdm/tracking.py"},
     "flash_attn": {"fvdm/attention.py"},
     "diffusers": {"fvdm/vae.py", "data_prep/train_vae.py", "benchmarks/train_speed.py"},
     "webdataset": {"fvdm/shards.py", "fvdm/location.py", "data_prep/shards.py"},

@@ -13,12 +13,12 @@ import torch
 
 from benchmarks import fvd as benchmark
 from benchmarks.measure import clip_features, freeze
-from benchmarks.reporting import Data, Report, run_of, send
+from benchmarks.reporting import Data, Report, send
 from benchmarks.sources import Files, Sampled, Samples
 from fvdm.distributed import Ranks, free_port
 from fvdm.fvd import features, load_i3d
 from fvdm.protocols import Clip
-from fvdm.tracking import Tracker, TrackingConfig
+from fvdm.tracking import Tracker, TrackingConfig, run_of
 from tests.data_fixtures import cut, write_frames, write_video
 from tests.test_generate import make_run
 
@@ -139,10 +139,10 @@ def test_a_result_finds_the_run_of_its_model_or_gets_its_own(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     owner = Tracker(tmp_path / "run", TrackingConfig(system_metrics=False), "model")
     owner.close()
-    assert run_of(str(tmp_path / "run")) == run_of(str(tmp_path / "run" / "checkpoints" / "step-1")) == owner.run_id
+    assert run_of(tmp_path / "run") == run_of(tmp_path / "run" / "checkpoints" / "step-1") == owner.run_id
     found = Report("fvd", "fvd", [(7, {"fvd/x": 1.5})], data=[Data("clips", "/clips", "real", [1, 2])])
     assert send(found, tmp_path, into=owner.run_id) == owner.run_id
-    assert run_of(str(tmp_path)) == ""
+    assert run_of(tmp_path) == ""
     own = send(found, tmp_path, into="0123456789abcdef0123456789abcdef")
     assert own not in ("", owner.run_id)
     assert "a run of its own" in caplog.text

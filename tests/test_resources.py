@@ -59,3 +59,14 @@ def test_mistakes_are_named(words, sentence):
 def test_an_option_of_sbatch_needs_a_value():
     with pytest.raises(ValueError, match="give key=value"):
         resources("--sbatch", "spring").sbatch_parameters("name", Path("folder"))
+
+
+def test_a_launched_script_begins_at_its_file_or_module():
+    from launchers.slurm_run import split
+
+    assert split(["--nodes", "2", "a/b.py", "--nodes", "3"]) == (["--nodes", "2"], ["a/b.py", "--nodes", "3"])
+    assert split(["--time", "5", "-m", "fvdm.generate", "--num", "4"]) == (
+        ["--time", "5"],
+        ["-m", "fvdm.generate", "--num", "4"],
+    )
+    assert split(["--nodes", "2"]) == (["--nodes", "2"], [])

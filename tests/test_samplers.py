@@ -3,8 +3,8 @@ import torch
 
 from fvdm.samplers import How, draw_noise, generators, sample, start, stream, windows
 from fvdm.solvers import SOLVERS, ddim
-from fvdm.tasks import Sampling, run
-from fvdm.timesteps import evenly_spaced, full_sequence, hold_clean, staggered
+from fvdm.tasks import draw as draw_matrix
+from fvdm.timesteps import evenly_spaced, full_sequence, hold_clean, spaced, staggered, together
 from tests.denoisers import DIFFUSION, clean, disturbed
 
 SHAPE = (3, 8, 4, 4, 4)
@@ -13,10 +13,11 @@ SHAPE = (3, 8, 4, 4, 4)
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_sample_does_not_depend_on_its_batch(solver):
     net = disturbed()
-    how = Sampling(steps=5, solver=SOLVERS[solver]())
+    how = How(SOLVERS[solver]())
+    matrix = together(spaced(how.solver.spacing, 5, DIFFUSION.noise_levels()), 8)
 
     def draw(seeds):
-        return run(net, DIFFUSION, torch.zeros(len(seeds), 8, 4, 4, 4), (), seeds, how)
+        return draw_matrix(net, DIFFUSION, torch.zeros(len(seeds), 8, 4, 4, 4), matrix, seeds, how)
 
     whole = draw(range(8))
     parts = [torch.cat([draw(range(k, min(k + size, 8))) for k in range(0, 8, size)]) for size in (1, 3)]

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from fvdm.diffusion import Diffusion, DiffusionConfig
 from fvdm.guidance import Guidance
-from fvdm.matrices import TASKS, Plan, Wish, find, given_frames, rolling, rolling_blocks
+from fvdm.matrices import TASKS, Plan, Wish, find, given_frames, on_window, rolling, rolling_blocks
 from fvdm.samplers import How, generators, windows
 from fvdm.solvers import SOLVERS, ddim
-from fvdm.tasks import Sampling, draw, draw_stream, place, run
+from fvdm.tasks import draw, draw_stream, place
 from fvdm.timesteps import SPACINGS, check_schedule, evenly_spaced, spaced
 from tests.denoisers import DIFFUSION, clean, disturbed, oracle
 
@@ -207,12 +207,13 @@ def test_an_edit_of_strength_0_changes_nothing_and_of_1_everything():
         assert torch.equal(draw(disturbed(), DIFFUSION, clip, made.matrix, [0, 1]), clip) != changes
 
 
-def test_run_is_the_short_form_of_draw():
+def test_frames_at_the_end_that_are_drawn_need_not_be_there():
     clip = clean((2, FRAMES, 4, 4, 4))
     made = TASKS["long"].plan(Wish(evenly_spaced(4), FRAMES, 20, given=99))
     whole = torch.cat([clip, torch.zeros(2, 12, 4, 4, 4)], dim=1)
     expected = draw(disturbed(), DIFFUSION, whole, made.matrix, [0, 1], window=FRAMES)
-    assert torch.equal(run(disturbed(), DIFFUSION, clip, range(4), [0, 1], Sampling(steps=4), 20), expected)
+    assert torch.equal(draw(disturbed(), DIFFUSION, clip, made.matrix, [0, 1]), expected)
+    assert torch.equal(on_window("long", evenly_spaced(4), FRAMES, 20).matrix, made.matrix)
 
 
 @pytest.mark.parametrize(
@@ -242,6 +243,6 @@ def test_unknown_tasks_and_settings_are_refused():
     with pytest.raises(ValueError, match="2 given frames are wanted, 3 came"):
         place(clean((1, 3, 4, 4, 4)), (0, 7), 8)
     with pytest.raises(ValueError, match="context"):
-        run(disturbed(), DIFFUSION, clean(), (), range(3), Sampling(steps=1, overlap=8))
+        TASKS["long"].plan(Wish(evenly_spaced(1), FRAMES, FRAMES, context=8))
     assert given_frames("interpolate", 8) == (0, 7)
     assert isinstance(plan("edit"), Plan)
