@@ -2,12 +2,16 @@
 
     python benchmarks/encode_speed.py --videos DIR [--vae builtin] [--size 128]
 
-Four numbers in frames/s, each the best of some repeats, logged to MLflow:
+Five numbers in frames/s, each the best of some repeats, logged to MLflow:
 
 - plain: float32, one video after the other, decoded, then encoded 16 frames at a time, as one writes it first;
 - frame by frame: the same, one frame at a time;
 - pure: the VAE alone, on frames that are decoded already, called as encode_latents.py calls it;
+- decoding: the command's decoders alone, nothing encoded;
 - encode_latents: the command's own loop, shards written and flushed, without the start of the program.
+
+Where decoders and VAE share the cores of a CPU, the limit is the sum of their times on a frame; a percentage says how
+near to it the command comes, another how near to the VAE alone.
 
 And what 16 bits cost, in the shards and in the VAE's arithmetic, in dB: the power of the latents over that of the
 error, and the PSNR of the decoded frames against those decoded from exact latents.
@@ -95,10 +99,13 @@ def measure(config: "EncodeConfig", vae: "VAE", repeats: int) -> dict[str, float
         "frame by frame, frames/s": rate(lambda: _plain(config, plain, names, 1)),
         "plain, frames/s": rate(lambda: _plain(config, plain, names, 16)),
         "pure, frames/s": rate(lambda: _pure(config, vae, [chunk for video in chunks for chunk in video])),
+        "decoding, frames/s": rate(lambda: _decoding(config, names)),
         "encode_latents, frames/s": rate(lambda: _command(config, vae)),
     }
-    results["encode_latents / plain"] = results["encode_latents, frames/s"] / results["plain, frames/s"]
-    results["encode_latents / pure, %"] = 100 * results["encode_latents, frames/s"] / results["pure, frames/s"]
+    ours, pure = results["encode_latents, frames/s"], results["pure, frames/s"]
+    results["encode_latents / plain"] = ours / results["plain, frames/s"]
+    results["encode_latents / pure, %"] = 100 * ours / pure
+    results["encode_latents / limit of shared cores, %"] = 100 * ours * (1 / pure + 1 / results["decoding, frames/s"])
     return results | rounding(plain, vae, torch.cat(chunks[0][:8]))
 
 
@@ -135,6 +142,17 @@ def _pure(config: "EncodeConfig", vae: "VAE", chunks: "list[Tensor]") -> None:
     with ThreadPoolExecutor(encoders(config), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         list(pool.map(vae.encode, chunks))
     torch.set_num_threads(before)
+
+
+def _decoding(config: "EncodeConfig", names: list[str]) -> None:
+    """The decoders of encode_latents.py, with nobody to wait for."""
+    from data_prep.decoding import Task, decode
+    from data_prep.layouts import PAPER
+    from data_prep.options import workers
+
+    tasks = (Task(k, str(Path(config.videos) / name), config.size, PAPER["ffs"], 4) for k, name in enumerate(names))
+    for _ in decode(tasks, workers=workers(config)):
+        pass
 
 
 def _command(config: "EncodeConfig", vae: "VAE") -> float:

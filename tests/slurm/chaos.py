@@ -129,7 +129,6 @@ class Chaos:
 
     def watch(self) -> bool:
         """A look at the job, following it to a new number; False when it has ended."""
-        self.cluster.hurry(self.job)
         state = self.cluster.state(self.job)
         outcome = self.run / "jobs" / f"{self.job}_outcome.txt"
         if state in ENDED and outcome.exists() and re.match(r"again \d+", outcome.read_text()):
