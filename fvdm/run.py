@@ -58,6 +58,8 @@ class TrainConfig:
         log_every: steps between two reports.
         stop_every: steps between two looks at whether a rank was told to stop.
         max_skipped: steps in a row whose loss or gradient is not finite, after which the run stops.
+        register_as: name under which the trained model (of XL, 2.7 GB) is logged and registered in MLflow when the
+            training is complete; auto is the run's name, none leaves it out.
         diffusion: noise process and objective.
         engine: optimizer and ZeRO-2.
         checkpoint: when checkpoints are written, and which are kept.
@@ -81,6 +83,7 @@ class TrainConfig:
     log_every: int = 100
     stop_every: int = 10
     max_skipped: int = 10
+    register_as: str = "auto"
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -1,6 +1,6 @@
 """MLflow, behind a journal: what a run reports is first a line on disk, and reaches the server when it can.
 
-The only place in the library that imports mlflow; rank 0 alone makes a Tracker. Training never waits for a server:
+With fvdm/mlflow_model.py the only place in the library that speaks to mlflow; rank 0 alone makes a Tracker. Training never waits for a server:
 `events.jsonl` beside the run takes every event at once, a thread sends them in order, and what could not be sent,
 because the server was away or the run was killed, is sent by the next start of the same run.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fvdm.checkpoint import write_text
+from fvdm.mlflow_model import Model, deliver
 from fvdm.provenance import git_commit
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class Tracker:
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._warned = False
         self._monitor: Any = None
+        self._uploading = threading.Event()
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
         self._wake.put(True)
@@ -113,6 +115,10 @@ class Tracker:
         """Report a data set that went into the run: where it lies, what was taken of it, and as what, such as real."""
         self._write({"dataset": {"name": name, "uri": uri, "digest": digest, "role": role, "clips": clips}})
 
+    def model(self, model: Model) -> None:
+        """Report a trained model: log it to the run, and register it; a model that is there already is left alone."""
+        self._write({"model": vars(model)})
+
     def adopt(self, run_id: str) -> None:
         """Show another run, of the same experiment, below this one."""
         self._write({"adopt": run_id})
@@ -132,10 +138,12 @@ class Tracker:
         self._write({"status": status})
         self._wake.put(False)
         self._thread.join(PATIENCE)
+        while self._thread.is_alive() and self._uploading.is_set():
+            self._thread.join(1.0)  # A model of some gigabytes is on its way to a server that answers.
         if self._monitor:
             self._monitor.finish()
         self._journal.close()
-        if self._unsent():
+        if self.unsent():
             logger.warning(
                 "MLflow at %s took not everything; the rest is in %s and is sent when the run is started again",
                 tracking_uri(self.config.uri),
@@ -146,13 +154,14 @@ class Tracker:
         path = self.folder / "tracking.json"
         return json.loads(path.read_text()) if path.exists() else {"sent": 0}
 
-    def _unsent(self) -> bool:
+    def unsent(self) -> bool:
+        """Whether the journal holds what the server has not taken."""
         return self._position()["sent"] < (self.folder / "events.jsonl").stat().st_size
 
     def _send_all(self) -> None:
         """The thread: send what the journal holds whenever something came, again and again while it fails."""
         going, wait = True, 0.0
-        while going or self._unsent():
+        while going or self.unsent():
             with contextlib.suppress(queue.Empty):
                 going = self._wake.get(timeout=wait or None) and going
                 while True:
@@ -250,6 +259,8 @@ class Tracker:
                 client.log_inputs(run_id, [_dataset(**event["dataset"])])
             elif "adopt" in event:
                 _adopt(client, event["adopt"], run_id)
+            elif "model" in event:
+                deliver(client, run_id, Model(**event["model"]), self._uploading)
             elif not path.is_file():
                 continue  # Metrics, or a file that its owner has since removed.
             elif "artifact" in event:
