@@ -96,6 +96,6 @@ def _register(client: Any, run_id: str, model_id: str, name: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    if all(version.model_id != model_id for version in client.search_model_versions(f"name = '{name}'")):
-        source = client.get_logged_model(model_id).artifact_location
+    source = f"models:/{model_id}"
+    if all(version.source != source for version in client.search_model_versions(f"name = '{name}'")):
         client.create_model_version(name, source, run_id, model_id=model_id)

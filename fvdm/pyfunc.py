@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from mlflow.models import set_model
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from fvdm.pipeline import Trained, load
 from fvdm.registry import answer
 
 
-class Clips(PythonModel):  # type: ignore[misc]
+class Clips(PythonModel):
     """One clip for each row of a table; `fvdm.registry.signature` has its columns."""
 
     trained: Trained

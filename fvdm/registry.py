@@ -30,10 +30,11 @@ from fvdm import config as settings
 from fvdm.convert import USE, Use, read_model, read_use
 from fvdm.diffusion import DiffusionConfig
 from fvdm.inputs import read_source
+from fvdm.mlflow_model import Model
 from fvdm.model import ModelConfig, VideoDiT
 from fvdm.pipeline import Recipe, Trained, generate
 from fvdm.provenance import git_commit
-from fvdm.tracking import Model, Tracker, TrackingConfig, run_of
+from fvdm.tracking import Tracker, TrackingConfig, run_of
 from fvdm.vae import load_vae
 
 PACKAGES = ("av", "diffusers", "einops", "jsonargparse", "mlflow", "numpy", "pillow", "safetensors", "torch")
@@ -48,7 +49,7 @@ class RegistryConfig:
     Attributes:
         checkpoint: a run's folder (its newest checkpoint is taken) or a checkpoint; or a folder of fvdm.convert.
         name: name in the registry; empty takes the run's.
-        out: folder where the model is put together; empty is models/NAME.
+        out: folder where the model is put together; empty is registered/NAME.
         tracking: where it is logged.
     """
 
@@ -101,7 +102,7 @@ def answer(trained: Trained, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
             raise ValueError(f"row {number}: {error}") from None
         if len(clips[-1]) != len(clips[0]):
             raise ValueError(
-                f"row {number} makes {len(clips[-1])} frames, row 1 {len(clips[0])}: ask for clips of one length at once"
+                f"row {number} makes {len(clips[-1])} frames, row 1 {len(clips[0])}: ask for one length at a time"
             )
     return torch.stack(clips).numpy()
 
@@ -125,32 +126,50 @@ def frames_of(content: bytes, size: int) -> Tensor:
         return read_source(file.name, size).frames
 
 
-def pack(checkpoint: Path, root: Path) -> tuple[Path, int]:
-    """Put a checkpoint's averaged weights into a folder of `save_pretrained`, with its VAE where that is a folder.
+@dataclass(frozen=True)
+class Packed:
+    """A folder of `save_pretrained`, with all that is needed to use it.
+
+    Attributes:
+        folder: where it lies.
+        step: training step; 0 where that is not known.
+        size: side of a frame in pixels.
+    """
+
+    folder: Path
+    step: int
+    size: int
+
+
+def pack(checkpoint: Path, root: Path) -> Packed:
+    """Put a checkpoint's averaged weights into a folder, with its VAE where that is a folder.
 
     Args:
         checkpoint: of a run; a folder of `save_pretrained` stays where it is.
         root: the folder is made in here, unless it is there.
 
-    Returns:
-        The folder, and the training step; 0 where that is not known.
-
     Raises:
         ValueError: if the checkpoint cannot be read, or the folder not be written.
     """
     if (checkpoint / "config.json").is_file():
-        return checkpoint, 0
+        model = read_model(checkpoint)
+        size = model.config.size * load_vae(read_use(checkpoint, model).vae).factor
+        return Packed(checkpoint, 0, size)
     state = ckpt.read_state(checkpoint)
-    folder = root / ckpt.STEP.format(state["step"])
-    if (folder / USE).is_file():
-        return folder, state["step"]
+    packed = Packed(root / ckpt.STEP.format(state["step"]), state["step"], state["size"])
+    if not (packed.folder / USE).is_file():
+        _write(checkpoint, packed.folder, state)
+    return packed
+
+
+def _write(checkpoint: Path, folder: Path, state: dict[str, Any]) -> None:
     network = ModelConfig(**state["network"])
     model = VideoDiT(network)
     model.load_state_dict(ckpt.read_weights(checkpoint))
     model.save_pretrained(folder)
-    diffusion, interval = state["settings"]["diffusion"], state["settings"]["data"]["interval"]
+    trained = state["settings"]
     classes = tuple(state["classes"]) if network.num_classes else ()
-    use = Use(DiffusionConfig(**diffusion), state["vae"], classes, interval)
+    use = Use(DiffusionConfig(**trained["diffusion"]), state["vae"], classes, trained["data"]["interval"])
     try:
         if Path(use.vae).is_dir():
             shutil.copytree(use.vae, folder / "vae", dirs_exist_ok=True)
@@ -158,7 +177,6 @@ def pack(checkpoint: Path, root: Path) -> tuple[Path, int]:
         ckpt.write_text(folder / USE, json.dumps(settings.plain(use), indent=2) + "\n")
     except OSError as error:
         raise ValueError(f"cannot write the model to {folder}: {error}") from None
-    return folder, state["step"]
 
 
 def offer(tracker: Tracker, checkpoint: Path, root: Path, name: str) -> str:
@@ -176,22 +194,19 @@ def offer(tracker: Tracker, checkpoint: Path, root: Path, name: str) -> str:
     Raises:
         ValueError: see `pack`.
     """
-    folder, step = pack(checkpoint, root)
-    config = json.loads((folder / "config.json").read_text())
-    use = read_use(folder, read_model(folder))
-    size = config["size"] * load_vae(use.vae).factor
+    packed = pack(checkpoint, root)
     registered = re.sub(r"[/:]", "-", name)
     tracker.model(
         Model(
-            folder=str(folder.resolve()),
+            folder=str(packed.folder.resolve()),
             code=str(Path(__file__).with_name("pyfunc.py").resolve()),
-            name=ckpt.STEP.format(step),
+            name=ckpt.STEP.format(packed.step),
             registered=registered,
-            step=step,
-            signature=signature(size),
+            step=packed.step,
+            signature=signature(packed.size),
             example=EXAMPLE,
-            requirements=[f"{name}=={version(name).partition('+')[0]}" for name in PACKAGES],
-            about={"fvdm": __version__, "git_commit": git_commit(), "step": step},
+            requirements=[f"{package}=={version(package).partition('+')[0]}" for package in PACKAGES],
+            about={"fvdm": __version__, "git_commit": git_commit(), "step": packed.step},
         )
     )
     return registered
@@ -207,7 +222,7 @@ def register(config: RegistryConfig) -> str:
     checkpoint = path if (path / "config.json").is_file() else ckpt.resolve(path)
     inside = checkpoint.parent.name == "checkpoints"
     name = config.name or (checkpoint.parent.parent if inside else checkpoint).resolve().name
-    root = Path(config.out or Path("models") / name)
+    root = Path(config.out or Path("registered") / name)
     tracker = Tracker(
         root / ".tracking", config.tracking, f"register-{name}", tags={"kind": "register"}, into=run_of(checkpoint)
     )

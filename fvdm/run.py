@@ -34,6 +34,8 @@ from fvdm.writer import Writer
 logger = logging.getLogger(__name__)
 
 LOCK_PATIENCE = 10.0  # seconds
+COMPARED = ("model", "p", "steps", "seed", "data.batch_size", "engine.lr")
+UNSAID = ("name", "runs", "tracking", "previews", "checkpoint", "log_every", "stop_every", "register_as")
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,15 @@ class Progress:
     updates: int = 0
     consumed: int = 0
     skipped: int = 0
+
+
+def parameters(config: TrainConfig) -> set[str]:
+    """The settings that MLflow gets as parameters, for it writes all of them above every picture; config.yaml has all.
+
+    Those by which runs are compared, and those that are not the default and say what is trained.
+    """
+    said = {name for name in settings.changed(config) if name.partition(".")[0] not in UNSAID}
+    return said | set(COMPARED)
 
 
 def model_config(config: TrainConfig, shards: LatentShards) -> ModelConfig:
@@ -304,8 +315,8 @@ class Run:
         settings.save(self.config, folder / "config.yaml")
         ckpt.write_text(folder / "environment.json", json.dumps(environment(), indent=1))
         ckpt.write_text(folder / "git.patch", git_patch())
-        flat = settings.flatten(self.config) | {f"network.{k}": v for k, v in vars(self.network).items()}
-        tracker = Tracker(folder, self.config.tracking, self.config.name, flat, {"kind": "train"})
+        flat, shown = settings.flatten(self.config), parameters(self.config)
+        tracker = Tracker(folder, self.config.tracking, self.config.name, flat, {"kind": "train"}, shown=shown)
         tracker.artifact(folder / "config.yaml")
         tracker.artifact(folder / "environment.json")
         tracker.artifact(folder / "git.patch")

@@ -1,8 +1,8 @@
 """MLflow, behind a journal: what a run reports is first a line on disk, and reaches the server when it can.
 
-With fvdm/mlflow_model.py the only place in the library that speaks to mlflow; rank 0 alone makes a Tracker. Training never waits for a server:
-`events.jsonl` beside the run takes every event at once, a thread sends them in order, and what could not be sent,
-because the server was away or the run was killed, is sent by the next start of the same run.
+With fvdm/mlflow_model.py the only place in the library that speaks to mlflow; rank 0 alone makes a Tracker. Training
+never waits for a server: `events.jsonl` beside the run takes every event at once, a thread sends them in order, and
+what could not be sent, because the server was away or the run was killed, is sent by the next start of the same run.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ class Tracker:
         params: dict[str, Any] | None = None,
         tags: dict[str, str] | None = None,
         into: str = "",
+        shown: Collection[str] | None = None,
     ) -> None:
         """Begin, or continue, the run whose journal lies in `folder`.
 
@@ -69,9 +70,11 @@ class Tracker:
             tags: tags of the run, such as its kind.
             into: id of a run of somebody else's to report into; its state and settings stay as they are. If the server
                 has no such run, the report gets one of its own.
+            shown: settings that become parameters, which MLflow writes above every picture; all of them when not given.
         """
         self.folder, self.config, self.name = folder, config, name
         self.params = {k: str(v) for k, v in (params or {}).items()}
+        self.shown = set(self.params) if shown is None else set(shown)
         self.into = into
         self.tags = {"git_commit": git_commit()} | (tags or {})
         folder.mkdir(parents=True, exist_ok=True)
@@ -178,6 +181,7 @@ class Tracker:
         from mlflow.tracking import MlflowClient
 
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         logging.getLogger("alembic").setLevel(logging.WARNING)
         client = MlflowClient(tracking_uri(self.config.uri))
         position = self._position()
@@ -225,8 +229,10 @@ class Tracker:
 
         client.update_run(run_id, status="RUNNING")
         before = client.get_run(run_id).data.params
-        new = [Param(k, v[:6000]) for k, v in self.params.items() if k not in before]
-        changed = [RunTag(f"changed.{k}", v) for k, v in self.params.items() if before.get(k, v[:6000]) != v[:6000]]
+        params = {k: v[:6000] for k, v in self.params.items()}
+        new = [Param(k, params[k]) for k in sorted(self.shown) if not before]
+        differ = [k for k in params if before and (params[k] != before[k] if k in before else k in self.shown)]
+        changed = [RunTag(f"changed.{k}", params[k]) for k in differ]
         for i in range(0, len(new), 100):
             client.log_batch(run_id, params=new[i : i + 100])
         if changed:
