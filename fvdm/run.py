@@ -34,6 +34,7 @@ from fvdm.writer import Writer
 logger = logging.getLogger(__name__)
 
 LOCK_PATIENCE = 10.0  # seconds
+# MLflow's parameters. It writes all of them above every picture: the others are tags, and config.yaml has all.
 COMPARED = ("model", "p", "steps", "seed", "data.batch_size", "engine.lr")
 UNSAID = ("name", "runs", "tracking", "previews", "checkpoint", "log_every", "stop_every", "register_as")
 
@@ -120,13 +121,11 @@ class Progress:
     skipped: int = 0
 
 
-def parameters(config: TrainConfig) -> set[str]:
-    """The settings that MLflow gets as parameters, for it writes all of them above every picture; config.yaml has all.
-
-    Those by which runs are compared, and those that are not the default and say what is trained.
-    """
-    said = {name for name in settings.changed(config) if name.partition(".")[0] not in UNSAID}
-    return said | set(COMPARED)
+def described(config: TrainConfig) -> dict[str, str]:
+    """Tags of a run: the other settings that are not the default and say what is trained."""
+    changed = settings.changed(config).items()
+    hidden = {*UNSAID, *COMPARED}
+    return {f"setting.{k}": str(v) for k, v in changed if k not in hidden and k.partition(".")[0] not in hidden}
 
 
 def model_config(config: TrainConfig, shards: LatentShards) -> ModelConfig:
@@ -315,8 +314,8 @@ class Run:
         settings.save(self.config, folder / "config.yaml")
         ckpt.write_text(folder / "environment.json", json.dumps(environment(), indent=1))
         ckpt.write_text(folder / "git.patch", git_patch())
-        flat, shown = settings.flatten(self.config), parameters(self.config)
-        tracker = Tracker(folder, self.config.tracking, self.config.name, flat, {"kind": "train"}, shown=shown)
+        flat, tags = settings.flatten(self.config), {"kind": "train"} | described(self.config)
+        tracker = Tracker(folder, self.config.tracking, self.config.name, flat, tags, shown=COMPARED)
         tracker.artifact(folder / "config.yaml")
         tracker.artifact(folder / "environment.json")
         tracker.artifact(folder / "git.patch")

@@ -14,10 +14,12 @@ from fvdm import registry, tracking
 from fvdm.mlflow_model import Model
 from fvdm.pipeline import generate, load
 from fvdm.registry import RegistryConfig, answer, columns, pack, register
+from fvdm.run import COMPARED
 from fvdm.tracking import Tracker, TrackingConfig
-from tests.data_fixtures import real_frames, write_video
+from tests.data_fixtures import make_shards, real_frames, write_video
 from tests.test_generate import FRAMES, SIDE, make_run
 from tests.test_tracking import QUIET, Server
+from tests.test_train import train, words
 
 ROOT = Path(__file__).parent.parent
 FRESH = """
@@ -80,6 +82,24 @@ def test_a_model_is_registered_once_and_makes_the_same_clip_in_a_fresh_process(r
     assert np.array_equal(np.load(tmp_path / "clips.npy"), torch.cat(expected).numpy())
     pickles = [path for path in (tmp_path / "artifacts").rglob("*") if path.suffix in (".pkl", ".pickle", ".pt")]
     assert not pickles
+
+
+@pytest.mark.slow
+def test_a_training_of_two_ranks_registers_its_model_once(tmp_path):
+    latents = make_shards(tmp_path / "latents", [12, 9, 10, 30, 8, 11, 6])
+    command = words(latents, tmp_path, "cats", "--steps", 2)
+    for _ in range(2):
+        train(2, command, tmp_path)
+    client = client_of(f"sqlite:///{tmp_path}/mlflow.db")
+    (version,) = client.search_model_versions("name = 'cats'")
+    run = client.get_run(version.run_id)
+    assert run.info.status == "FINISHED"
+    assert [output.step for output in run.outputs.model_outputs] == [2]
+    assert set(run.data.params) == set(COMPARED)
+    assert run.data.tags["setting.data.frames"] == "6"
+    assert (tmp_path / "runs" / "cats" / "models" / "step-00000002" / "use.json").is_file()
+    train(2, words(latents, tmp_path, "dogs", "--steps", 1, "--register_as", "none"), tmp_path)
+    assert [model.name for model in client.search_registered_models()] == ["cats"]
 
 
 @pytest.mark.slow
