@@ -87,9 +87,9 @@ def write_strips(videos: Tensor, path: Path, columns: int = 8, rows: int = 1) ->
 
 
 def card(clips: int) -> tuple[int, int]:
-    """Rows and columns of frames for each of some clips that together fill a card of 5 by 4, as MLflow shows them."""
+    """Rows and columns of frames for each of some clips that together make a near-square picture, as MLflow's cards."""
     shapes = [(r, c) for r in range(1, 5) for c in range(1, 13) if 5 <= r * c <= 12]
-    return min(shapes, key=lambda shape: abs(math.log(shape[1] / (clips * shape[0]) * 4 / 5)))
+    return min(shapes, key=lambda shape: abs(math.log(shape[1] / (clips * shape[0]))))
 
 
 def tile(videos: Sequence[Tensor]) -> Tensor:

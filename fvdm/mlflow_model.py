@@ -13,6 +13,8 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+BUSY = (408, 429)  # answers of a server that will take it later
+
 
 @dataclass(frozen=True)
 class Model:
@@ -41,18 +43,39 @@ class Model:
     about: dict[str, Any]
 
 
-def deliver(client: Any, run_id: str, model: Model, uploading: threading.Event) -> None:
+def deliver(client: Any, run_id: str, model: Model, uploading: threading.Event) -> bool:
     """Log and register a model, from wherever an earlier try was cut short; what is there is left alone.
+
+    A model that cannot be sent, because its folder is gone or the server refuses it, is told of and passed over: it
+    holds up nothing that comes after it.
 
     Args:
         client: an MlflowClient.
         run_id: the run that made it.
-        model: what to send; without its folder there is nothing to send, which is only said.
+        model: what to send.
         uploading: set while the weights are on their way.
+
+    Returns:
+        Whether it is there now.
     """
+    from mlflow.exceptions import MlflowException
+
     if not Path(model.folder).is_dir():
         logger.warning("the model in %s is gone: it is not logged to MLflow", model.folder)
-        return
+        return False
+    try:
+        _register(client, run_id, _log(client, run_id, model, uploading), model.registered)
+    except MlflowException as error:
+        if not 400 <= error.get_http_status_code() < 500 or error.get_http_status_code() in BUSY:
+            raise
+        logger.warning(
+            "MLflow refuses the model in %s (%s); mend it, and log it with python -m fvdm.registry", model.folder, error
+        )
+        return False
+    return True
+
+
+def _log(client: Any, run_id: str, model: Model, uploading: threading.Event) -> str:
     experiment = client.get_run(run_id).info.experiment_id
     found = client.search_logged_models([experiment], f"source_run_id = '{run_id}' AND name = '{model.name}'")
     logged = found[0] if found else client.create_logged_model(experiment, model.name, run_id)
@@ -62,7 +85,7 @@ def deliver(client: Any, run_id: str, model: Model, uploading: threading.Event) 
             _upload(client, run_id, logged.model_id, model)
         finally:
             uploading.clear()
-    _register(client, run_id, logged.model_id, model.registered)
+    return str(logged.model_id)
 
 
 def _upload(client: Any, run_id: str, model_id: str, model: Model) -> None:

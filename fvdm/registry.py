@@ -216,7 +216,7 @@ def register(config: RegistryConfig) -> str:
     """Log and register a model; what to say about it.
 
     Raises:
-        ValueError: if there is no such model.
+        ValueError: if there is no such model, or MLflow refuses it.
     """
     path = Path(config.checkpoint)
     checkpoint = path if (path / "config.json").is_file() else ckpt.resolve(path)
@@ -230,6 +230,8 @@ def register(config: RegistryConfig) -> str:
         registered = offer(tracker, checkpoint, root, name)
     finally:
         tracker.close()
+    if tracker.refused:
+        raise ValueError(f"MLflow did not take the model of {checkpoint}; the line above says why")
     if tracker.unsent():
         return f"{registered}: not registered yet; type the same command again when MLflow answers"
     return f'{registered}: registered; use it with mlflow.pyfunc.load_model("models:/{registered}/latest")'

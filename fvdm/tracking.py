@@ -85,6 +85,7 @@ class Tracker:
         self._warned = False
         self._monitor: Any = None
         self._uploading = threading.Event()
+        self.refused = False  # whether a model could not be logged
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
         self._wake.put(True)
@@ -266,7 +267,7 @@ class Tracker:
             elif "adopt" in event:
                 _adopt(client, event["adopt"], run_id)
             elif "model" in event:
-                deliver(client, run_id, Model(**event["model"]), self._uploading)
+                self.refused |= not deliver(client, run_id, Model(**event["model"]), self._uploading)
             elif not path.is_file():
                 continue  # Metrics, or a file that its owner has since removed.
             elif "artifact" in event:

@@ -38,6 +38,12 @@ def run(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("registry") / "cats", classes=("cat", "dog"))
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """A busy machine may take its time."""
+    monkeypatch.setattr(tracking, "PATIENCE", 120.0)
+
+
 @pytest.fixture
 def picture(tmp_path):
     from PIL import Image
@@ -154,6 +160,24 @@ def test_a_model_that_is_gone_is_said_and_blocks_nothing(tmp_path, caplog):
     tracker.close()
     assert "is gone" in caplog.text
     assert client_of(uri).get_run(tracker.run_id).data.metrics == {"after": 1.0}
+
+
+def test_a_model_that_the_server_refuses_is_said_and_blocks_nothing(tmp_path, monkeypatch, caplog):
+    from mlflow.exceptions import MlflowException
+
+    from fvdm import mlflow_model
+
+    def refuse(*words):
+        raise MlflowException.invalid_parameter_value("no such thing")
+
+    monkeypatch.setattr(mlflow_model, "_upload", refuse)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracker = Tracker(tmp_path / "run", TrackingConfig(uri, **QUIET), "refused")
+    tracker.model(Model(str(tmp_path), "", "step-1", "refused", 1, {}, [], [], {}))
+    tracker.close()
+    assert "MLflow refuses the model" in caplog.text
+    assert tracker.refused
+    assert client_of(uri).get_run(tracker.run_id).info.status == "FINISHED"
 
 
 def test_the_packed_folder_is_the_run(run, tmp_path):
