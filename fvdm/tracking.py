@@ -85,6 +85,7 @@ class Tracker:
         self._warned = False
         self._monitor: Any = None
         self._uploading = threading.Event()
+        self._over = threading.Event()  # the patience with a server that does not answer
         self.refused = False  # whether a model could not be logged
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
@@ -144,6 +145,7 @@ class Tracker:
         self._thread.join(PATIENCE)
         while self._thread.is_alive() and self._uploading.is_set():
             self._thread.join(1.0)  # A model of some gigabytes is on its way to a server that answers.
+        self._over.set()  # The journal is the next start's.
         if self._monitor:
             self._monitor.finish()
         self._journal.close()
@@ -165,11 +167,13 @@ class Tracker:
     def _send_all(self) -> None:
         """The thread: send what the journal holds whenever something came, again and again while it fails."""
         going, wait = True, 0.0
-        while going or self.unsent():
+        while going or (self.unsent() and not self._over.is_set()):
             with contextlib.suppress(queue.Empty):
                 going = self._wake.get(timeout=wait or None) and going
                 while True:
                     going = self._wake.get_nowait() and going
+            if self._over.is_set():
+                return
             try:
                 self._send()
                 wait = 0.0
