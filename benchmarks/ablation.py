@@ -104,7 +104,15 @@ class Ablation:
         command += ["--nodes", str(options.nodes), *self.words, "--name", cell.name, "--runs", str(self.out / "runs")]
         command += ["--model", cell.model, "--p", str(cell.p), "--steps", str(options.steps)]
         command += ["--checkpoint.every", str(options.every), "--checkpoint.keep_every", str(options.every)]
-        return [*command, "--checkpoint.keep_last", "1", "--tracking.experiment", options.experiment]
+        return [
+            *command,
+            "--checkpoint.keep_last",
+            "1",
+            "--register_as",
+            "none",
+            "--tracking.experiment",
+            options.experiment,
+        ]
 
     def train(self) -> bool:
         """Do, or submit, the trainings that are not done; whether all are.

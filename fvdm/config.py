@@ -95,6 +95,18 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def changed(config: Any, prefix: str = "") -> dict[str, Any]:
+    """What of `flatten` differs from the defaults of the dataclass, or has none."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= changed(value, f"{prefix}{field.name}.")
+        elif value != field.default:
+            found[prefix + field.name] = value
+    return found
+
+
 def save(config: Any, path: Path) -> None:
     """Write a dataclass as YAML that `parse` reads back, whole or not at all."""
     import yaml

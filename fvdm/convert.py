@@ -198,7 +198,7 @@ class Use:
 
 
 def read_use(folder: Path, model: VideoDiT) -> Use:
-    """What lies beside a network in its folder; the paper's settings where nothing lies there.
+    """What lies beside a network in its folder, its VAE in `vae/` before any other; else the paper's settings.
 
     Raises:
         ValueError: if it cannot be read.
@@ -209,6 +209,8 @@ def read_use(folder: Path, model: VideoDiT) -> Use:
     try:
         values = json.loads((folder / USE).read_text())
         values |= {"diffusion": DiffusionConfig(**values["diffusion"]), "classes": tuple(values["classes"])}
+        if (folder / "vae").is_dir():
+            values["vae"] = str(folder / "vae")
         return Use(**values)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / USE} cannot be read: {error}") from None

@@ -3,6 +3,7 @@
 The same frames give the same bytes: ranks that share the work write the files that one alone would have written.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -70,16 +71,25 @@ def write_gif(video: Tensor, path: Path, fps: float = 8.0) -> None:
     temporary.rename(path)
 
 
-def write_strips(videos: Tensor, path: Path, columns: int = 8) -> None:
-    """Write clips, uint8 `(b f 3 h w)`, as one PNG: a row per clip, with `columns` frames spread over its length."""
+def write_strips(videos: Tensor, path: Path, columns: int = 8, rows: int = 1) -> None:
+    """Write clips, uint8 `(b f 3 h w)`, as one PNG: each as `rows` times `columns` frames spread over its length."""
     from PIL import Image
 
-    count = min(columns, videos.shape[1])
+    count = min(rows * columns, videos.shape[1])
     chosen = videos[:, torch.linspace(0, videos.shape[1] - 1, count).round().long()]
-    picture = rearrange(chosen, "b f c h w -> (b h) (f w) c").cpu().numpy()
+    columns = min(columns, count)
+    missing = rows * columns - count
+    chosen = torch.cat([chosen, chosen.new_zeros((len(chosen), missing, *chosen.shape[2:]))], dim=1)
+    picture = rearrange(chosen, "b (r f) c h w -> (b r h) (f w) c", r=rows).cpu().numpy()
     temporary = path.with_name(f".tmp-{path.name}")
     Image.fromarray(picture).save(temporary, "PNG")
     temporary.rename(path)
+
+
+def card(clips: int) -> tuple[int, int]:
+    """Rows and columns of frames for each of some clips that together make a near-square picture, as MLflow's cards."""
+    shapes = [(r, c) for r in range(1, 5) for c in range(1, 13) if 5 <= r * c <= 12]
+    return min(shapes, key=lambda shape: abs(math.log(shape[1] / (clips * shape[0]))))
 
 
 def tile(videos: Sequence[Tensor]) -> Tensor:

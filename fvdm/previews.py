@@ -13,7 +13,7 @@ from fvdm.diffusion import Diffusion
 from fvdm.distributed import Ranks
 from fvdm.guidance import Guidance
 from fvdm.matrices import on_window
-from fvdm.media import tile, write_gif, write_mp4, write_strips
+from fvdm.media import card, tile, write_gif, write_mp4, write_strips
 from fvdm.samplers import How
 from fvdm.shards import LatentShards
 from fvdm.solvers import solver
@@ -117,7 +117,8 @@ def _write(
         video = vae.decode(z.to(device)).cpu()  # (b f 3 h w)
         write_mp4(tile(list(video)), folder / f"{task}.mp4", fps)
         write_gif(tile(list(video)), folder / f"{task}.gif", fps)
-        write_strips(video, folder / f"{task}.png")
+        rows, columns = card(len(video))
+        write_strips(video, folder / f"{task}.png", columns, rows)
         for suffix in ("mp4", "gif"):
             tracker.artifact(folder / f"{task}.{suffix}", f"previews/step-{step:08d}")
         tracker.image(folder / f"{task}.png", f"previews/{task}", step)

@@ -34,6 +34,9 @@ from fvdm.writer import Writer
 logger = logging.getLogger(__name__)
 
 LOCK_PATIENCE = 10.0  # seconds
+# MLflow's parameters. It writes all of them above every picture: the others are tags, and config.yaml has all.
+COMPARED = ("model", "p", "steps", "seed", "data.batch_size", "engine.lr")
+UNSAID = ("name", "runs", "tracking", "previews", "checkpoint", "log_every", "stop_every", "register_as")
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class TrainConfig:
         log_every: steps between two reports.
         stop_every: steps between two looks at whether a rank was told to stop.
         max_skipped: steps in a row whose loss or gradient is not finite, after which the run stops.
+        register_as: name under which the trained model (of XL, 2.7 GB) is logged and registered in MLflow when the
+            training is complete; auto is the run's name, none leaves it out.
         diffusion: noise process and objective.
         engine: optimizer and ZeRO-2.
         checkpoint: when checkpoints are written, and which are kept.
@@ -81,6 +86,7 @@ class TrainConfig:
     log_every: int = 100
     stop_every: int = 10
     max_skipped: int = 10
+    register_as: str = "auto"
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -113,6 +119,13 @@ class Progress:
     updates: int = 0
     consumed: int = 0
     skipped: int = 0
+
+
+def described(config: TrainConfig) -> dict[str, str]:
+    """Tags of a run: the other settings that are not the default and say what is trained."""
+    changed = settings.changed(config).items()
+    hidden = {*UNSAID, *COMPARED}
+    return {f"setting.{k}": str(v) for k, v in changed if k not in hidden and k.partition(".")[0] not in hidden}
 
 
 def model_config(config: TrainConfig, shards: LatentShards) -> ModelConfig:
@@ -301,8 +314,8 @@ class Run:
         settings.save(self.config, folder / "config.yaml")
         ckpt.write_text(folder / "environment.json", json.dumps(environment(), indent=1))
         ckpt.write_text(folder / "git.patch", git_patch())
-        flat = settings.flatten(self.config) | {f"network.{k}": v for k, v in vars(self.network).items()}
-        tracker = Tracker(folder, self.config.tracking, self.config.name, flat, {"kind": "train"})
+        flat, tags = settings.flatten(self.config), {"kind": "train"} | described(self.config)
+        tracker = Tracker(folder, self.config.tracking, self.config.name, flat, tags, shown=COMPARED)
         tracker.artifact(folder / "config.yaml")
         tracker.artifact(folder / "environment.json")
         tracker.artifact(folder / "git.patch")

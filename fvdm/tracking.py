@@ -1,8 +1,8 @@
 """MLflow, behind a journal: what a run reports is first a line on disk, and reaches the server when it can.
 
-The only place in the library that imports mlflow; rank 0 alone makes a Tracker. Training never waits for a server:
-`events.jsonl` beside the run takes every event at once, a thread sends them in order, and what could not be sent,
-because the server was away or the run was killed, is sent by the next start of the same run.
+With fvdm/mlflow_model.py the only place in the library that speaks to mlflow; rank 0 alone makes a Tracker. Training
+never waits for a server: `events.jsonl` beside the run takes every event at once, a thread sends them in order, and
+what could not be sent, because the server was away or the run was killed, is sent by the next start of the same run.
 """
 
 import contextlib
@@ -13,12 +13,13 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fvdm.checkpoint import write_text
+from fvdm.mlflow_model import Model, deliver
 from fvdm.provenance import git_commit
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Tracker:
         params: dict[str, Any] | None = None,
         tags: dict[str, str] | None = None,
         into: str = "",
+        shown: Collection[str] | None = None,
     ) -> None:
         """Begin, or continue, the run whose journal lies in `folder`.
 
@@ -68,9 +70,11 @@ class Tracker:
             tags: tags of the run, such as its kind.
             into: id of a run of somebody else's to report into; its state and settings stay as they are. If the server
                 has no such run, the report gets one of its own.
+            shown: settings that become parameters, which MLflow writes above every picture; all of them when not given.
         """
         self.folder, self.config, self.name = folder, config, name
         self.params = {k: str(v) for k, v in (params or {}).items()}
+        self.shown = set(self.params) if shown is None else set(shown)
         self.into = into
         self.tags = {"git_commit": git_commit()} | (tags or {})
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,6 +84,9 @@ class Tracker:
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._warned = False
         self._monitor: Any = None
+        self._uploading = threading.Event()
+        self._over = threading.Event()  # the patience with a server that does not answer
+        self.refused = False  # whether a model could not be logged
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
         self._wake.put(True)
@@ -113,6 +120,10 @@ class Tracker:
         """Report a data set that went into the run: where it lies, what was taken of it, and as what, such as real."""
         self._write({"dataset": {"name": name, "uri": uri, "digest": digest, "role": role, "clips": clips}})
 
+    def model(self, model: Model) -> None:
+        """Report a trained model: log it to the run, and register it; a model that is there already is left alone."""
+        self._write({"model": vars(model)})
+
     def adopt(self, run_id: str) -> None:
         """Show another run, of the same experiment, below this one."""
         self._write({"adopt": run_id})
@@ -132,10 +143,13 @@ class Tracker:
         self._write({"status": status})
         self._wake.put(False)
         self._thread.join(PATIENCE)
+        while self._thread.is_alive() and self._uploading.is_set():
+            self._thread.join(1.0)  # A model of some gigabytes is on its way to a server that answers.
+        self._over.set()  # The journal is the next start's.
         if self._monitor:
             self._monitor.finish()
         self._journal.close()
-        if self._unsent():
+        if self.unsent():
             logger.warning(
                 "MLflow at %s took not everything; the rest is in %s and is sent when the run is started again",
                 tracking_uri(self.config.uri),
@@ -146,17 +160,20 @@ class Tracker:
         path = self.folder / "tracking.json"
         return json.loads(path.read_text()) if path.exists() else {"sent": 0}
 
-    def _unsent(self) -> bool:
+    def unsent(self) -> bool:
+        """Whether the journal holds what the server has not taken."""
         return self._position()["sent"] < (self.folder / "events.jsonl").stat().st_size
 
     def _send_all(self) -> None:
         """The thread: send what the journal holds whenever something came, again and again while it fails."""
         going, wait = True, 0.0
-        while going or self._unsent():
+        while going or (self.unsent() and not self._over.is_set()):
             with contextlib.suppress(queue.Empty):
                 going = self._wake.get(timeout=wait or None) and going
                 while True:
                     going = self._wake.get_nowait() and going
+            if self._over.is_set():
+                return
             try:
                 self._send()
                 wait = 0.0
@@ -169,6 +186,7 @@ class Tracker:
         from mlflow.tracking import MlflowClient
 
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         logging.getLogger("alembic").setLevel(logging.WARNING)
         client = MlflowClient(tracking_uri(self.config.uri))
         position = self._position()
@@ -216,8 +234,10 @@ class Tracker:
 
         client.update_run(run_id, status="RUNNING")
         before = client.get_run(run_id).data.params
-        new = [Param(k, v[:6000]) for k, v in self.params.items() if k not in before]
-        changed = [RunTag(f"changed.{k}", v) for k, v in self.params.items() if before.get(k, v[:6000]) != v[:6000]]
+        params = {k: v[:6000] for k, v in self.params.items()}
+        new = [Param(k, params[k]) for k in sorted(self.shown) if not before]
+        differ = [k for k in params if before and (params[k] != before[k] if k in before else k in self.shown)]
+        changed = [RunTag(f"changed.{k}", params[k]) for k in differ]
         for i in range(0, len(new), 100):
             client.log_batch(run_id, params=new[i : i + 100])
         if changed:
@@ -250,6 +270,8 @@ class Tracker:
                 client.log_inputs(run_id, [_dataset(**event["dataset"])])
             elif "adopt" in event:
                 _adopt(client, event["adopt"], run_id)
+            elif "model" in event:
+                self.refused |= not deliver(client, run_id, Model(**event["model"]), self._uploading)
             elif not path.is_file():
                 continue  # Metrics, or a file that its owner has since removed.
             elif "artifact" in event:

@@ -17,12 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fvdm import config as settings
+from fvdm.checkpoint import STEP
 from fvdm.data import Batch, batches
 from fvdm.distributed import Ranks, Stop, StopFlag, from_environment, seed_everything
 from fvdm.ema import EMA
 from fvdm.engine import Engine, initialise
 from fvdm.model import ModelConfig, VideoDiT
 from fvdm.previews import preview
+from fvdm.registry import offer
 from fvdm.run import Progress, Run, TrainConfig, initial_weights, model_config, newest_checkpoint, only_one
 from fvdm.shards import LatentShards
 from fvdm.timesteps import sample_timesteps
@@ -63,6 +65,9 @@ def train(config: TrainConfig) -> Stop:
         try:
             told = _loop(run, tracker, stop)
             run.finish()
+            engine.close()  # Before the model is sent: only rank 0 waits for a server.
+            if tracker and not told:
+                _offer(run, tracker)
             status = "KILLED" if told else "FINISHED"
         except torch.OutOfMemoryError as error:
             if run.progress.step > run.first:  # It fitted before: another process's doing, which may pass.
@@ -72,7 +77,6 @@ def train(config: TrainConfig) -> Stop:
         finally:
             if tracker:
                 tracker.close(status)
-    engine.close()
     return told
 
 
@@ -242,6 +246,19 @@ def _preview(run: Run, tracker: Tracker | None) -> None:
             tracker,
             null_class=run.network.num_classes,
         )
+
+
+def _offer(run: Run, tracker: Tracker) -> None:
+    """Log the trained model; what goes wrong with it ends no training that is done."""
+    config = run.config
+    if config.register_as == "none":
+        return
+    name = config.name if config.register_as == "auto" else config.register_as
+    checkpoint = config.checkpoints / STEP.format(run.progress.step)
+    try:
+        offer(tracker, checkpoint, config.folder / "models", name)
+    except (ValueError, OSError) as error:
+        logger.warning("the model is not logged to MLflow: %s; python -m fvdm.registry does it later", error)
 
 
 def main(parse: Callable[[type[TrainConfig]], TrainConfig] = settings.parse) -> None:

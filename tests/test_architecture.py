@@ -23,19 +23,19 @@ MATHEMATICS = {
 }
 LAYERS = (
     {"timesteps", "attention", "distributed", "config", "ema", "vae", "media", "location", "videos", "i3d"}
-    | {"pretrained", "provenance", "protocols"},
+    | {"pretrained", "provenance", "protocols", "mlflow_model"},
     {"diffusion", "shards", "matrices"},
     {"model", "solvers", "guidance", "data", "engine", "checkpoint", "fvd"},
     {"convert", "samplers", "tracking", "writer", "distances"},
     {"tasks"},
     {"inputs"},
     {"previews", "pipeline"},
-    {"run"},
-    {"train", "generate", "plan"},
+    {"run", "registry"},
+    {"pyfunc", "train", "generate", "plan"},
 )
 DOORS = {
     "deepspeed": {"fvdm/engine.py"},
-    "mlflow": {"fvdm/tracking.py"},
+    "mlflow": {"fvdm/tracking.py", "fvdm/mlflow_model.py", "fvdm/pyfunc.py"},
     "flash_attn": {"fvdm/attention.py"},
     "diffusers": {"fvdm/vae.py", "data_prep/train_vae.py", "benchmarks/train_speed.py"},
     "webdataset": {"fvdm/shards.py", "fvdm/location.py", "data_prep/shards.py"},

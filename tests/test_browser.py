@@ -7,21 +7,27 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
 
+from fvdm import config as settings
+from fvdm import tracking
 from fvdm.distributed import free_port
-from fvdm.media import tile, write_mp4, write_strips
+from fvdm.media import card, tile, write_mp4, write_strips
+from fvdm.run import COMPARED, TrainConfig, described
 from fvdm.tracking import Tracker, TrackingConfig
 from tests.data_fixtures import real_frames
 
 sync = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+ROOT = Path(__file__).parent.parent
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not BROWSER, reason="no Chromium: apt-get install -y --no-install-recommends chromium"),
 ]
+TASKS = ("generate", "image-to-video", "interpolate")
 STEPS = (0, 250, 500, 1000)
 VIDEO = "previews/step-00001000"
 SECONDS = 1000  # milliseconds, as playwright counts
@@ -57,7 +63,9 @@ def server(tmp_path_factory):
 def run(server, tmp_path_factory):
     """The page of a small run: metrics, an image that gets clearer over the steps, and a video."""
     folder = tmp_path_factory.mktemp("run")
-    tracker = Tracker(folder, TrackingConfig(server, "demo", False), "demo", {"model": "XS/4", "p": 0.5})
+    config = settings.parse(TrainConfig, ["--config", str(ROOT / "configs" / "demo.yaml")])
+    params, tags = settings.flatten(config), described(config)
+    tracker = Tracker(folder, TrackingConfig(server, "demo", False), "demo", params, tags, shown=COMPARED)
     for step in range(0, 1001, 50):
         losses = {f"loss/{name}": k + 1 / (1 + step / 100) for k, name in enumerate(("mean", "one_t", "t_per_frame"))}
         tracker.metrics(losses | {"fvd/styleganv_16f": 1500 / (1 + step / 300)}, step)
@@ -65,11 +73,15 @@ def run(server, tmp_path_factory):
     noise = 255 * torch.rand(frames.shape, generator=torch.Generator().manual_seed(0))
     for step in STEPS:
         video = torch.lerp(noise, frames, step / 1000).byte()
-        write_strips(torch.stack([video[:16], video[16:32]]), folder / f"{step}.png")
-        tracker.image(folder / f"{step}.png", "previews/generate", step)
+        rows, columns = card(2)
+        write_strips(torch.stack([video[:16], video[16:32]]), folder / f"{step}.png", columns, rows)
+        for task in TASKS:
+            tracker.image(folder / f"{step}.png", f"previews/{task}", step)
     write_mp4(tile([frames[:24].byte(), frames[24:].byte()]), folder / "generate.mp4")
     tracker.artifact(folder / "generate.mp4", VIDEO)
-    tracker.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracking, "PATIENCE", 120.0)  # A busy machine may take its time.
+        tracker.close()
     assert tracker.run_id
     with urllib.request.urlopen(f"{server}/api/2.0/mlflow/runs/get?run_id={tracker.run_id}") as answer:
         assert b'"status": "FINISHED"' in answer.read()
@@ -103,15 +115,19 @@ def test_the_run_shows_its_charts_and_its_pictures(page, run, tmp_path):
     page.wait_for_function("document.querySelectorAll('svg.main-svg path.js-line').length >= 4")
     sections = page.get_by_test_id("experiment-view-compare-runs-section-header")
     texts = " ".join(sections.all_inner_texts()).replace("\n", " ")
-    assert all(f"{name} ({count})" in texts for name, count in (("loss", 3), ("fvd", 1), ("previews", 1)))
-    picture = page.locator("img.rc-image-img").first
+    assert all(f"{name} ({count})" in texts for name, count in (("loss", 3), ("fvd", 1), ("previews", len(TASKS))))
+    above = page.get_by_text("model=XS/4").first.inner_text()
+    assert above.count("=") == len(COMPARED), "MLflow writes all parameters above every picture"
+    picture = page.locator("img.rc-image-img").last
     picture.scroll_into_view_if_needed()
-    step = page.get_by_role("spinbutton").last
-    step.fill("1000")
-    step.blur()
+    page.mouse.move(700, 700)
+    page.mouse.wheel(0, 2000)  # to the whole cards
+    for step in page.get_by_role("spinbutton").all():
+        step.fill("1000")
+        step.blur()
     page.wait_for_function(
         """() => {
-            const shown = document.querySelector('img.rc-image-img');
+            const shown = [...document.querySelectorAll('img.rc-image-img')].at(-1);
             return shown && shown.naturalWidth > 0 && decodeURIComponent(shown.src).includes('step+1000+');
         }"""
     )

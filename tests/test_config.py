@@ -137,3 +137,8 @@ def test_options_may_be_typed_with_dashes_and_switches_without_a_value(words, ex
 def test_a_setting_with_an_underscore_at_its_end_is_saved_and_read_back(tmp_path):
     settings.save(Handy("cat"), tmp_path / "c.yaml")
     assert settings.parse(Handy, ["--config", str(tmp_path / "c.yaml")]) == Handy("cat")
+
+
+def test_changed_is_what_differs_from_the_defaults_or_has_none():
+    assert settings.changed(Outer("x")) == {"name": "x"}
+    assert settings.changed(Outer("x", Inner(kind="b"), ("y",))) == {"name": "x", "inner.kind": "b", "words": ("y",)}

@@ -23,7 +23,7 @@ from fvdm.distributed import Ranks
 from fvdm.generate import GenerateConfig, batches
 from fvdm.inputs import as_frames, choose, read_frames, read_source
 from fvdm.matrices import TASKS, Plan, find, text
-from fvdm.media import WRITERS, tile, write_frames, write_gif, write_mp4, write_strips, write_webm
+from fvdm.media import WRITERS, card, tile, write_frames, write_gif, write_mp4, write_strips, write_webm
 from fvdm.model import VideoDiT, preset
 from fvdm.pipeline import generate, indices, load, make_plan, recipe_of, stream
 from fvdm.timesteps import full_sequence, hold_clean
@@ -379,5 +379,12 @@ def test_media_round_trip(tmp_path):
     write_strips(torch.stack([video, video]), tmp_path / "s.png", columns=3)
     with Image.open(tmp_path / "s.png") as strip:
         assert strip.size == (3 * 176, 2 * 144)
+    write_strips(torch.stack([video, video]), tmp_path / "s.png", columns=4, rows=2)
+    with Image.open(tmp_path / "s.png") as strip:
+        assert strip.size == (4 * 176, 2 * 2 * 144)
+        assert not np.asarray(strip)[144:288, 2 * 176 :].any(), "six frames leave two places empty"
+    for count in range(1, 9):
+        rows, columns = card(count)
+        assert 3 / 4 <= columns / (count * rows) <= 4 / 3, "near a square"
     assert tile([video] * 3).shape == (6, 3, 288, 352)
     assert not [path for path in Path(tmp_path).iterdir() if path.name.startswith(".tmp")]

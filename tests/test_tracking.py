@@ -71,6 +71,20 @@ def test_resuming_continues_the_same_run_and_a_changed_setting_is_a_tag(client, 
     assert "changed.lr" not in run.data.tags
 
 
+def test_what_is_not_shown_is_no_parameter_and_says_when_it_changes(client, config, tmp_path):
+    params = {"lr": 0.1, "steps": 10, "seed": 0}
+    first = Tracker(tmp_path / "run", config, "run", params, shown={"lr", "steps"})
+    first.close("KILLED")
+    again = Tracker(tmp_path / "run", config, "run", {"lr": 1.0, "steps": 10, "seed": 5}, shown={"steps", "seed"})
+    again.close()
+    run = client.get_run(first.run_id)
+    assert run.data.params == {"lr": "0.1", "steps": "10"}
+    assert {k: v for k, v in run.data.tags.items() if k.startswith("changed")} == {
+        "changed.lr": "1.0",
+        "changed.seed": "5",
+    }
+
+
 def test_reporting_into_a_run_leaves_its_state_alone(client, config, tmp_path):
     owner = Tracker(tmp_path / "run", config, "run")
     owner.close("KILLED")
