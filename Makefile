@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DONE := $(VENV)/.installed
+# Two tests at a time, those of the Slurm cluster first: they wait more than they compute.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: help install demo test test-fast chaos lint ui clean
 
@@ -24,10 +26,10 @@ demo: install
 	$(BIN)/python launchers/demo.py
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 chaos: install
 	$(BIN)/python -m tests.slurm.chaos --events $(or $(EVENTS),30)
