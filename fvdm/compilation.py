@@ -8,7 +8,7 @@ from fvdm.model import VideoDiT
 LIMIT = 64  # graphs: space or time, with or without gradients, one clip, one batch or any, and as many of frames
 
 
-def compile_blocks(model: VideoDiT) -> VideoDiT:
+def compile_blocks(model: VideoDiT, backend: str = "inductor") -> VideoDiT:
     """Compile every block in place, when it is first called; weights and their names stay as they are.
 
     Space and time blocks become one graph each, without breaks, that all blocks of the kind share. A graph is compiled
@@ -17,6 +17,7 @@ def compile_blocks(model: VideoDiT) -> VideoDiT:
 
     Args:
         model: on the device where it will run.
+        backend: of `torch.compile`.
 
     Returns:
         The same model.
@@ -26,7 +27,7 @@ def compile_blocks(model: VideoDiT) -> VideoDiT:
     """
     device = model.space.device
     try:
-        torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device))
+        torch.compile(lambda x: x + 1, fullgraph=True, backend=backend)(torch.zeros(8, device=device))
     except Exception as error:  # Whatever the compiler's own tools raise: their kinds differ with the version.
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
@@ -36,5 +37,5 @@ def compile_blocks(model: VideoDiT) -> VideoDiT:
     # Blocks of both kinds share one code, of which PyTorch keeps 8 graphs: too few for training with its previews.
     torch._dynamo.config.recompile_limit = max(LIMIT, torch._dynamo.config.recompile_limit)
     for block in model.blocks:
-        block.compile(fullgraph=True)
+        block.compile(fullgraph=True, backend=backend)
     return model
