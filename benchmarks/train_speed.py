@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fvdm.attention import Backend
 from fvdm.compilation import compile_blocks
 from fvdm.config import fail
 from fvdm.ema import EMA
@@ -211,7 +212,8 @@ def parity(config: ModelConfig, device: torch.device) -> dict[str, float]:
     outputs: dict[str, Tensor] = {}
     shape = (1, config.frames, config.channels, config.size, config.size)
     x, t = torch.randn(shape, device=device), torch.full(shape[:2], 500, device=device)
-    for precision, backend in itertools.product(("fp32", "bf16"), ("math", "sdpa", "flash")):
+    backends: tuple[Backend, ...] = ("math", "sdpa", "flash")
+    for precision, backend in itertools.product(("fp32", "bf16"), backends):
         torch.manual_seed(0)
         net = VideoDiT(replace(config, attention=backend))
         for weight in net.parameters():
