@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import functools
 import importlib.util
+import itertools
 import multiprocessing
 import resource
 import statistics
@@ -29,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fvdm.attention import Backend
+from fvdm.compilation import compile_blocks
 from fvdm.config import fail
 from fvdm.ema import EMA
 from fvdm.model import ModelConfig, VideoDiT, preset
@@ -93,14 +96,23 @@ def peer_class(where: str) -> Callable[..., nn.Module]:
 class Subject:
     """A network in training, ready to be timed."""
 
-    def __init__(self, name: str, config: ModelConfig, precision: str, batch: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: ModelConfig,
+        precision: str,
+        batch: int,
+        device: torch.device,
+        compiled: bool = False,
+    ) -> None:
         torch.manual_seed(0)
         shape = {
             key: getattr(config, key) for key in ("width", "depth", "heads", "patch", "channels", "size", "frames")
         }
         dtype = DTYPES[precision]
         if name == "fvdm":
-            self.net: nn.Module = VideoDiT(config).to(device, dtype)
+            ours = VideoDiT(config).to(device, dtype)
+            self.net: nn.Module = compile_blocks(ours) if compiled else ours
         else:
             self.net = (Diffusers if name == "diffusers" else peer_class(name))(**shape).to(device)
         autocast = name != "fvdm" and precision == "bf16"
@@ -191,11 +203,33 @@ def peak_memory(name: str, config: ModelConfig, precision: str, batch: int, devi
     return peak
 
 
+def parity(config: ModelConfig, device: torch.device) -> dict[str, float]:
+    """How far the network's output with each attention backend that runs here is from exact float32 products.
+
+    Returns:
+        root mean square distance over the root mean square of the output, by backend and precision.
+    """
+    outputs: dict[str, Tensor] = {}
+    shape = (1, config.frames, config.channels, config.size, config.size)
+    x, t = torch.randn(shape, device=device), torch.full(shape[:2], 500, device=device)
+    backends: tuple[Backend, ...] = ("math", "sdpa", "flash")
+    for precision, backend in itertools.product(("fp32", "bf16"), backends):
+        torch.manual_seed(0)
+        net = VideoDiT(replace(config, attention=backend))
+        for weight in net.parameters():
+            if not weight.any():  # A new network's output is zero, whatever its attention does.
+                nn.init.normal_(weight, std=0.02)
+        with contextlib.suppress(ValueError), torch.no_grad():  # flash-attn where it is not, or in float32
+            outputs[f"{backend} {precision}"] = net.to(device, DTYPES[precision])(x, t).float()
+    exact = outputs["math fp32"]
+    return {f"attention {name}, distance": float((out - exact).norm() / exact.norm()) for name, out in outputs.items()}
+
+
 def measure(config: ModelConfig, options: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Seconds, ratios to the first subject and utilisation, by name."""
     names = ["fvdm", *(["diffusers"] if options.diffusers else []), *options.peer]
     pairs = [(name, precision) for name in names for precision in options.precisions]
-    subjects = {pair: Subject(pair[0], config, pair[1], options.batch, device) for pair in pairs}
+    subjects = {pair: Subject(pair[0], config, pair[1], options.batch, device, options.compile) for pair in pairs}
     rates = {precision: matrix_rate(precision, device) for precision in options.precisions}
     times: dict[tuple[str, str, str], list[float]] = {}
     for round_ in range(options.rounds + 1):
@@ -215,6 +249,8 @@ def measure(config: ModelConfig, options: argparse.Namespace, device: torch.devi
         else:
             results[f"{label} / fvdm"] = statistics.median(v / o for v, o in zip(values, own, strict=True))
     del subjects
+    if options.parity:
+        results |= parity(config, device)
     if options.memory:
         for name, precision in pairs:
             results[f"{Path(name).name} {precision}, GB of a step"] = (
@@ -233,6 +269,8 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="what is timed")
     parser.add_argument("--rounds", type=int, default=5, help="turns that every subject takes")
     parser.add_argument("--attention", default="auto", help="attention backend of ours")
+    parser.add_argument("--compile", action="store_true", help="compile our blocks, as the setting compile does")
+    parser.add_argument("--parity", action="store_true", help="compare the attention backends' results, too")
     parser.add_argument("--no-diffusers", dest="diffusers", action="store_false", help="leave diffusers' Latte out")
     parser.add_argument("--peer", action="append", default=[], metavar="FILE.py:CLASS", help="another network")
     parser.add_argument("--memory", action="store_true", help="measure the memory of a step, too")

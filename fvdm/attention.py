@@ -15,9 +15,9 @@ from torch import Tensor
 Backend = Literal["auto", "flash", "sdpa", "math"]
 BACKENDS = ("auto", "flash", "sdpa", "math")
 
-CPU_PRODUCTS = (
-    512  # positions up to which plain products in bfloat16 beat PyTorch's fused attention on CPUs, 2 to 8 times
-)
+# Positions up to which plain products in bfloat16 beat PyTorch's fused attention on CPUs, 2 to 8 times.
+CPU_PRODUCTS = 512
+FLASH_PAYS = 200  # positions from which flash-attn pays: launches dominate below
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "auto") -> Ten
     Raises:
         ValueError: if the forced backend is unknown or cannot run on these tensors.
     """
-    chosen = _choose(q.device.type, q.dtype, q.shape[1], q.shape[3], backend)
+    chosen = _choose(q.device.type, q.dtype, _reach(q.shape[1]), q.shape[3], backend)
     if chosen == "flash":
         from flash_attn import flash_attn_func
 
@@ -52,9 +52,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "auto") -> Ten
     return (weights.to(v.dtype) @ v).transpose(1, 2)
 
 
+def _reach(positions: int) -> str:
+    """How long a sequence is: words, so that a compiled graph need not be made anew for every number of frames."""
+    if positions < FLASH_PAYS:
+        return f"fewer than {FLASH_PAYS}"
+    return f"up to {CPU_PRODUCTS}" if positions <= CPU_PRODUCTS else f"more than {CPU_PRODUCTS}"
+
+
+@torch.compiler.assume_constant_result
+def _choose(device: str, dtype: torch.dtype, reach: str, width: int, backend: Backend) -> str:
+    """The backend for such tensors. A compiler asks while it traces, and keeps the answer: no break in its graph."""
+    return _chosen(device, dtype, reach, width, backend)
+
+
 @functools.cache
-def _choose(device: str, dtype: torch.dtype, positions: int, width: int, backend: Backend) -> str:
-    """The backend for such tensors; cached, so that each choice is made, and logged, once."""
+def _chosen(device: str, dtype: torch.dtype, reach: str, width: int, backend: Backend) -> str:
+    """Cached, so that each choice is made, and logged, once."""
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     fits = device == "cuda" and dtype in (torch.bfloat16, torch.float16) and width <= 256 and width % 8 == 0
@@ -69,9 +82,8 @@ def _choose(device: str, dtype: torch.dtype, positions: int, width: int, backend
         raise ValueError(f"flash-attn cannot be used: {reason}; set attention to auto or sdpa")
     chosen = backend
     if backend == "auto":
-        # Short sequences gain nothing from flash-attn: launches dominate below some 200 positions.
-        chosen = "flash" if fits and installed and positions >= 200 else "sdpa"
-        if device == "cpu" and dtype == torch.bfloat16 and positions <= CPU_PRODUCTS:
+        chosen = "flash" if fits and installed and reach != _reach(0) else "sdpa"
+        if device == "cpu" and dtype == torch.bfloat16 and reach != _reach(CPU_PRODUCTS + 1):
             chosen = "math"
-    logger.info("attention over %d positions on %s in %s: %s", positions, device, dtype, chosen)
+    logger.info("attention over %s positions on %s in %s: %s", reach, device, dtype, chosen)
     return chosen

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fvdm import checkpoint as ckpt
+from fvdm.compilation import compile_blocks
 from fvdm.convert import read_model, read_use
 from fvdm.diffusion import Diffusion, DiffusionConfig
 from fvdm.guidance import Guidance
@@ -125,7 +126,14 @@ class Trained:
         return self.model.space.device
 
 
-def load(checkpoint: str | Path, weights: str = "ema", vae: str = "", device: str = "", precision: str = "") -> Trained:
+def load(
+    checkpoint: str | Path,
+    weights: str = "ema",
+    vae: str = "",
+    device: str = "",
+    precision: str = "",
+    compile: bool = False,
+) -> Trained:
     """Load a model for use.
 
     Args:
@@ -135,9 +143,10 @@ def load(checkpoint: str | Path, weights: str = "ema", vae: str = "", device: st
         vae: VAE by name or path; empty takes the one the model was trained with.
         device: empty takes a GPU if there is one.
         precision: `bf16`, `fp32`; empty takes bf16 on a GPU.
+        compile: make the blocks faster with `torch.compile`; the first clip then takes a minute longer.
 
     Raises:
-        ValueError: if there is no whole checkpoint, or its VAE cannot be found.
+        ValueError: if there is no whole checkpoint, its VAE cannot be found, or this machine cannot compile.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.bfloat16 if (precision or ("bf16" if place.type == "cuda" else "fp32")) == "bf16" else torch.float32
@@ -159,7 +168,8 @@ def load(checkpoint: str | Path, weights: str = "ema", vae: str = "", device: st
         about = {"classes": tuple(state["classes"]) if state["network"]["num_classes"] else ()}
         about |= {"interval": state["settings"]["data"]["interval"], "step": state["step"], "folder": folder}
         about |= {"size": state["size"], "diffusion": Diffusion(DiffusionConfig(**state["settings"]["diffusion"]))}
-    return Trained(model.to(place, dtype).eval().requires_grad_(False), vae=decoder, **about)
+    model = model.to(place, dtype).eval().requires_grad_(False)
+    return Trained(compile_blocks(model) if compile else model, vae=decoder, **about)
 
 
 def generate(

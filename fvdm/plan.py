@@ -124,9 +124,13 @@ def flops(model: ModelConfig, training: bool = True) -> float:
 
 
 def wire_bytes(count: int, world_size: int, micro_batches: int, precision: str = "bf16") -> float:
-    """Bytes that a rank sends in a step: gradients reduced in float32 after each micro-batch, weights gathered once."""
+    """Bytes that a rank sends in a step: gradients in float32 after each micro-batch, weights gathered once.
+
+    DeepSpeed all-reduces a bucket of gradients and keeps the rank's slice of it, so that each gradient is sent twice:
+    as a part of a sum, and as a sum. benchmarks/train_comm.py counts the same on the wire.
+    """
     rest = (world_size - 1) / world_size
-    return rest * count * (4 * micro_batches + (2 if precision == "bf16" else 4))
+    return rest * count * (8 * micro_batches + (2 if precision == "bf16" else 4))
 
 
 def largest_micro_batch(model: ModelConfig, engine: EngineConfig, world_size: int, room: float) -> int:

@@ -54,6 +54,7 @@ class TrainConfig:
         class_dropout: probability that a clip's label is hidden, for guidance.
         attention: attention backend: auto, flash, sdpa or math.
         recompute: recompute the activations of every k-th block to save memory; 0 is none.
+        compile: make the blocks faster with torch.compile; needs a C++ compiler, and a minute at the start.
         p: probability that a clip has one timestep per frame (PTSS); 0 is a scalar-timestep model.
         steps: optimizer steps at which training ends.
         seed: of the initial weights, the order of the data and all noise.
@@ -79,6 +80,7 @@ class TrainConfig:
     class_dropout: float = 0.1
     attention: Backend = "auto"
     recompute: int = 0
+    compile: bool = False
     p: float = 0.2
     steps: int = 250_000
     seed: int = 0

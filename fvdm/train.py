@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fvdm import config as settings
 from fvdm.checkpoint import STEP
+from fvdm.compilation import compile_blocks
 from fvdm.data import Batch, batches
 from fvdm.distributed import Ranks, Stop, StopFlag, from_environment, seed_everything
 from fvdm.ema import EMA
@@ -53,10 +54,12 @@ def train(config: TrainConfig) -> Stop:
     device = initialise(config.engine.timeout)
     with only_one(config.folder, 0.8 * config.engine.timeout) if ranks.is_main else _nothing():
         checkpoint = newest_checkpoint(config, ranks)
-        model = VideoDiT(network)
+        model = VideoDiT(network).to(device)
+        if config.compile:
+            compile_blocks(model)
         if config.init and checkpoint is None:
             initial_weights(config.init, model)
-        engine = Engine(model.to(device), config.engine, config.data.batch_size, ranks)
+        engine = Engine(model, config.engine, config.data.batch_size, ranks)
         run = Run(config, network, engine, EMA(engine.masters, config.ema_decay), ranks, shards)
         if checkpoint:
             run.resume(checkpoint)

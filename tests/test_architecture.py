@@ -26,7 +26,7 @@ LAYERS = (
     | {"pretrained", "provenance", "protocols", "mlflow_model"},
     {"diffusion", "shards", "matrices"},
     {"model", "solvers", "guidance", "data", "engine", "checkpoint", "fvd"},
-    {"convert", "samplers", "tracking", "writer", "distances"},
+    {"convert", "compilation", "samplers", "tracking", "writer", "distances"},
     {"tasks"},
     {"inputs"},
     {"previews", "pipeline"},

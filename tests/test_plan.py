@@ -76,8 +76,8 @@ def test_more_ranks_need_less_and_more_clips_need_more():
 
 def test_bytes_on_the_wire():
     assert wire_bytes(100, 1, 1) == 0
-    assert wire_bytes(100, 4, 1) == 0.75 * 600  # float32 gradients out, bf16 weights back
-    assert wire_bytes(100, 4, 3) == 0.75 * 1400
+    assert wire_bytes(100, 4, 1) == 0.75 * 1000  # float32 gradients all-reduced, bf16 weights gathered
+    assert wire_bytes(100, 4, 3) == 0.75 * 2600
 
 
 def plan(*words):
@@ -108,3 +108,14 @@ def test_a_real_training_needs_what_was_planned(tmp_path):
     assert 0.85 < ratio < 1.15
     events = [json.loads(line) for line in (tmp_path / "journal/events.jsonl").read_text().splitlines()]
     assert any("peak_gb" in event.get("metrics", {}) for event in events)
+
+
+@pytest.mark.slow
+def test_a_step_sends_the_bytes_that_were_planned(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command += ["--standalone", str(ROOT / "benchmarks/train_comm.py"), "--model", "XS/2", "--size", "8"]
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    more = ["--frames", "2", "--micro-batches", "2", "--steps", "1", "--out", str(tmp_path / "journal")]
+    done = subprocess.run([*command, *more], cwd=tmp_path, env=hidden, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 0.9 < float(re.findall(r"measured_over_predicted\s+([\d.]+)", done.stdout)[0]) < 1.1
