@@ -12,7 +12,8 @@ def compile_blocks(model: VideoDiT, backend: str = "inductor") -> VideoDiT:
     """Compile every block in place, when it is first called; weights and their names stay as they are.
 
     Space and time blocks become one graph each, without breaks, that all blocks of the kind share. A graph is compiled
-    for a first shape of the clip, and once more for all others; what an engine or a checkpoint does to the model
+    for a first shape of the clip, once more for all other batch sizes, for all other numbers of frames, for a single
+    clip, and with and without gradients; what an engine or a checkpoint does to the model
     goes on as before.
 
     Args:
