@@ -29,7 +29,7 @@ from benchmarks import evidence_text as text
 from benchmarks.ablation import queued
 from benchmarks.evidence_data import DIGITS, VIDEOS, folders, prepare, smoke_videos
 from benchmarks.evidence_measure import Bench
-from benchmarks.evidence_plan import BUDGETS, ROOT, Arm, Budget, Job, arms, jobs, read_budget
+from benchmarks.evidence_plan import BUDGETS, ROOT, SCALAR, Arm, Budget, Job, arms, base_p, jobs, rank, read_budget
 from benchmarks.evidence_results import collect
 from benchmarks.evidence_shown import side_by_side
 from benchmarks.reporting import Report, machine, send
@@ -136,14 +136,14 @@ class Evidence:
         return self.checkpoint(job.arm)
 
     def open_jobs(self) -> list[tuple[Bench, Job]]:
-        """The measurements that are wanted, not done, and whose training is."""
+        """The measurements that are wanted, not done, and whose training is; the first questions first."""
         found = []
         for name, bench in self.benches.items():
             for job in jobs(name, bench.config):
                 ready = job.arm is None or self.checkpoint(job.arm).exists()
                 if ready and fnmatch(job.name, self.options.only) and not bench.done(job):
                     found.append((bench, job))
-        return found
+        return sorted(found, key=lambda entry: rank(entry[1], entry[0].config))
 
     def measure(self) -> None:
         """Do the measurements that are not done, in some processes side by side.
@@ -197,9 +197,15 @@ class Evidence:
         return f"python benchmarks/evidence.py --budget {self.name}"
 
     def arms(self) -> list[Arm]:
-        """The trainings of the sets that have clips; all of the first seed come first."""
+        """The trainings of the sets that have clips; the two that the paper's first claim is about come first."""
         found = [arm for name, bench in self.benches.items() for arm in arms(name, bench.config)]
-        return sorted(found, key=lambda arm: self.budget.sets[arm.data].seeds.index(arm.seed))
+
+        def order(arm: Arm) -> tuple[bool, int]:
+            config = self.budget.sets[arm.data]
+            main = arm.model == config.model and arm.p in (SCALAR, base_p(config))
+            return not main, config.seeds.index(arm.seed)
+
+        return sorted(found, key=order)
 
     def report(self) -> Path:
         """Numbers, tables, figures and videos; to files and to MLflow. Returns the file of the tables."""

@@ -24,7 +24,7 @@ class SetConfig:
         interval: every so-many-th frame of a video.
         hold_out: every so-many-th video is kept for tests.
         clips_made: digits: clips made for training.
-        clips_held_out: digits: clips made for tests, of digits that are in no training clip.
+        clips_held_out: digits: clips made for tests, on paths of their own.
         model: size and patch of every arm.
         models: other sizes, trained at p = 0.2.
         p: the arms; 0 is the scalar baseline.
@@ -178,3 +178,17 @@ def jobs(name: str, config: SetConfig) -> Iterator[Job]:
         yield Job(name, best, task, "vae", "", clips)
     for sampler in config.samplers[1:]:
         yield Job(name, best, "generate", "sampled", sampler, config.clips)
+
+
+def rank(job: Job, config: SetConfig) -> int:
+    """What is measured first, so that a run that is stopped has answered the first questions: lower comes first."""
+    main = job.arm is not None and job.arm.model == config.model and job.arm.p in (SCALAR, base_p(config))
+    if job.method in ("test", "train"):
+        return 0
+    if job.method in ("frozen", "vae"):
+        return 5
+    if job.method == "loss":
+        return 3
+    if job.sampler != config.samplers[0]:
+        return 4
+    return 1 + (job.task != "generate") if main else 3

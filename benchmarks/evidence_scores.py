@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_prep.moving_digits import SPEEDS
 from fvdm.diffusion import Diffusion, Model
 from fvdm.distances import quiet
 from fvdm.fvd import frechet_distance
@@ -40,24 +41,29 @@ def distance_from_path(where: np.ndarray, truth: np.ndarray) -> np.ndarray:
 def path_residual(where: np.ndarray, size: int) -> np.ndarray:
     """How far a digit is from the nearest path that it could have flown, float64 `(b)`: root mean square, in pixels.
 
-    Such a path is straight, of one speed, and bounces off the walls: each axis is a triangle wave. All starts and
-    speeds are tried, on a fine grid, so that even a perfect path leaves a tenth of a pixel or two.
+    Such a path is straight, of one speed between those of the slowest and the fastest digit, and bounces off the walls:
+    each axis is a triangle wave. All starts and speeds are tried, on a grid so fine that a perfect path leaves a tenth
+    of a pixel or two. A digit that stands still has flown no such path.
 
     Args:
         where: centres `(b f 2)`.
         size: side of the picture, of which the digit takes half.
     """
     room, frames = size / 2, where.shape[1]
+    slowest, fastest = (size / divisor for divisor in SPEEDS)
     starts = np.arange(0, 2 * room, 0.5)
-    speeds = np.linspace(0, size / 16, 61)  # the fastest digits make size / 20
+    speeds = np.linspace(0, fastest, 61)
     straight = starts[:, None, None] + speeds[:, None] * np.arange(frames)  # (starts speeds f)
     waves = (room - np.abs(straight % (2 * room) - room)).reshape(-1, frames)
-    total = np.zeros(len(where))
+    errors = []
     for axis in range(2):
         path = where[:, :, axis] - size / 4
-        errors = (path**2).sum(1)[:, None] - 2 * path @ waves.T + (waves**2).sum(1)
-        total += errors.min(axis=1).clip(0) / frames
-    return np.sqrt(total)
+        each = (path**2).sum(1)[:, None] - 2 * path @ waves.T + (waves**2).sum(1)
+        errors.append(each.reshape(len(where), len(starts), -1).min(axis=1))  # (b speeds)
+    together = errors[0][:, :, None] + errors[1][:, None, :]
+    speed = np.hypot(speeds[:, None], speeds[None])
+    together[:, (speed < 0.95 * slowest) | (speed > 1.05 * fastest)] = np.inf
+    return np.sqrt(together.min(axis=(1, 2)).clip(0) / frames)
 
 
 @torch.no_grad()

