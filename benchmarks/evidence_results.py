@@ -236,8 +236,14 @@ class Results:
             ]
             found["measures"][measure] = numbers
         found["jobs"] = [job.name for job in (*claim.better, *claim.worse)]
-        found["verdict"] = verdict(claim, found["measures"])
+        found["verdict"] = verdict(claim, found["measures"], missing=self._missing(claim))
         return found
+
+    def _missing(self, claim: Claim) -> bool:
+        """Whether trainings of the other seeds are still to come."""
+        seeds = {job.arm.seed for job in claim.better if job.arm}
+        one_training = {job.arm for job in (*claim.better, *claim.worse)}
+        return len(one_training) > 1 and seeds != set(self.config.seeds)
 
     def _one(self, better: Job, worse: Job, measure: str, clips: int) -> float:
         a, b = self.statistic([better], measure), self.statistic([worse], measure)
@@ -259,14 +265,21 @@ class Results:
         }
 
 
-def verdict(claim: Claim, measures: Numbers) -> str:
+def verdict(claim: Claim, measures: Numbers, missing: bool = False) -> str:
     """Reproduced, not reproduced, or not measured yet; by the deciding measure alone.
 
     A difference counts if its interval leaves out 0 and every training seed agrees on its sign.
+
+    Args:
+        claim: what is claimed.
+        measures: its numbers.
+        missing: some training seeds have not run yet.
     """
     deciding = next((measures[name] for name in claim.measures[:1] if name in measures), None)
     if deciding is None:
         return "not run yet"
+    if missing:
+        return f"open: {len(deciding['by_seed'])} training seed has run, and one does not settle it"
     value, low, high = deciding["difference"]
     if claim.same:
         near = abs(value) <= AS_GOOD * max(deciding["better"], deciding["worse"])

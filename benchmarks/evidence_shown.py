@@ -11,8 +11,8 @@ from benchmarks.evidence_measure import Bench
 from benchmarks.evidence_plan import Job, jobs
 from fvdm.media import write_mp4, write_strips
 
-ZOOM = 96  # pixels of a frame in the pictures, at least
-COLUMNS = 12
+ZOOM = 64  # pixels of a frame in the pictures, at least
+COLUMNS = 8
 
 
 def side_by_side(bench: Bench, out: Path) -> dict[str, Path]:
