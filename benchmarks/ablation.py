@@ -123,7 +123,7 @@ class Ablation:
         for cell in self.cells:
             if self.checkpoint(cell, self.options.steps).exists():
                 print(f"{cell.name}: trained")
-            elif _queued(f"fvdm-{cell.name}"):
+            elif queued(f"fvdm-{cell.name}"):
                 print(f"{cell.name}: in the queue")
             else:
                 print(f"{cell.name}: training", flush=True)
@@ -181,7 +181,7 @@ class Ablation:
         }
 
 
-def _queued(name: str) -> bool:
+def queued(name: str) -> bool:
     """Whether a job of that name waits or runs on the cluster."""
     try:
         command = ["squeue", "--noheader", "--name", name]

@@ -88,3 +88,16 @@ def bars(values: Mapping[str, Mapping[str, float]], path: Path, title: str, y: s
     axes.grid(alpha=0.3, axis="y")
     figure.legend(loc="outside lower center", ncols=len(names), fontsize=8)
     return _save(figure, path)
+
+
+def spans(values: Mapping[str, Sequence[float]], path: Path, title: str, x: str) -> Path:
+    """Numbers with their intervals, one a line: name -> (value, low, high)."""
+    figure, axes = _figure(height=1.2 + 0.35 * len(values))
+    for place, (value, low, high) in enumerate(values.values()):
+        axes.plot([low, high], [place, place], color=f"C{place % 10}", linewidth=3, alpha=0.5)
+        axes.plot([value], [place], "o", color=f"C{place % 10}")
+    axes.set(title=title, xlabel=f"{x}, with 95 % interval")
+    axes.set_yticks(range(len(values)), list(values), fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3, axis="x")
+    return _save(figure, path)

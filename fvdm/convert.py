@@ -216,6 +216,13 @@ def read_use(folder: Path, model: VideoDiT) -> Use:
         raise ValueError(f"{folder / USE} cannot be read: {error}") from None
 
 
+def write_use(folder: Path, use: Use) -> None:
+    """Write what `read_use` reads, beside a network in its folder."""
+    temporary = folder / f".tmp-{USE}"
+    temporary.write_text(json.dumps(settings.plain(use), indent=2) + "\n")
+    temporary.rename(folder / USE)
+
+
 @dataclass(frozen=True)
 class ConvertConfig:
     """Weights of Latte or of the official FVDM code, to a folder that generate and load take.
@@ -254,7 +261,7 @@ def convert(config: ConvertConfig) -> VideoDiT:
     model.save_pretrained(config.dst)
     diffusion = replace(config.diffusion, learned_variance=model.config.learned_variance)
     use = Use(diffusion, config.vae, config.classes or tuple(map(str, range(count))), config.interval)
-    (Path(config.dst) / USE).write_text(json.dumps(settings.plain(use), indent=2) + "\n")
+    write_use(Path(config.dst), use)
     return model
 
 

@@ -37,8 +37,8 @@ class GenerateConfig(Recipe):
     """What to make, from what, and where to put it.
 
     Attributes:
-        checkpoint: a run's folder (its newest checkpoint is taken) or a checkpoint; a folder of fvdm.convert; or a
-            checkpoint file of Latte or of the official FVDM code.
+        checkpoint: a run's folder (its newest checkpoint is taken) or a checkpoint; a folder of fvdm.convert; a
+            checkpoint file of Latte or of the official FVDM code; or `example`, a small model that ships with this.
         given: an image, a video, a folder of frames, or a list of them, [a.png,b.png]. One video gives the frames that
             the task wants, at the model's interval; two give the end of the first and the beginning of the second.
         out: folder for the videos.

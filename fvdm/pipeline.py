@@ -32,6 +32,8 @@ from fvdm.tasks import draw, draw_stream, place
 from fvdm.timesteps import spaced
 from fvdm.vae import VAE, load_vae
 
+EXAMPLE = Path(__file__).parent / "weights" / "example"  # a small model of moving digits; docs/evidence.md
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -137,8 +139,8 @@ def load(
     """Load a model for use.
 
     Args:
-        checkpoint: a run's folder, or a checkpoint; a folder of `save_pretrained` or of `python -m fvdm.convert`; or a
-            checkpoint file of Latte or of the official FVDM code.
+        checkpoint: a run's folder, or a checkpoint; a folder of `save_pretrained` or of `python -m fvdm.convert`; a
+            checkpoint file of Latte or of the official FVDM code; or `example`, the small model that ships with this.
         weights: `ema` or `model`, of a run.
         vae: VAE by name or path; empty takes the one the model was trained with.
         device: empty takes a GPU if there is one.
@@ -151,6 +153,8 @@ def load(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.bfloat16 if (precision or ("bf16" if place.type == "cuda" else "fp32")) == "bf16" else torch.float32
     path = Path(checkpoint)
+    if str(checkpoint) == "example" and not path.exists():
+        path = EXAMPLE
     if path.is_file() or (path / "config.json").is_file():
         model = read_model(path)
         use = read_use(path, model)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 CONFIG = "config.json"
@@ -18,8 +19,12 @@ class Pretrained:
 
     Config: ClassVar[type]
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write the folder: `config.json` and float32 safetensors, each under a temporary name first.
+    def save_pretrained(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write the folder: `config.json` and safetensors, each under a temporary name first.
+
+        Args:
+            path: the folder.
+            dtype: of the weights in the file; float16 halves it, and costs three decimal digits.
 
         Raises:
             ValueError: if the folder cannot be written.
@@ -32,7 +37,7 @@ class Pretrained:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             temporary = folder / f".tmp-{WEIGHTS}"
-            save_file({k: v.detach().float().cpu().contiguous() for k, v in weights.items()}, temporary)
+            save_file({k: v.detach().to(dtype).cpu().contiguous() for k, v in weights.items()}, temporary)
             os.replace(temporary, folder / WEIGHTS)
             temporary = folder / f".tmp-{CONFIG}"
             temporary.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,147 @@
+"""What benchmarks/evidence.py leaves: tables, figures and videos, and an MLflow run for every number."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import evidence_text as text
+from benchmarks.evidence_measure import Bench
+from benchmarks.evidence_plan import Arm, Job, jobs
+from benchmarks.evidence_results import collect
+from benchmarks.evidence_shown import side_by_side
+from benchmarks.evidence_stages import EXPERIMENT, Evidence
+from benchmarks.reporting import Report, machine, send
+from fvdm.checkpoint import write_text
+from fvdm.provenance import git_commit
+from fvdm.tracking import Tracker, TrackingConfig, run_of
+
+
+def _parent(whole: Evidence, metrics: dict[str, float], files: Sequence[Path], images: dict[str, Path]) -> str:
+    """Report to the run that all others are below; its id, empty while the server is away."""
+    tracker = Tracker(
+        whole.out / ".tracking" / "parent",
+        TrackingConfig(experiment=EXPERIMENT, system_metrics=False),
+        f"evidence {whole.name}",
+        {"budget": whole.name, "sets": " ".join(whole.budget.sets)},
+        {"kind": "evidence", "command": whole.again} | machine(),
+    )
+    tracker.metrics(metrics, 0)
+    for name, path in images.items():
+        tracker.artifact(path, "figures")
+        tracker.image(path, f"figures/{name}", 0)
+    for path in files:
+        tracker.artifact(path, "videos" if path.suffix == ".mp4" else "")
+    for arm in whole.arms():
+        run = run_of(whole.out / "runs" / arm.name)
+        if run:
+            tracker.adopt(run)
+    tracker.close()
+    return tracker.run_id or ""
+
+
+def report(whole: Evidence) -> Path:
+    """Numbers, tables, figures and videos; to files and to MLflow. Returns the file of the tables."""
+    sets = collect(list(whole.benches.values()), print)
+    parent = _parent(whole, {}, [], {})
+    runs = {arm.name: run_of(whole.out / "runs" / arm.name) for arm in whole.arms()}
+    runs |= _send_jobs(whole, parent)
+    results: dict[str, Any] = {
+        "budget": whole.name,
+        "command": whole.again,
+        "commit": git_commit(),
+        "machine": f"{len(os.sched_getaffinity(0))} CPU cores, GPU: {machine()['gpu']}",
+        "workers": whole.budget.workers,
+        "parent": parent,
+        "runs": runs,
+        "sets": sets,
+        "trainings": {arm.name: _training(whole, arm) for arm in whole.arms()},
+    }
+    write_text(whole.out / "results.json", json.dumps(results, indent=1))
+    figures = whole.out / "figures"
+    figures.mkdir(exist_ok=True)
+    images, videos = text.figures(results, figures), []
+    for bench in whole.benches.values():
+        shown = side_by_side(bench, figures)
+        images |= {name: path for name, path in shown.items() if path.suffix == ".png"}
+        videos += [path for path in shown.values() if path.suffix == ".mp4"]
+    tables = whole.out / "evidence.md"
+    beside = Path(whole.options.docs).stem if whole.options.docs else "figures"
+    write_text(tables, text.render(results, {name: f"{beside}/{path.name}" for name, path in images.items()}))
+    _parent(whole, _claimed(results), [tables, whole.out / "results.json", *videos], images)
+    return tables
+
+
+def _training(whole: Evidence, arm: Arm) -> dict[str, Any]:
+    """Steps, and the seconds that the journal of a training tells."""
+    config = whole.budget.sets[arm.data]
+    journal = whole.out / "runs" / arm.name / "events.jsonl"
+    events = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+    speed = [e["metrics"]["speed/seconds_per_step"] for e in events if "speed/seconds_per_step" in e.get("metrics", {})]
+    done = whole.checkpoint(arm).exists()
+    return {
+        "steps": config.steps if done else "not run yet",
+        "seconds": sum(speed) / len(speed) * config.steps if speed and done else None,
+    }
+
+
+def _send_jobs(whole: Evidence, parent: str) -> dict[str, str]:
+    """A run for every measurement that is done, once; their ids by name."""
+    runs = {}
+    for name, bench in whole.benches.items():
+        for job in jobs(name, bench.config):
+            record = bench.folder(job) / "run.json"
+            if bench.done(job) and not record.exists():
+                run = _send(whole, bench, job, parent)
+                if run:
+                    write_text(record, json.dumps({"run_id": run}))
+            runs[job.name] = json.loads(record.read_text())["run_id"] if record.exists() else ""
+    return runs
+
+
+def _send(whole: Evidence, bench: Bench, job: Job, parent: str) -> str:
+    table = bench.read(job)
+    means = {
+        f"{job.task}/{name}": float(value.mean())
+        for name, value in table.items()
+        if not name.startswith("shown") and "features" not in name and name != "table"
+    }
+    found = Report(
+        "evidence",
+        job.name,
+        [(0, means)],
+        {"clips": bench.count(job), "sampler": job.sampler, "method": job.method, "task": job.task},
+        {"command": f"{whole.again} --only '{job.name}'", "checkpoint": job.arm.name if job.arm else "none"},
+        bench.parts(job),
+    )
+    tracking = TrackingConfig(experiment=EXPERIMENT, system_metrics=False)
+    return send(found, whole.out, parent=parent, tracking=tracking)
+
+
+def _claimed(results: dict[str, Any]) -> dict[str, float]:
+    """The differences behind the claims, as metrics."""
+    return {
+        f"claims/{name} {row['claim']} {measure}"[:240]: found["difference"][0]
+        for name, entry in results["sets"].items()
+        for row in entry["comparisons"]
+        for measure, found in row["measures"].items()
+    }
+
+
+def publish(out: Path, document: Path) -> None:
+    """Put the tables into a document, and the pictures and numbers into the folder of its name.
+
+    Raises:
+        ValueError: if it cannot be read, or has no place for tables.
+    """
+    try:
+        page = text.into(document.read_text(), (out / "evidence.md").read_text())
+    except OSError as error:
+        raise ValueError(f"--docs {document} cannot be read: {error.strerror}") from None
+    folder = document.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    for path in (*(out / "figures").glob("*.png"), out / "results.json"):
+        shutil.copyfile(path, folder / path.name)
+    write_text(document, page)

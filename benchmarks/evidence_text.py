@@ -1,0 +1,245 @@
+"""The tables of benchmarks/evidence.py as Markdown, from its results.json, and its figures."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.plots import curves, spans
+
+Numbers = Mapping[str, Any]
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+MEASURES = {
+    "fvd": ("FVD", 0),
+    "kvd": ("KVD", 1),
+    "residual": ("path residual, px", 2),
+    "motion": ("motion error, px", 2),
+    "psnr": ("PSNR, dB", 2),
+    "distance": ("I3D distance", 2),
+    "residual_last": ("path residual at the end, px", 2),
+    "fvd_last": ("FVD at the end", 0),
+}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; empty without rows."""
+    if not rows:
+        return ""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def number(value: Any, measure: str) -> str:
+    """A value, with its interval where it has one."""
+    digits = MEASURES[measure][1]
+    if value is None:
+        return "-"
+    if isinstance(value, (int, float)):
+        return f"{value:.{digits}f}"
+    return f"{value[0]:.{digits}f} [{value[1]:.{digits}f}, {value[2]:.{digits}f}]"
+
+
+def who(row: Numbers) -> str:
+    """What a line is of."""
+    if "p" not in row:
+        return {"test": "real, held out", "train": "real, trained on", "frozen": "frozen"}[row["method"]]
+    if row["method"] == "vae":
+        return "the truth through the VAE"
+    how = "" if row["method"] == "sampled" else f", {row['method']}"
+    return f"{row['model']}, p = {row['p']:g}{how}"
+
+
+def lines(rows: Sequence[Numbers], runs: Numbers, first: str = "") -> str:
+    """A table of measurements: what, which seeds, how many clips, the numbers, the MLflow runs."""
+    shown = [name for name in MEASURES if any(name in row for row in rows)]
+    head = ["what", "seeds", "clips", *(MEASURES[name][0] for name in shown), "MLflow runs"]
+    body = []
+    for row in rows:
+        seeds = ", ".join(map(str, row.get("seeds", []))) or "-"
+        ids = ", ".join(f"`{runs[name][:8]}`" for name in row["jobs"] if runs.get(name))
+        what = f"{row['sampler'].replace(':', ', ')} steps" if first == "sampler" else who(row)
+        body.append([what, seeds, str(row["clips"]), *(number(row.get(name), name) for name in shown), ids or "-"])
+    return table(head, body)
+
+
+def claims(results: Numbers) -> str:
+    """One line a claim: the paper's words, our difference with its interval, each seed's, and the verdict."""
+    body = []
+    for name, entry in results["sets"].items():
+        for row in entry["comparisons"]:
+            told, seeds = [], []
+            for measure, found in row["measures"].items():
+                label, digits = MEASURES[measure]
+                told.append(
+                    f"{label} {found['better']:.{digits}f} against {found['worse']:.{digits}f}: "
+                    f"{number(found['difference'], measure)}"
+                )
+                seeds.append(", ".join(f"{one:.{digits}f}" for one in found["by_seed"]))
+            first: Numbers = next(iter(row["measures"].values()), {})
+            cells = [row["claim"], name, row["paper"], "<br>".join(told) or "-", "<br>".join(seeds) or "-"]
+            body.append([*cells, str(first.get("clips", "-")), f"**{row['verdict']}**"])
+    for claim, why in NOT_HERE:
+        body.append([claim, "-", "-", "-", "-", "-", f"**not testable here**: {why}"])
+    head = ["claim", "set", "paper", "here: first against second, difference [95 %]", "by seed", "clips", "verdict"]
+    return table(head, body)
+
+
+NOT_HERE = (
+    (
+        "FVD of Table 1 on FaceForensics, SkyTimelapse, UCF101 and Taichi-HD",
+        "wants the data, GPUs and `--budget paper`",
+    ),
+    ("S, B, L and XL, FVD over 200k iterations", "wants GPUs and `--budget paper`; two small sizes are compared above"),
+)
+
+
+def validation(found: Numbers) -> str:
+    """Error of a frame's estimate by its own timestep and the smallest neighbour's, and how much of it is a copy."""
+    parts = []
+    for key, title in (("error", "mean squared error of the estimated frame"), ("share", "share of a copy")):
+        head = ["p", "own t", *(f"neighbour at {level}" for level in found["neighbour"])]
+        body = []
+        for p, tables in found["p"].items():
+            for own, row in zip(found["own"], tables[key], strict=True):
+                body.append([p, str(own), *(f"{value:.3f}" for value in row)])
+        parts.append(f"{title.capitalize()}:\n\n{table(head, body)}")
+    copied = next(iter(found["p"].values()))["copied"][0][0]
+    return "\n".join(parts) + f"\nCopying the neighbour as it is would err by {copied:.3f}.\n"
+
+
+def section(name: str, entry: Numbers, runs: Numbers, pictures: Mapping[str, str]) -> Iterator[str]:
+    """The part about one set."""
+    yield f"### {name}: plain generation\n"
+    yield lines(entry["generation"], runs)
+    yield from _pictures(pictures, f"{name}_generation", f"{name}_generate")
+    if entry["samplers"]:
+        yield f"### {name}: samplers\n"
+        yield lines(entry["samplers"], runs, "sampler")
+        yield from _pictures(pictures, f"{name}_samplers")
+    for task, rows in entry["tasks"].items():
+        if rows:
+            yield f"### {name}: {task}\n"
+            yield lines(rows, runs)
+            yield from _pictures(pictures, f"{name}_{task}", f"{name}_{task}_numbers")
+    if entry["drift"]:
+        yield f"### {name}: drift over the length\n"
+        yield _drift(entry["drift"])
+        yield from _pictures(pictures, f"{name}_drift")
+    if entry["validation"]:
+        yield f"### {name}: what a cleaner neighbour is worth\n"
+        yield validation(entry["validation"])
+        yield from _pictures(pictures, f"{name}_validation")
+
+
+def _drift(found: Numbers) -> str:
+    """Means over eighths of the video."""
+    frames = found["frames"]
+    edges = [len(frames) * k // 8 for k in range(9)]
+    head = ["measure", "method", *(f"{frames[a]} to {frames[b - 1]}" for a, b in pairwise(edges))]
+    body = []
+    for measure in ("motion", "psnr"):
+        for method, curve in found.get(measure, {}).items():
+            means = [sum(curve[a:b]) / (b - a) for a, b in pairwise(edges)]
+            body.append([MEASURES[measure][0], method, *(f"{value:.2f}" for value in means)])
+    return table(head, body)
+
+
+def _pictures(pictures: Mapping[str, str], *names: str) -> Iterator[str]:
+    for name in names:
+        if name in pictures:
+            yield f"![{name.replace('_', ', ')}]({pictures[name]})\n"
+
+
+def cost(results: Numbers, runs: Numbers) -> str:
+    """What the trainings and the measurements took, and how to do each again."""
+    body = []
+    for name, found in results["trainings"].items():
+        seconds = found.get("seconds")
+        run = f"`{runs[name][:8]}`" if runs.get(name) else "-"
+        body.append([name, f"{found['steps']}", f"{seconds / 60:.1f}" if seconds else "-", run])
+    return table(["training", "steps", "minutes", "MLflow run"], body)
+
+
+def render(results: Numbers, pictures: Mapping[str, str]) -> str:
+    """All tables, as they stand in docs/evidence.md."""
+    runs = results["runs"]
+    measured = sum(sum(entry["seconds"].values()) for entry in results["sets"].values()) / 60
+    trained = sum(found.get("seconds") or 0 for found in results["trainings"].values()) / 60
+    parts = [BEGIN, "## Claims\n", claims(results)]
+    for name, entry in results["sets"].items():
+        parts += [f"## {name}\n", *section(name, entry, runs, pictures)]
+    parts += [
+        "## Cost, runs and commands\n",
+        f"Budget `{results['budget']}` on {results['machine']}, commit `{results['commit'][:12]}`. Trainings took "
+        f"{trained:.0f} and measurements {measured:.0f} minutes of one process; {results['workers']} went side by "
+        f"side. All runs are below the MLflow run `{results['parent']}`, which also has the figures and the videos.\n",
+        cost(results, runs),
+        f"Each measurement is done again by `{results['command']} --only NAME` after its folder in "
+        "`measured/` is removed. The names, by the run:\n",
+        table(["MLflow run", "name"], [[f"`{run}`", f"`{name}`"] for name, run in runs.items() if run]),
+        END,
+    ]
+    return "\n".join(part for part in parts if part) + "\n"
+
+
+def into(document: str, tables: str) -> str:
+    """A document with the tables between its two marks.
+
+    Raises:
+        ValueError: if it has no such marks.
+    """
+    head, begin, rest = document.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the document has no place for the tables: put {BEGIN} and {END} into it")
+    return head + tables.rstrip("\n") + tail
+
+
+def figures(results: Numbers, out: Path) -> dict[str, Path]:
+    """The plots: generation, samplers, tasks, drift and validation of each set."""
+    images: dict[str, Path] = {}
+
+    def save(name: str, rows: Sequence[tuple[str, Sequence[float]]], title: str, measure: str) -> None:
+        if len(rows) > 1:
+            images[name] = spans(dict(rows), out / f"{name}.png", title, MEASURES[measure][0])
+
+    for name, entry in results["sets"].items():
+        plain = next((m for m in ("fvd", "residual") if any(m in row for row in entry["generation"])), "fvd")
+        rows = [
+            (f"{who(row)}" + (f", seed {row['seeds'][0]}" if "seeds" in row else ""), row[plain])
+            for row in entry["generation"]
+            if plain in row
+        ]
+        save(f"{name}_generation", rows, f"{name}: plain generation", plain)
+        rows = [(row["sampler"].replace(":", " "), row[plain]) for row in entry["samplers"] if plain in row]
+        save(f"{name}_samplers", rows, f"{name}: samplers, one training", plain)
+        for task, found in entry["tasks"].items():
+            best = next((m for m in ("motion", "residual", "fvd") if any(m in row for row in found)), "psnr")
+            save(f"{name}_{task}_numbers", [(who(r), r[best]) for r in found if best in r], f"{name}: {task}", best)
+        images |= _lines(name, entry, out)
+    return images
+
+
+def _lines(name: str, entry: Numbers, out: Path) -> dict[str, Path]:
+    images = {}
+    drift = entry["drift"]
+    measure = next((m for m in ("motion", "psnr") if m in drift), "")
+    if measure:
+        series = {
+            method: list(zip(map(float, drift["frames"]), curve, strict=True))
+            for method, curve in drift[measure].items()
+        }
+        path = out / f"{name}_drift.png"
+        images[f"{name}_drift"] = curves(series, path, f"{name}: long video", "frame", MEASURES[measure][0])
+    found = entry["validation"]
+    if found:
+        series = {
+            f"p = {p}, own t = {own}": list(zip(map(float, found["neighbour"]), row, strict=True))
+            for p, tables in found["p"].items()
+            for own, row in zip(found["own"], tables["error"], strict=True)
+            if own in (500, 1000)
+        }
+        path = out / f"{name}_validation.png"
+        title = f"{name}: error of a frame beside a cleaner one"
+        images[f"{name}_validation"] = curves(series, path, title, "timestep of the neighbour", "mean squared error")
+    return images

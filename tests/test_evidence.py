@@ -1,0 +1,203 @@
+"""benchmarks/evidence.py: scores against known ones, splits that keep apart, and every stage once, small."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("torchmetrics", reason="pip install torchmetrics")
+
+from benchmarks import evidence, evidence_text
+from benchmarks.evidence_data import folders, prepare
+from benchmarks.evidence_measure import claimed, windows
+from benchmarks.evidence_plan import BUDGETS, SetConfig, arms, jobs, read_budget
+from benchmarks.evidence_results import Claim, verdict
+from benchmarks.evidence_scores import LEVELS, OWN, centres, difference, interval, neighbour_table, path_residual
+from data_prep.moving_digits import bounce, clips, read_digits
+from fvdm.diffusion import Diffusion, DiffusionConfig
+
+ROOT = Path(__file__).parent.parent
+PLAIN = Diffusion(DiffusionConfig(learned_variance=False))
+
+
+def disc(kinds: int = 2) -> torch.Tensor:
+    """Digits of a kind: round, so that their centre is where they are."""
+    y, x = torch.meshgrid(torch.arange(28) - 13.5, torch.arange(28) - 13.5, indexing="ij")
+    return torch.stack([((x**2 + y**2).sqrt() < 6 + kind).float() for kind in range(kinds)])
+
+
+def test_digits_are_where_their_paths_say():
+    made = clips(disc(), 4, 24, 48, held_out=False, seed=0)
+    again = clips(disc(), 4, 24, 48, held_out=False, seed=0)
+    other = clips(disc(), 4, 24, 48, held_out=True, seed=0)
+    video, truth = torch.stack([clip for clip, _ in made]), np.stack([path for _, path in made])
+    assert np.abs(centres(video) - truth).max() < 0.4
+    assert torch.equal(video, torch.stack([clip for clip, _ in again]))
+    assert not np.allclose(truth, np.stack([path for _, path in other])), "held-out clips fly other ways"
+    speed = np.linalg.norm(np.diff(truth, axis=1), axis=2)
+    assert speed.max() <= 48 / 20 + 1e-6
+
+
+def test_a_path_that_can_be_flown_leaves_nothing_and_others_do():
+    truth = np.stack([path for _, path in clips(disc(), 8, 16, 48, held_out=False, seed=3)])
+    generator = np.random.default_rng(0)
+    assert path_residual(truth, 48).max() < 0.4
+    assert path_residual(truth[:, generator.permutation(16)], 48).min() > 0.5
+    assert path_residual(np.repeat(truth[:, :1], 16, axis=1), 48).min() > 0.5, "standing still is no flight"
+    np.testing.assert_allclose(bounce(np.array([-1.0, 0, 5, 6, 11]), 5), [1, 0, 5, 4, 1])
+
+
+def test_digits_are_read_from_both_forms_and_a_wrong_file_is_refused(tmp_path):
+    images = (disc() * 255).byte().numpy()
+    np.savez(tmp_path / "d.npz", images=images)
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "0.json").write_text(json.dumps({"data": disc().flatten().tolist()}))
+    assert torch.equal(read_digits(str(tmp_path / "d.npz")), read_digits(str(tmp_path)))
+    with pytest.raises(ValueError, match="holds no digits"):
+        read_digits(str(tmp_path / "none.npz"))
+
+
+def test_the_neighbour_table_tells_a_copy_from_an_estimate():
+    x_0 = torch.randn(6, 5, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def says(answer):
+        """A noise estimate that comes to `answer` as the clean clip."""
+
+        def model(x, t, y):
+            alpha, sigma = (level.float() for level in PLAIN.levels(t))
+            return (x - alpha * answer) / sigma.clamp(min=1e-6)
+
+        return model
+
+    right = neighbour_table(says(x_0), PLAIN, x_0, seed=1)
+    copied = neighbour_table(says(torch.roll(x_0, -1, dims=1)), PLAIN, x_0, seed=1)
+    assert right.shape == (6, len(OWN), len(LEVELS), 3)
+    assert np.abs(right[..., [0, 2]]).max() < 1e-3
+    np.testing.assert_allclose(copied[..., 0], copied[..., 1], rtol=1e-3)
+    np.testing.assert_allclose(copied[..., 2], 1, atol=1e-3)
+
+
+def test_intervals_hold_the_mean_and_pairs_are_narrower():
+    rows = np.random.default_rng(0).normal(3, 1, 100)
+    other = rows + 0.5 + 0.01 * np.random.default_rng(1).normal(size=100)
+    value, low, high = interval(lambda k: float(rows[k].mean()), 100, 200)
+    assert low < value < high
+    assert high - low == pytest.approx(4 * rows.std() / 10, rel=0.2)
+    paired = interval(difference(lambda k: float(other[k].mean()), lambda k: float(rows[k].mean())), 100, 200)
+    assert paired[2] - paired[1] < 0.02
+
+
+@pytest.mark.parametrize(
+    ("found", "seeds", "same", "said"),
+    [
+        ([5.0, 2.0, 8.0], [4.0, 6.0], False, "reproduced"),
+        ([5.0, 2.0, 8.0], [-1.0, 11.0], False, "not reproduced: no"),
+        ([5.0, -1.0, 8.0], [4.0, 6.0], False, "not reproduced: no"),
+        ([-5.0, -8.0, -1.0], [-4.0, -6.0], False, "not reproduced: the other way"),
+        ([5.0, 2.0, 8.0], [5.0], True, "reproduced"),
+        ([25.0, 12.0, 38.0], [25.0], True, "not reproduced"),
+    ],
+)
+def test_a_verdict_wants_an_interval_and_agreeing_seeds(found, seeds, same, said):
+    measures = {"fvd": {"difference": found, "by_seed": seeds, "better": 100.0, "worse": 100.0 + found[0]}}
+    assert verdict(Claim("", "", [], [], ("fvd",), same), measures).startswith(said)
+    assert verdict(Claim("", "", [], [], ("fvd",), same), {}) == "not run yet"
+
+
+def test_every_budget_reads_and_its_names_are_its_own():
+    for name in BUDGETS:
+        for data, config in read_budget(name).sets.items():
+            names = [job.name for job in jobs(data, config)]
+            assert len(set(names)) == len(names)
+            assert {arm.seed for arm in arms(data, config)} == set(config.seeds)
+    paper = read_budget("paper").sets
+    assert set(paper) == {"ffs", "sky", "ucf101", "taichi"}
+    assert all(config.model == "XL/2" and config.clips == 2048 for config in paper.values())
+
+
+def test_held_out_videos_are_never_trained_on(tmp_path, monkeypatch):
+    videos = tmp_path / "videos" / "deep"
+    videos.mkdir(parents=True)
+    for k in range(10):
+        (videos / f"{k}.mp4").write_bytes(b"\0\0\0\0ftyp")
+    monkeypatch.setattr("benchmarks.evidence_data._encode", lambda *_: None)
+    config = SetConfig(hold_out=5)
+    prepare("x", config, tmp_path / "out", tmp_path / "videos", "")
+    split = {s: {p.resolve() for p in (tmp_path / "out" / s).rglob("*.mp4")} for s in ("train", "test")}
+    assert len(split["train"]) == 8
+    assert len(split["test"]) == 2
+    assert not split["train"] & split["test"]
+    prepare("x", config, tmp_path / "out", None, "")
+    (videos / "new.mp4").write_bytes(b"\0\0\0\0ftyp")
+    with pytest.raises(ValueError, match="held-out clips would mix"):
+        prepare("x", config, tmp_path / "out", tmp_path / "videos", "")
+    with pytest.raises(ValueError, match="needs real videos: give a folder"):
+        prepare("x", config, tmp_path / "other", None, "")
+    assert folders([f"x={videos}"], {"x": config}) == {"x": videos}
+    with pytest.raises(ValueError, match="NAME=DIR"):
+        folders([f"y={videos}"], {"x": config})
+
+
+def test_windows_are_spread_and_one_process_holds_a_part(tmp_path):
+    found = windows(SetConfig(interval=2, windows=2), [40, 10, 40], 16, 10)
+    assert [(clip.video, clip.frames[0]) for clip in found] == [(0, 0), (0, 9), (2, 0), (2, 9)]
+    with pytest.raises(ValueError, match="videos have 31 frames"):
+        windows(SetConfig(interval=2), [40, 10], 16, 10)
+    with claimed(tmp_path / "part.npz") as mine, claimed(tmp_path / "part.npz") as theirs:
+        assert mine
+        assert not theirs
+
+
+def test_the_page_holds_the_tables_of_its_numbers():
+    page, numbers = ROOT / "docs" / "evidence.md", ROOT / "docs" / "evidence" / "results.json"
+    text = page.read_text()
+    for picture in sorted((ROOT / "docs" / "evidence").glob("*.png")):
+        assert f"(evidence/{picture.name})" in text, "a picture that nobody sees"
+    pictures = {path.stem: f"evidence/{path.name}" for path in (ROOT / "docs" / "evidence").glob("*.png")}
+    tables = evidence_text.render(json.loads(numbers.read_text()), pictures)
+    assert evidence_text.into(text, tables) == text, "run benchmarks/evidence.py with --docs docs/evidence.md"
+
+
+@pytest.mark.slow
+def test_every_stage_is_one_command_that_goes_on(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    np.savez(tmp_path / "digits.npz", images=(disc(10) * 255).byte().numpy())
+    (tmp_path / "page.md").write_text(f"# Page\n\n{evidence_text.BEGIN}\n{evidence_text.END}\n\nEnd.\n")
+    words = ["--budget", "smoke", "--out", "out", "--digits", "digits.npz", "--docs", "page.md"]
+    evidence.main(words)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(results["sets"]) == {"digits", "clips"}
+    assert all(results["runs"].values()), "every number has a run"
+    verdicts = [row["verdict"] for entry in results["sets"].values() for row in entry["comparisons"]]
+    assert all(verdict.startswith(("reproduced", "not reproduced")) for verdict in verdicts)
+    page = (tmp_path / "page.md").read_text()
+    assert page.endswith("End.\n")
+    assert results["parent"] in page
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "measured").rglob("part-*.npz")}
+    next(iter(kept)).unlink()
+    capfd.readouterr()
+    evidence.main([*words, "--stages", "measure", "report"])
+    shown = capfd.readouterr().out
+    assert "measurements: 1 to do" in shown
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["runs"] == results["runs"]
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("evidence").experiment_id], max_results=1000)
+    below = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == results["parent"]]
+    assert {run.info.run_id for run in below} == set(results["runs"].values())
+    files = {file.path for file in client.list_artifacts(results["parent"], "videos")}
+    assert "videos/digits_long.mp4" in files
+
+
+def test_misuse_ends_with_a_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evidence.main(["--budget", "smoke", "--out", str(tmp_path), "--videos", "/nowhere"])
+    assert stopped.value.code == 2
+    assert "is not a folder" in capsys.readouterr().err
