@@ -23,7 +23,8 @@ from fvdm.distributed import Ranks, from_environment
 from fvdm.inputs import choose, read_frames, read_source
 from fvdm.matrices import Plan, text
 from fvdm.media import WRITERS, tile, write_strips
-from fvdm.pipeline import Recipe, Trained, encode_given, generate, load, make_batch, make_plan, stream
+from fvdm.pipeline import Trained, encode_given, generate, load, make_batch, make_plan, stream
+from fvdm.recipe import Recipe
 from fvdm.tracking import Tracker, TrackingConfig, run_of
 
 __all__ = ["GenerateConfig", "Trained", "generate", "load", "main", "read_frames", "stream"]

@@ -9,7 +9,6 @@ A model is the averaged weights in the form of `save_pretrained`, and fvdm/pyfun
 """
 
 import io
-import json
 import logging
 import re
 import shutil
@@ -27,13 +26,14 @@ from torch import Tensor
 from fvdm import __version__
 from fvdm import checkpoint as ckpt
 from fvdm import config as settings
-from fvdm.convert import USE, Use, read_model, read_use
+from fvdm.convert import USE, Use, read_model, read_use, write_use
 from fvdm.diffusion import DiffusionConfig
 from fvdm.inputs import read_source
 from fvdm.mlflow_model import Model
 from fvdm.model import ModelConfig, VideoDiT
-from fvdm.pipeline import Recipe, Trained, generate
+from fvdm.pipeline import Trained, generate
 from fvdm.provenance import git_commit
+from fvdm.recipe import Recipe
 from fvdm.tracking import Tracker, TrackingConfig, run_of
 from fvdm.vae import load_vae
 
@@ -174,7 +174,7 @@ def _write(checkpoint: Path, folder: Path, state: dict[str, Any]) -> None:
         if Path(use.vae).is_dir():
             shutil.copytree(use.vae, folder / "vae", dirs_exist_ok=True)
         # Last, for it makes the folder whole.
-        ckpt.write_text(folder / USE, json.dumps(settings.plain(use), indent=2) + "\n")
+        write_use(folder, use)
     except OSError as error:
         raise ValueError(f"cannot write the model to {folder}: {error}") from None
 

@@ -20,6 +20,7 @@ MATHEMATICS = {
     "matrices",
     "protocols",
     "distances",
+    "recipe",
 }
 LAYERS = (
     {"timesteps", "attention", "distributed", "config", "ema", "vae", "media", "location", "videos", "i3d"}
@@ -27,7 +28,7 @@ LAYERS = (
     {"diffusion", "shards", "matrices"},
     {"model", "solvers", "guidance", "data", "engine", "checkpoint", "fvd"},
     {"convert", "compilation", "samplers", "tracking", "writer", "distances"},
-    {"tasks"},
+    {"tasks", "recipe"},
     {"inputs"},
     {"previews", "pipeline"},
     {"run", "registry"},

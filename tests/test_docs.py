@@ -8,7 +8,7 @@ from fvdm import config as settings
 from fvdm.convert import ConvertConfig
 from fvdm.generate import GenerateConfig
 from fvdm.matrices import TASKS
-from fvdm.pipeline import indices
+from fvdm.recipe import indices
 
 TEXT = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text()
 

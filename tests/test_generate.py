@@ -25,7 +25,8 @@ from fvdm.inputs import as_frames, choose, read_frames, read_source
 from fvdm.matrices import TASKS, Plan, find, text
 from fvdm.media import WRITERS, card, tile, write_frames, write_gif, write_mp4, write_strips, write_webm
 from fvdm.model import VideoDiT, preset
-from fvdm.pipeline import generate, indices, load, make_plan, recipe_of, stream
+from fvdm.pipeline import generate, load, make_plan, stream
+from fvdm.recipe import indices, recipe_of
 from fvdm.timesteps import full_sequence, hold_clean
 from fvdm.train import TrainConfig
 from fvdm.vae import load_vae
