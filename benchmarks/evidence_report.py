@@ -63,13 +63,18 @@ def report(whole: Evidence) -> Path:
     figures = whole.out / "figures"
     figures.mkdir(exist_ok=True)
     images, videos = text.figures(results, figures), []
+    own = set(
+        images
+    )  # What the page shows; frames of somebody's videos are not ours to publish, and go to MLflow only.
     for bench in whole.benches.values():
         shown = side_by_side(bench, figures)
         images |= {name: path for name, path in shown.items() if path.suffix == ".png"}
+        own |= set(shown) if bench.config.kind == "digits" else set()
         videos += [path for path in shown.values() if path.suffix == ".mp4"]
     tables = whole.out / "evidence.md"
     beside = Path(whole.options.docs).stem if whole.options.docs else "figures"
-    write_text(tables, text.render(results, {name: f"{beside}/{path.name}" for name, path in images.items()}))
+    links = {name: f"{beside}/{path.name}" for name, path in images.items() if name in own}
+    write_text(tables, text.render(results, links))
     _parent(whole, _claimed(results), [tables, whole.out / "results.json", *videos], images)
     return tables
 
@@ -142,6 +147,7 @@ def publish(out: Path, document: Path) -> None:
         raise ValueError(f"--docs {document} cannot be read: {error.strerror}") from None
     folder = document.with_suffix("")
     folder.mkdir(exist_ok=True)
-    for path in (*(out / "figures").glob("*.png"), out / "results.json"):
+    pictures = [path for path in (out / "figures").glob("*.png") if f"({folder.name}/{path.name})" in page]
+    for path in (*pictures, out / "results.json"):
         shutil.copyfile(path, folder / path.name)
     write_text(document, page)
