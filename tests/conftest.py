@@ -9,6 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # The workers share the cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the tests of a file on one worker, for its fixtures, and all those of the one Slurm cluster on another."""
     for item in items:
