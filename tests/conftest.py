@@ -9,14 +9,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # The workers share the cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file on one worker, for its fixtures, and all those of the one Slurm cluster on another."""
-    for item in items:
-        file = item.nodeid.split("::")[0]
-        item.add_marker(pytest.mark.xdist_group("slurm" if "/slurm/" in file else file))
-
-
 @pytest.fixture(scope="session")
 def extra_data() -> Path:
     """A folder of real clips that do not ship with the project: kinetics/, grid_faces/, ..."""
