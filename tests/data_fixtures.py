@@ -55,7 +55,8 @@ def write_video(
     """Encodes uint8 (f h w 3) frames; `times` in seconds makes the rate uneven."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps, options=options)
+        fixed = {"mbtree": "0"} if codec == "libx264" else {}  # else the same frames give several files
+        stream = container.add_stream(codec, rate=fps, options=fixed | options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = pix_fmt
         stream.codec_context.thread_count = 1
