@@ -36,6 +36,7 @@ from benchmarks.sources import device, open_source
 from fvdm import fvd
 from fvdm.attention import BACKENDS, Backend
 from fvdm.checkpoint import write_text
+from fvdm.compilation import compile_blocks
 from fvdm.config import fail
 from fvdm.distances import quiet
 from fvdm.guidance import Guidance
@@ -117,6 +118,8 @@ class Bench:
     def __init__(self, setting: Setting, options: argparse.Namespace) -> None:
         self.setting, self.options = setting, options
         self.trained = open_model(options.checkpoint, setting.precision, setting.attention, options.frames)
+        if options.compile:
+            compile_blocks(self.trained.model)
         network = self.trained.model.config
         shape = (options.clips, network.frames, network.channels, network.size, network.size)
         self.source = torch.zeros(shape, device=self.trained.model.space.device)
@@ -315,6 +318,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--reference-steps", type=int, default=1000, help="steps of DDIM that count as exact [1000]")
     add("--guidance", type=float, default=1.0, help="of a class-conditional model [1, none]")
     add("--seed", type=int, default=0, help="of the first clip [0]")
+    add("--compile", action="store_true", help="compile the blocks, as the setting compile of a training does")
     add("--real", default="", help="real videos or latent shards: measure the FVD of so many clips, too")
     add("--smoke", action="store_true", help="a tiny model, few steps: a minute on two CPU cores")
     add("--out", default="sampler_speed", help="folder for results and figures [sampler_speed]")

@@ -7,10 +7,10 @@ Times forward, forward + backward, and a whole step (with AdamW and the EMA) on 
 round after round, so that whatever else the machine does hits all alike; the figures are medians, the ratios medians of
 the rounds' ratios. Model-FLOPs utilisation is against the matrix rate measured in the same run.
 
-Subjects: `fvdm` in each precision (weights in that precision, as the engine trains), `diffusers` (its
-LatteTransformer3DModel of the same width and depth, where diffusers has one), and `--peer FILE.py:CLASS`, built as
-`Class(width=, depth=, heads=, patch=, channels=, size=, frames=)` and called with `x (b f c h w), t (b f)`. Others than
-ours run in float32, and in bfloat16 under autocast.
+Subjects: `fvdm` in each precision (weights in that precision, as the engine trains), with `--compile` also `compiled`,
+the same network with the setting compile, `diffusers` (its LatteTransformer3DModel of the same width and depth, where
+diffusers has one), and `--peer FILE.py:CLASS`, built as `Class(width=, depth=, heads=, patch=, channels=, size=,
+frames=)` and called with `x (b f c h w), t (b f)`. Others than ours run in float32, and in bfloat16 under autocast.
 """
 
 import argparse
@@ -41,6 +41,7 @@ from fvdm.tracking import Tracker, TrackingConfig
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPE = ("width", "depth", "heads", "patch", "channels", "size", "frames")
 KINDS = ("forward", "forward+backward", "step")
+OURS = ("fvdm", "compiled")
 
 
 class Diffusers(nn.Module):
@@ -96,26 +97,18 @@ def peer_class(where: str) -> Callable[..., nn.Module]:
 class Subject:
     """A network in training, ready to be timed."""
 
-    def __init__(
-        self,
-        name: str,
-        config: ModelConfig,
-        precision: str,
-        batch: int,
-        device: torch.device,
-        compiled: bool = False,
-    ) -> None:
+    def __init__(self, name: str, config: ModelConfig, precision: str, batch: int, device: torch.device) -> None:
         torch.manual_seed(0)
         shape = {
             key: getattr(config, key) for key in ("width", "depth", "heads", "patch", "channels", "size", "frames")
         }
         dtype = DTYPES[precision]
-        if name == "fvdm":
+        if name in OURS:
             ours = VideoDiT(config).to(device, dtype)
-            self.net: nn.Module = compile_blocks(ours) if compiled else ours
+            self.net: nn.Module = compile_blocks(ours) if name == "compiled" else ours
         else:
             self.net = (Diffusers if name == "diffusers" else peer_class(name))(**shape).to(device)
-        autocast = name != "fvdm" and precision == "bf16"
+        autocast = name not in OURS and precision == "bf16"
         self.context = functools.partial(torch.autocast, device.type, dtype) if autocast else contextlib.nullcontext
         self.x = torch.randn(batch, config.frames, config.channels, config.size, config.size, device=device)
         self.t = torch.randint(1, 1000, (batch, config.frames), device=device)
@@ -226,10 +219,11 @@ def parity(config: ModelConfig, device: torch.device) -> dict[str, float]:
 
 
 def measure(config: ModelConfig, options: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Seconds, ratios to the first subject and utilisation, by name."""
-    names = ["fvdm", *(["diffusers"] if options.diffusers else []), *options.peer]
+    """Seconds, ratios to ours and utilisation, by name."""
+    ours = OURS if options.compile else OURS[:1]
+    names = [*ours, *(["diffusers"] if options.diffusers else []), *options.peer]
     pairs = [(name, precision) for name in names for precision in options.precisions]
-    subjects = {pair: Subject(pair[0], config, pair[1], options.batch, device, options.compile) for pair in pairs}
+    subjects = {pair: Subject(pair[0], config, pair[1], options.batch, device) for pair in pairs}
     rates = {precision: matrix_rate(precision, device) for precision in options.precisions}
     times: dict[tuple[str, str, str], list[float]] = {}
     for round_ in range(options.rounds + 1):
@@ -240,14 +234,14 @@ def measure(config: ModelConfig, options: argparse.Namespace, device: torch.devi
                     times.setdefault((name, precision, kind), []).append(seconds)
     results: dict[str, float] = {f"matrix rate {p}, TFLOP/s": rate / 1e12 for p, rate in rates.items()}
     for (name, precision, kind), values in times.items():
-        own = times["fvdm", precision, kind]
         label = f"{Path(name).name} {precision} {kind}"
         results[f"{label}, s"] = statistics.median(values)
-        if name == "fvdm":
+        if name in OURS:
             done = options.batch * flops(config, training=kind != "forward")
             results[f"{label}, MFU"] = done / statistics.median(values) / rates[precision]
-        else:
-            results[f"{label} / fvdm"] = statistics.median(v / o for v, o in zip(values, own, strict=True))
+        for own in ours[: ours.index(name)] if name in ours else ours:
+            rounds = zip(values, times[own, precision, kind], strict=True)
+            results[f"{label} / {own}"] = statistics.median(value / other for value, other in rounds)
     del subjects
     if options.parity:
         results |= parity(config, device)
@@ -269,7 +263,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="what is timed")
     parser.add_argument("--rounds", type=int, default=5, help="turns that every subject takes")
     parser.add_argument("--attention", default="auto", help="attention backend of ours")
-    parser.add_argument("--compile", action="store_true", help="compile our blocks, as the setting compile does")
+    parser.add_argument("--compile", action="store_true", help="time ours with compiled blocks, too")
     parser.add_argument("--parity", action="store_true", help="compare the attention backends' results, too")
     parser.add_argument("--no-diffusers", dest="diffusers", action="store_false", help="leave diffusers' Latte out")
     parser.add_argument("--peer", action="append", default=[], metavar="FILE.py:CLASS", help="another network")

@@ -134,13 +134,23 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
+class GELU(nn.Module):
+    """GELU with the tanh approximation, in whichever of two equal forms is faster: `tanh(u) = 2 sigmoid(2u) - 1`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Elementwise, any shape."""
+        if torch.compiler.is_compiling():  # one pass either way; the sigmoid's costs half of the tanh's on CPUs
+            return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+        return F.gelu(x, approximate="tanh")
+
+
 class Block(nn.Module):
     """A DiT block with adaLN-Zero (DiT, section 3.2); space and time differ only in what attention mixes."""
 
     def __init__(self, width: int, heads: int, axis: str, backend: Backend) -> None:
         super().__init__()
         self.attn = Attention(width, heads, axis, backend)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), GELU(), nn.Linear(4 * width, width))
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
