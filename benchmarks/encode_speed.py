@@ -2,9 +2,11 @@
 
     python benchmarks/encode_speed.py --videos DIR [--vae builtin] [--size 128]
 
-Five numbers in frames/s, each the best of some repeats, logged to MLflow:
+Five numbers in frames/s, logged to MLflow. All take turns, round after round, so that whatever else the machine does
+hits all alike; the figures are medians, the ratios medians of the rounds' ratios:
 
-- plain: float32, one video after the other, decoded, then encoded 16 frames at a time, as one writes it first;
+- plain: diffusers' AutoencoderKL as it loads, in float32; one video after the other, decoded, then encoded 16 frames at
+  a time, as one writes it first;
 - frame by frame: the same, one frame at a time;
 - pure: the VAE alone, on frames that are decoded already, called as encode_latents.py calls it;
 - decoding: the command's decoders alone, nothing encoded;
@@ -19,6 +21,7 @@ error, and the PSNR of the decoded frames against those decoded from exact laten
 
 import argparse
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -26,7 +29,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if __package__ in (None, ""):  # run as a file: the folder above holds the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -46,7 +49,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--videos", required=True, help="folder of video files")
     parser.add_argument("--vae", default="builtin", help="as encode_latents.py takes it [builtin]")
     parser.add_argument("--size", type=int, default=128, help="side of the frames, in pixels [128]")
-    parser.add_argument("--repeats", type=int, default=3, help="the best of so many counts [3]")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds [3]")
     parser.add_argument("--mlflow", default="", metavar="URI", help="MLflow server or database; none for no MLflow")
     words_of_run = parser.parse_args(words)
 
@@ -60,7 +63,7 @@ def main(words: list[str] | None = None) -> None:
     results = measure(config, vae, words_of_run.repeats)
     width = max(map(len, results))
     for name, value in results.items():
-        print(f"{name:<{width}}  {value:8.1f}")
+        print(f"{name:<{width}}  {value:8.2f}")
     if words_of_run.mlflow != "none":
         folder = Path(tempfile.mkdtemp(prefix="encode_speed-"))
         settings = tracking.TrackingConfig(words_of_run.mlflow, "benchmarks", system_metrics=False)
@@ -73,9 +76,10 @@ def main(words: list[str] | None = None) -> None:
 def measure(config: "EncodeConfig", vae: "VAE", repeats: int) -> dict[str, float]:
     """All numbers by name."""
     import torch
+    from diffusers import AutoencoderKL
 
     from data_prep.layouts import PAPER, list_videos
-    from fvdm.vae import load_vae
+    from fvdm.vae import BUILTIN, load_vae
     from fvdm.videos import read_video
 
     names = [source.name for source in list_videos(config.videos, "ffs").sources]
@@ -84,32 +88,38 @@ def measure(config: "EncodeConfig", vae: "VAE", repeats: int) -> dict[str, float
          if not hasattr(item, "fps")]
         for name in names
     ]  # fmt: skip
-    plain = load_vae(config.vae, vae.device)  # float32, as it comes
+    source = BUILTIN if config.vae == "builtin" else config.vae
+    plain = AutoencoderKL.from_pretrained(source, use_safetensors=True).to(vae.device).eval()
     frames = sum(len(chunk) for video in chunks for chunk in video)
 
-    def rate(function: Callable[[], float | None]) -> float:
-        times = []
-        for _ in range(repeats):
+    subjects: dict[str, Callable[[], float | None]] = {
+        "frame by frame": lambda: _plain(config, plain, names, 1),
+        "plain": lambda: _plain(config, plain, names, 16),
+        "pure": lambda: _pure(config, vae, [chunk for video in chunks for chunk in video]),
+        "decoding": lambda: _decoding(config, names),
+        "encode_latents": lambda: _command(config, vae),
+    }
+    rounds: list[dict[str, float]] = []
+    for _ in range(repeats):
+        rounds.append({})
+        for name, function in subjects.items():
             begun = time.perf_counter()
             own = function()
-            times.append(own or time.perf_counter() - begun)
-        return frames / min(times)
+            rounds[-1][name] = frames / (own or time.perf_counter() - begun)
 
-    results = {
-        "frame by frame, frames/s": rate(lambda: _plain(config, plain, names, 1)),
-        "plain, frames/s": rate(lambda: _plain(config, plain, names, 16)),
-        "pure, frames/s": rate(lambda: _pure(config, vae, [chunk for video in chunks for chunk in video])),
-        "decoding, frames/s": rate(lambda: _decoding(config, names)),
-        "encode_latents, frames/s": rate(lambda: _command(config, vae)),
-    }
-    ours, pure = results["encode_latents, frames/s"], results["pure, frames/s"]
-    results["encode_latents / plain"] = ours / results["plain, frames/s"]
-    results["encode_latents / pure, %"] = 100 * ours / pure
-    results["encode_latents / limit of shared cores, %"] = 100 * ours * (1 / pure + 1 / results["decoding, frames/s"])
-    return results | rounding(plain, vae, torch.cat(chunks[0][:8]))
+    def median(value: Callable[[dict[str, float]], float]) -> float:
+        return statistics.median(value(rates) for rates in rounds)
+
+    results = {f"{name}, frames/s": median(lambda rates, name=name: rates[name]) for name in subjects}  # type: ignore[misc]
+    results["encode_latents / plain"] = median(lambda rates: rates["encode_latents"] / rates["plain"])
+    results["encode_latents / pure, %"] = median(lambda rates: 100 * rates["encode_latents"] / rates["pure"])
+    results["encode_latents / limit of shared cores, %"] = median(
+        lambda rates: 100 * rates["encode_latents"] * (1 / rates["pure"] + 1 / rates["decoding"])
+    )
+    return results | rounding(load_vae(config.vae, vae.device), vae, torch.cat(chunks[0][:8]))
 
 
-def _plain(config: "EncodeConfig", vae: "VAE", names: list[str], batch: int) -> None:
+def _plain(config: "EncodeConfig", model: Any, names: list[str], batch: int) -> None:
     """The loop that one writes first: decode a video, encode it, save it; then the next."""
     import av
     import numpy as np
@@ -118,7 +128,7 @@ def _plain(config: "EncodeConfig", vae: "VAE", names: list[str], batch: int) -> 
     from data_prep.layouts import PAPER
     from fvdm.videos import to_square
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for number, name in enumerate(names):
             moments = []
             with av.open(str(Path(config.videos) / name)) as container:
@@ -127,7 +137,8 @@ def _plain(config: "EncodeConfig", vae: "VAE", names: list[str], batch: int) -> 
                     for frame in container.decode(video=0)
                 ]
             for first in range(0, len(frames), batch):
-                moments.append(vae.encode(torch.stack(frames[first : first + batch])).half().cpu())
+                pixels = torch.stack(frames[first : first + batch]).to(model.device).float() / 127.5 - 1
+                moments.append(model.encode(pixels).latent_dist.parameters.half().cpu())
             np.save(Path(folder) / f"{number}.npy", torch.cat(moments).numpy())
 
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from fvdm.vae import VAE
 
 
+DEPTH = 8  # chunks in flight per thread that encodes: its next ones are there while finished videos are written
+
+
 @dataclass
 class Progress:
     """Counts of a run: videos encoded, frames encoded, and `(name, reason)` of the videos rejected."""
@@ -88,7 +91,7 @@ def encode_shards(
         queued: deque[Future[np.ndarray | None]] = deque()
         for video, item in items:
             if isinstance(item, np.ndarray):
-                if len(queued) >= 2 * encoders:
+                if len(queued) >= DEPTH * encoders:
                     queued.popleft().result()
                 queued.append(pool.submit(_encode, vae, item, flip, dtype))
                 begun.setdefault(video, []).append(queued[-1])

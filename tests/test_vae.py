@@ -1,5 +1,6 @@
 """The built-in VAE and the door to all others: pictures to latents and back, scaling, identity, refusals."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from fvdm.vae import BUILTIN, VAE, Normalisation, load_vae, sample_latents
@@ -185,3 +187,23 @@ def test_unfit_pictures_and_latents_are_refused(vae):
         vae.encode(torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match="channels"):
         vae.decode(torch.zeros(1, vae.channels + 1, 4, 4))
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_fewer_passes_leave_every_bit(attention):
+    """Against diffusers' own forward, in the same memory format; with channels that change, and with attention."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    model = AutoencoderKL(
+        **blocks, block_out_channels=[8, 16], norm_num_groups=4, mid_block_add_attention=attention, layers_per_block=1
+    )
+    theirs = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+    ours = VAE("ours", model, torch.device("cpu"), torch.float32).model
+    pictures, latents = (
+        torch.randn(2, c, 24, 24).contiguous(memory_format=torch.channels_last)
+        for c in (3, model.config.latent_channels)
+    )
+    with torch.no_grad():
+        parameters = [vae.encode(pictures.clone()).latent_dist.parameters for vae in (ours, theirs)]
+        assert torch.equal(*parameters)
+        assert torch.equal(ours.decode(latents).sample, theirs.decode(latents).sample)
