@@ -6,6 +6,7 @@ twins. What is written therefore does not depend on what else was in flight, nor
 interrupted.
 """
 
+import ctypes
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from fvdm.vae import VAE
 
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 DEPTH = 8  # chunks in flight per thread that encodes: its next ones are there while finished videos are written
 
 
@@ -114,6 +116,7 @@ def _threads(encoders: int) -> Iterator[ThreadPoolExecutor]:
     On a CPU each uses one core: that is up to twice as fast as one call on all cores, and the last bits of a
     latent do not depend on how many cores a job has. On a GPU there is one thread.
     """
+    keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -121,6 +124,20 @@ def _threads(encoders: int) -> Iterator[ThreadPoolExecutor]:
             yield pool
     finally:
         torch.set_num_threads(before)
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep the memory of freed tensors for the next ones, where the C library is glibc.
+
+    By itself it returns what a thread frees to the kernel, which clears every page anew for the next tensor: a fifth
+    of the time of a small VAE on a CPU.
+    """
+    glibc = ctypes.CDLL(None)
+    if hasattr(glibc, "mallopt"):
+        glibc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        glibc.mallopt(M_MMAP_THRESHOLD, 2**30) or glibc.mallopt(
+            M_MMAP_THRESHOLD, 2**25
+        )  # the most it takes before 2.33
 
 
 def _tasks(videos: Path, plan: Plan, missing: list[int]) -> Iterator[Task]:
