@@ -134,7 +134,9 @@ def _open_plain(name: str, device: "torch.device") -> None:
     from fvdm.vae import BUILTIN
 
     source = BUILTIN if name == "builtin" else name
-    _plain_model = AutoencoderKL.from_pretrained(source, use_safetensors=True).to(device).eval()
+    _plain_model = (
+        AutoencoderKL.from_pretrained(source, use_safetensors=True, low_cpu_mem_usage=False).to(device).eval()
+    )
 
 
 def _plain(config: "EncodeConfig", names: list[str], batch: int) -> float:
