@@ -135,9 +135,8 @@ def keep_freed_memory() -> None:
     glibc = ctypes.CDLL(None)
     if hasattr(glibc, "mallopt"):
         glibc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        glibc.mallopt(M_MMAP_THRESHOLD, 2**30) or glibc.mallopt(
-            M_MMAP_THRESHOLD, 2**25
-        )  # the most it takes before 2.33
+        if not glibc.mallopt(M_MMAP_THRESHOLD, 2**30):
+            glibc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that some versions take
 
 
 def _tasks(videos: Path, plan: Plan, missing: list[int]) -> Iterator[Task]:

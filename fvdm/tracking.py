@@ -6,6 +6,7 @@ what could not be sent, because the server was away or the run was killed, is se
 """
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from fvdm.provenance import git_commit
 
 logger = logging.getLogger(__name__)
 
+SQLITE = "sqlite:///"
 PATIENCE = 30.0  # seconds that the end of a run waits for a server that does not answer
 
 
@@ -44,7 +46,19 @@ class TrackingConfig:
 
 def tracking_uri(uri: str = "") -> str:
     """The tracking address that applies: the given one, the environment's, or a database in this folder."""
-    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{Path('mlflow.db').resolve()}"
+
+
+def _open(uri: str) -> Any:
+    """A client; the first one of a database makes its tables, and two that do so at once would spoil it for good."""
+    from mlflow.tracking import MlflowClient
+
+    if not uri.startswith(SQLITE):
+        return MlflowClient(uri)
+    database = Path(uri.removeprefix(SQLITE))
+    with database.with_name(f".{database.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return MlflowClient(uri)
 
 
 class Tracker:
@@ -183,12 +197,10 @@ class Tracker:
                 self._warned, wait = True, min(30.0, 2 * wait or 1.0)
 
     def _send(self) -> None:
-        from mlflow.tracking import MlflowClient
-
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         logging.getLogger("alembic").setLevel(logging.WARNING)
-        client = MlflowClient(tracking_uri(self.config.uri))
+        client = _open(tracking_uri(self.config.uri))
         position = self._position()
         if "run_id" not in position:
             found = self._find(client)

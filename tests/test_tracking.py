@@ -56,6 +56,35 @@ def test_a_run_has_its_metrics_settings_files_and_end(client, config, tmp_path):
     assert any("samples" in f.path for f in client.list_artifacts(tracker.run_id, "images"))
 
 
+@pytest.mark.slow
+def test_runs_that_start_at_once_make_one_database(tmp_path):
+    """Three processes, none of which finds a database: each of them reports its run."""
+    program = (
+        "import sys, time; from pathlib import Path; import mlflow.tracking\n"
+        "from fvdm.tracking import Tracker, TrackingConfig\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "config = TrackingConfig(f'sqlite:///{sys.argv[1]}/mlflow.db', 'tests', False)\n"
+        "tracker = Tracker(Path(sys.argv[1]) / sys.argv[2], config, sys.argv[2]); tracker.close()\n"
+        "assert not tracker.unsent()\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen([*command, name], cwd=tmp_path, **pipes) for name in "abc"]
+    assert all(process.stdout.readline() == "ready\n" for process in running)
+    for process in running:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in running:
+        process.communicate(timeout=120)
+    assert [process.returncode for process in running] == [0, 0, 0]
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    found = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
+    assert {(run.info.run_name, run.info.status) for run in found} == {(name, "FINISHED") for name in "abc"}
+
+
 def test_resuming_continues_the_same_run_and_a_changed_setting_is_a_tag(client, config, tmp_path):
     first = Tracker(tmp_path / "run", config, "run", {"lr": 0.1, "steps": 10})
     first.metrics({"loss": 1.0}, 1)
