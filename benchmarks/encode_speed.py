@@ -80,8 +80,8 @@ def measure(config: "EncodeConfig", vae: "VAE", repeats: int) -> dict[str, float
     """All numbers by name."""
     import torch
 
-    from data_prep.encoder import keep_freed_memory
     from data_prep.layouts import PAPER, list_videos
+    from fvdm.memory import keep_freed_memory
     from fvdm.vae import load_vae
     from fvdm.videos import read_video
 

@@ -6,7 +6,6 @@ twins. What is written therefore does not depend on what else was in flight, nor
 interrupted.
 """
 
-import ctypes
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,13 +19,13 @@ import torch
 
 from data_prep.decoding import Rejected, Restarted, Task, decode
 from data_prep.shards import Plan, ShardPlan, Work, make_sample
+from fvdm.memory import keep_freed_memory
 from fvdm.videos import Info, Preprocess
 
 if TYPE_CHECKING:
     from fvdm.vae import VAE
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 DEPTH = 8  # chunks in flight per thread that encodes: its next ones are there while finished videos are written
 
 
@@ -124,19 +123,6 @@ def _threads(encoders: int) -> Iterator[ThreadPoolExecutor]:
             yield pool
     finally:
         torch.set_num_threads(before)
-
-
-def keep_freed_memory() -> None:
-    """Have this process keep the memory of freed tensors for the next ones, where the C library is glibc.
-
-    By itself it returns what a thread frees to the kernel, which clears every page anew for the next tensor: a fifth
-    of the time of a small VAE on a CPU.
-    """
-    glibc = ctypes.CDLL(None)
-    if hasattr(glibc, "mallopt"):
-        glibc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        if not glibc.mallopt(M_MMAP_THRESHOLD, 2**30):
-            glibc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that some versions take
 
 
 def _tasks(videos: Path, plan: Plan, missing: list[int]) -> Iterator[Task]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fvdm.distributed import Ranks
+from fvdm.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def initialise(timeout: int) -> torch.device:
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        keep_freed_memory()
     else:
         import os
 

@@ -7,6 +7,7 @@ frame, and is broadcast over the frame's tokens, so that modulation is computed 
 import math
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,7 @@ SIZES = {  # name: depth, width, heads (Latte, table 1; T and XS are ours, for t
     "XL": (28, 1152, 16),
 }
 PATCHES = (1, 2, 4, 8)
+EPS = 1e-6  # of every norm
 
 
 def preset(name: str) -> ModelConfig:
@@ -129,9 +131,34 @@ class Attention(nn.Module):
         return self.proj(rearrange(attention(q, k, v, self.backend), "b f (n h) e -> b f n (h e)", n=n))
 
 
+class Modulate(torch.autograd.Function):
+    """`layer_norm(x) (1 + scale) + shift`, which keeps `x` for the backward pass and makes its norm again there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Tokens `(b f n d)`, shift and scale `(b f 1 d)`."""
+        normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)
+        ctx.save_for_backward(x, scale, mean, rstd)
+        return torch.addcmul(shift, normed, 1 + scale, out=normed)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of tokens, shift and scale."""
+        (gradient,) = gradients
+        x, scale, mean, rstd = ctx.saved_tensors
+        normed = torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)[0]
+        to_scale = normed.mul_(gradient).sum(2, keepdim=True)
+        scaled = torch.mul(gradient, 1 + scale, out=normed)
+        mask = [True, False, False]
+        to_x = torch.ops.aten.native_layer_norm_backward(scaled, x, x.shape[-1:], mean, rstd, None, None, mask)[0]
+        return to_x, gradient.sum(2, keepdim=True), to_scale
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Normalise tokens `(b f n d)` and move them by their frame's `(b f 1 d)` shift and scale."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+    if torch.compiler.is_compiling():  # A compiler finds by itself what need not be kept.
+        return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
+    return Modulate.apply(x, shift, scale)
 
 
 class GELU(nn.Module):

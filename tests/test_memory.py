@@ -1,0 +1,62 @@
+"""What a process keeps: freed memory where it is told to, and of a step what the backward pass needs."""
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fvdm.model import Modulate, VideoDiT, preset
+
+PROGRAM = """
+import resource, sys, torch
+from fvdm.memory import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def faults(times):
+    for _ in range(times):
+        torch.zeros(2**24)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+first = faults(64)  # Freed memory grows to a place where the next tensor, aligned, fits.
+print(faults(32) - first)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_memory_that_is_kept_is_not_cleared_anew():
+    faults = [
+        int(subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, check=True).stdout)
+        for how in ("no", "keep")
+    ]
+    assert faults[1] < faults[0] / 4
+
+
+def test_modulation_has_the_gradients_of_its_formula():
+    generator = torch.Generator().manual_seed(0)
+    x, shift, scale = (
+        torch.randn(2, 3, n, 8, dtype=torch.float64, generator=generator, requires_grad=True) for n in (5, 1, 1)
+    )
+    expected = F.layer_norm(x, (8,), eps=1e-6) * (1 + scale) + shift
+    torch.testing.assert_close(Modulate.apply(x, shift, scale), expected)
+    assert torch.autograd.gradcheck(Modulate.apply, (x, shift, scale))
+
+
+def test_a_block_keeps_eighteen_numbers_a_channel_for_the_backward_pass():
+    """Of a token: the block's input, both norms' results, q, k, v, attention's output, the state between attention
+    and MLP, what each gate scales, and the MLP's four times as wide hidden layer before and after its activation."""
+    config = preset("T/2")
+    model, (frames, size) = VideoDiT(config).blocks[1], (16, 256)
+    x, c = torch.randn(1, frames, size, config.width, requires_grad=True), torch.randn(1, frames, config.width)
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(x, c)
+    bytes_ = sum(z.untyped_storage().nbytes() for place, z in kept.items() if place not in weights)
+    assert 18 <= bytes_ / (4 * x.numel()) < 18.5
