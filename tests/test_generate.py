@@ -2,7 +2,7 @@
 
 import json
 import os
-import random
+import re
 import socket
 import subprocess
 import sys
@@ -19,15 +19,16 @@ from PIL import Image
 
 from fvdm import checkpoint as ckpt
 from fvdm import config as settings
+from fvdm import generate as command_line
 from fvdm.distributed import Ranks
 from fvdm.generate import GenerateConfig, batches
 from fvdm.inputs import as_frames, choose, read_frames, read_source
 from fvdm.matrices import TASKS, Plan, find, text
-from fvdm.media import WRITERS, card, tile, write_frames, write_gif, write_mp4, write_strips, write_webm
 from fvdm.model import VideoDiT, preset
 from fvdm.pipeline import generate, load, make_plan, stream
 from fvdm.recipe import indices, recipe_of
 from fvdm.timesteps import full_sequence, hold_clean
+from fvdm.tracking import Tracker, TrackingConfig
 from fvdm.train import TrainConfig
 from fvdm.vae import load_vae
 from tests.data_fixtures import real_frames, write_video
@@ -310,6 +311,32 @@ def test_two_ranks_write_the_files_of_one(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_videos_go_to_the_run_of_the_model_that_made_them(tmp_path):
+    """Also where two models write into one folder."""
+    from mlflow.tracking import MlflowClient
+
+    where = TrackingConfig(f"sqlite:///{tmp_path}/mlflow.db", system_metrics=False)
+    models = [make_run(tmp_path / name) for name in "abcd"]
+    owners = [Tracker(folder, where, folder.name) for folder in models[:2]]  # The others were trained elsewhere.
+    for owner in owners:
+        owner.close()
+    for k, folder in enumerate([*models, models[0]]):
+        config = GenerateConfig(
+            str(folder), out=str(tmp_path / "out"), formats="mp4", num=1, steps=1, seed=k, tracking=where
+        )
+        command_line.run(config, Ranks())
+    client = MlflowClient(where.uri)
+    found = client.search_runs([client.get_run(owners[0].run_id).info.experiment_id])
+    files = {run.info.run_name: set() for run in found}
+    assert sorted(run.info.run_name for run in found) == ["a", "b", "generate-generate", "generate-generate"]
+    for run in found:
+        names = {Path(file.path).name for file in client.list_artifacts(run.info.run_id, "generate/generate")}
+        files[run.info.run_name] |= {int(number[1]) for name in names if (number := re.search(r"-(\d+)", name))}
+        assert len(names) == 3 + (2 if run.info.run_name == "a" else 1)
+    assert files == {"a": {0, 4}, "b": {1}, "generate-generate": {2, 3}}
+
+
+@pytest.mark.slow
 def test_the_matrix_can_be_seen_before_it_is_walked(run, clip, tmp_path):
     words = ["--task", "interpolate", "--given", clip, "--show-matrix"]
     done = subprocess.run(command(run, tmp_path / "out", *words), cwd=tmp_path, capture_output=True, text=True)
@@ -346,46 +373,3 @@ def test_the_command_writes_what_it_says(run, clip, tmp_path):
         assert wrong.returncode == 2
         assert sentence in wrong.stderr
         assert "Traceback" not in wrong.stderr
-
-
-@pytest.mark.parametrize("form", ["mp4", "webm"])
-def test_the_same_frames_give_the_same_file(form, tmp_path):
-    """Whatever lies in the memory that an encoder gets: so that ranks write the files of one."""
-    video = tile(list((torch.rand(3, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)))
-    path, files, litter, dice = tmp_path / f"v.{form}", set(), [], random.Random(0)
-    for _ in range(100):
-        litter.append(np.ones(dice.randint(1, 5000), dtype=np.uint8))
-        if dice.random() < 0.3:
-            litter.pop(dice.randrange(len(litter)))
-        WRITERS[form](video, path, 8.0)
-        files.add(path.read_bytes())
-    assert len(files) == 1
-
-
-def test_media_round_trip(tmp_path):
-    video = torch.from_numpy(real_frames()[:6].copy()).permute(0, 3, 1, 2)
-    write_mp4(video, tmp_path / "v.mp4", fps=12.5)
-    write_gif(video, tmp_path / "v.gif")
-    write_webm(video, tmp_path / "v.webm", fps=12.5)
-    write_frames(video, tmp_path / "v")
-    assert torch.equal(read_source(str(tmp_path / "v"), 144).frames[3], video[3, :, :, 16:160])
-    assert read_source(str(tmp_path / "v.webm"), 144).fps == pytest.approx(12.5)
-    with av.open(str(tmp_path / "v.mp4")) as container:
-        assert float(container.streams.video[0].average_rate) == 12.5
-        back = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-    error = np.square(back.astype(float) - real_frames()[:6]).mean()
-    assert 10 * np.log10(255**2 / error) > 35
-    with Image.open(tmp_path / "v.gif") as gif:
-        assert gif.n_frames == 6
-    write_strips(torch.stack([video, video]), tmp_path / "s.png", columns=3)
-    with Image.open(tmp_path / "s.png") as strip:
-        assert strip.size == (3 * 176, 2 * 144)
-    write_strips(torch.stack([video, video]), tmp_path / "s.png", columns=4, rows=2)
-    with Image.open(tmp_path / "s.png") as strip:
-        assert strip.size == (4 * 176, 2 * 2 * 144)
-        assert not np.asarray(strip)[144:288, 2 * 176 :].any(), "six frames leave two places empty"
-    for count in range(1, 9):
-        rows, columns = card(count)
-        assert 3 / 4 <= columns / (count * rows) <= 4 / 3, "near a square"
-    assert tile([video] * 3).shape == (6, 3, 288, 352)
-    assert not [path for path in Path(tmp_path).iterdir() if path.name.startswith(".tmp")]

@@ -166,7 +166,7 @@ def tensors():
 def test_a_stream_of_2000_frames_repeats_none_and_drops_none():
     want = Wish(evenly_spaced(12), FRAMES, 1, context=2)
     seeds = [3, 9]
-    frames = draw_stream(frame_by_frame, DIFFUSION, torch.zeros(2, 0, 1, 2, 2), want, seeds)
+    frames = draw_stream(frame_by_frame, DIFFUSION, torch.zeros(2, 0, 1, 2, 2), rolling_blocks(want), seeds)
     noise = generators(seeds)
     sizes, scale = {}, None
     others = tensors()  # of earlier tests, held so that none of them goes meanwhile
@@ -200,7 +200,7 @@ def test_an_endless_stream_walks_the_rolling_matrix(steps, window, context, has_
 def test_a_stream_begins_with_the_given_frames():
     want = Wish(evenly_spaced(12), FRAMES, 1, given=99, context=2)
     given = clean((1, 2, 4, 4, 4))
-    frames = draw_stream(disturbed(), DIFFUSION, given, want, [0], How(SOLVERS["unipc"]()))
+    frames = draw_stream(disturbed(), DIFFUSION, given, rolling_blocks(want), [0], How(SOLVERS["unipc"]()))
     made = torch.cat([next(frames) for _ in range(12)], dim=1)
     assert torch.equal(made[:, :2], given)
     assert made.isfinite().all()
