@@ -115,8 +115,7 @@ def test_the_run_shows_its_charts_and_its_pictures(page, run, tmp_path):
     sections = page.get_by_test_id("experiment-view-compare-runs-section-header")
     texts = " ".join(sections.all_inner_texts()).replace("\n", " ")
     assert all(f"{name} ({count})" in texts for name, count in (("loss", 3), ("fvd", 1), ("previews", len(TASKS))))
-    picture = page.locator("img.rc-image-img").last
-    picture.scroll_into_view_if_needed()
+    page.locator("img.rc-image-img").last.scroll_into_view_if_needed()
     page.mouse.move(700, 700)
     page.mouse.wheel(0, 2000)  # to the whole cards
     for step in page.get_by_role("spinbutton").all():
@@ -128,7 +127,15 @@ def test_the_run_shows_its_charts_and_its_pictures(page, run, tmp_path):
             return shown && shown.naturalWidth > 0 && decodeURIComponent(shown.src).includes('step+1000+');
         }"""
     )
+    for picture in page.locator("img.rc-image-img").all():
+        picture.scroll_into_view_if_needed()
     assert page.screenshot(path=str(tmp_path / "metrics.png"))
+    # MLflow writes all parameters above every picture: a card must be scrolled, one as large as the page shows both.
+    page.locator("[data-component-id=fullscreen_button_chartcard]").last.click()
+    box = page.get_by_role("dialog").locator("img.rc-image-img").bounding_box()
+    assert box
+    assert min(box["width"], box["height"]) > 100
+    assert box["y"] + box["height"] < 1300
 
 
 def test_the_video_plays(page, run):
