@@ -161,6 +161,20 @@ def test_which_given_frames_are_taken():
         take([(0, 1), (1, 2), (2, 3)], (0, 7))
 
 
+@pytest.mark.parametrize(("task", "context"), [("long", 4), ("next-frame", 4), ("pyramid", 1), ("stream", 2)])
+def test_exactly_as_many_frames_as_are_wanted_are_taken_in_their_order(trained, pictures, task, context):
+    """Whatever the interval, which is 2 here, and whether the number is named or the task's own."""
+    for named in ({}, {"context": context}):
+        recipe = recipe_of(task, {"steps": 8, "length": FRAMES} | named)
+        exact, more = (make_plan(trained, recipe, [pictures[:n]]) for n in (context, 2 * context + 2))
+        assert exact.held == more.held == tuple(range(context))
+        assert torch.equal(choose([pictures[:context]], exact, 2)[0], pictures[:context])
+        assert torch.equal(choose([pictures[: 2 * context + 2]], more, 2)[0], pictures[: 2 * context : 2])
+    three = [pictures[k : k + 1] for k in (3, 8, 30)]
+    recipe = recipe_of(task, {"steps": 8, "length": FRAMES, "context": 3})
+    assert make_plan(trained, recipe, three).held == (0, 1, 2)
+
+
 def test_an_image_stands_for_a_still_clip(trained, pictures):
     for task in ("progressive", "edit"):
         videos = made(trained, task, given=pictures[0])
@@ -285,29 +299,59 @@ def command(run, out, *words):
     return [*base, "--tracking.uri", f"sqlite:///{out.parent}/mlflow.db", *words]
 
 
-@pytest.mark.slow
-def test_two_ranks_write_the_files_of_one(run, tmp_path):
-    words = ["--task", "generate", "--num", "3", "--batch-size", "1", "--formats", "frames,mp4"]
-    alone = subprocess.run(command(run, tmp_path / "one", *words), cwd=tmp_path, capture_output=True, text=True)
-    assert alone.returncode == 0, alone.stderr
+SPIED = """
+import os, sys, torch
+import fvdm.generate
+from fvdm.vae import VAE
+decode, drawn = VAE.decode, []
+VAE.decode = lambda self, latents: drawn.append(latents) or decode(self, latents)
+path = sys.argv.pop(1)
+fvdm.generate.main()
+torch.save(drawn, path + os.environ.get("RANK", "0"))
+"""
+
+
+def generate_on(ranks, run, out, *words):
+    """What the command says on each rank, and the latents of the batches that it has drawn there."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        where = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        line = command(run, tmp_path / "two", *words)
-        ranks.append(subprocess.Popen(line, cwd=tmp_path, env=os.environ | where, stdout=subprocess.PIPE, text=True))
-    said = [process.communicate()[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0]
-    assert "3 video(s)" in said[0]
-    assert not said[1]
-    one, two = (sorted(p.relative_to(tmp_path / k) for p in (tmp_path / k).rglob("*.*")) for k in ("one", "two"))
+    started = []
+    line = [sys.executable, "-c", SPIED, f"{out}.", *command(run, out, *words)[3:]]
+    for rank in range(ranks):
+        where = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": os.getcwd()}
+        environment = os.environ | (where if ranks > 1 else {"PYTHONPATH": os.getcwd()})
+        started.append(subprocess.Popen(line, cwd=out.parent, env=environment, stdout=subprocess.PIPE, text=True))
+    said = [process.communicate()[0] for process in started]
+    assert [process.returncode for process in started] == [0] * ranks
+    return said, [torch.load(f"{out}.{rank}") for rank in range(ranks)]
+
+
+@pytest.mark.slow
+def test_two_ranks_draw_the_samples_and_write_the_files_of_one(tmp_path):
+    """Eight seeds of a trained model, in batches of 1, 3 or 8 on one rank, and of 1, 3 or 4 on each of two."""
+    words = ["--task", "generate", "--num", "8", "--solver", "ddpm", "--formats", "frames,mp4", "--batch-size"]
+    reference: dict[int, torch.Tensor] = {}
+    for ranks, size in ((1, 8), (1, 1), (1, 3), (2, 1), (2, 3), (2, 8)):
+        said, latents = generate_on(ranks, "example", tmp_path / f"{ranks}-{size}", *words, str(size))
+        assert "8 video(s)" in said[0]
+        assert not any(said[1:])
+        drawn = {}
+        for rank, parts in enumerate(latents):
+            planned = batches(GenerateConfig("run", num=8, batch_size=size), Ranks(rank, rank, ranks))
+            for part, seeds in zip(parts, planned, strict=True):
+                drawn |= dict(zip(seeds, part, strict=True))
+        assert sorted(drawn) == list(range(8))
+        reference = reference or drawn
+        assert max((drawn[seed] - reference[seed]).abs().max().item() for seed in drawn) < 1e-5
+    assert (reference[0] - reference[1]).abs().max() > 0.1
+    assert 0.3 < torch.stack(list(reference.values())).std() < 3
+    one, two = (sorted(p.relative_to(tmp_path / k) for p in (tmp_path / k).rglob("*.*")) for k in ("1-1", "2-1"))
     assert one == two
     for path in one:
         if path.suffix in (".png", ".mp4"):
-            assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes(), path
+            assert (tmp_path / "1-1" / path).read_bytes() == (tmp_path / "2-1" / path).read_bytes(), path
 
 
 @pytest.mark.slow
