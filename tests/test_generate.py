@@ -305,6 +305,7 @@ import fvdm.generate
 from fvdm.vae import VAE
 decode, drawn = VAE.decode, []
 VAE.decode = lambda self, latents: drawn.append(latents) or decode(self, latents)
+fvdm.generate.report = lambda *args: None
 path = sys.argv.pop(1)
 fvdm.generate.main()
 torch.save(drawn, path + os.environ.get("RANK", "0"))
@@ -330,10 +331,10 @@ def generate_on(ranks, run, out, *words):
 
 @pytest.mark.slow
 def test_two_ranks_draw_the_samples_and_write_the_files_of_one(tmp_path):
-    """Eight seeds of a trained model, in batches of 1, 3 or 8 on one rank, and of 1, 3 or 4 on each of two."""
+    """Eight seeds of a trained model, in batches of 8 or 1 on one rank, and of 1 or 3 on each of two."""
     words = ["--task", "generate", "--num", "8", "--solver", "ddpm", "--formats", "frames,mp4", "--batch-size"]
     reference: dict[int, torch.Tensor] = {}
-    for ranks, size in ((1, 8), (1, 1), (1, 3), (2, 1), (2, 3), (2, 8)):
+    for ranks, size in ((1, 8), (1, 1), (2, 1), (2, 3)):
         said, latents = generate_on(ranks, "example", tmp_path / f"{ranks}-{size}", *words, str(size))
         assert "8 video(s)" in said[0]
         assert not any(said[1:])
