@@ -17,6 +17,12 @@ from fvdm.tracking import Tracker, TrackingConfig
 QUIET = {"experiment": "tests", "system_metrics": False}
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """A busy machine may take its time."""
+    monkeypatch.setattr(tracking, "PATIENCE", 120.0)
+
+
 @pytest.fixture
 def client(tmp_path):
     from mlflow.tracking import MlflowClient
@@ -61,7 +67,7 @@ def test_runs_that_start_at_once_make_one_database(tmp_path):
     """Three processes, none of which finds a database: each of them reports its run."""
     program = (
         "import sys, time; from pathlib import Path; import mlflow.tracking\n"
-        "from fvdm.tracking import Tracker, TrackingConfig\n"
+        "from fvdm import tracking; from fvdm.tracking import Tracker, TrackingConfig; tracking.PATIENCE = 120\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
         "config = TrackingConfig(f'sqlite:///{sys.argv[1]}/mlflow.db', 'tests', False)\n"
         "tracker = Tracker(Path(sys.argv[1]) / sys.argv[2], config, sys.argv[2]); tracker.close()\n"
