@@ -11,7 +11,7 @@ from PIL import Image
 from fvdm import checkpoint as ckpt
 from fvdm import config as settings
 from fvdm.distributed import Ranks
-from fvdm.generate import GenerateConfig, batches
+from fvdm.generate import GenerateConfig, batches, prepare
 from fvdm.inputs import as_frames, choose, read_frames, read_source
 from fvdm.matrices import TASKS, Plan
 from fvdm.model import VideoDiT, preset
@@ -212,6 +212,14 @@ def test_formats_are_named_with_commas():
             GenerateConfig("run", formats=formats)
     with pytest.raises(ValueError, match="fps"):
         GenerateConfig("run", fps=-1)
+
+
+def test_a_gif_that_leaves_frames_out_says_so(trained):
+    assert prepare(trained, GenerateConfig("run", fps=60)).said == (
+        "gif: every 2. frame, as a gif shows at most 50 a second",
+    )
+    assert not prepare(trained, GenerateConfig("run", fps=50)).said
+    assert not prepare(trained, GenerateConfig("run", fps=60, formats="mp4")).said
 
 
 def test_indices_by_hand():
