@@ -1,6 +1,6 @@
-"""The example checkpoint: the p = 0.2 arm on digits of a finished evidence run, small enough to ship.
+"""The example checkpoint: the averaged weights of the demo's run, small enough to ship. docs/examples shows it.
 
-python benchmarks/evidence_example.py --run runs/evidence-cpu-2h/runs/digits_XS-4_p0.2_s0 --out fvdm/weights/example
+python benchmarks/evidence_example.py --run runs/demo --out fvdm/weights/example
 """
 
 import argparse

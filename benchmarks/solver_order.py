@@ -3,13 +3,16 @@
     python benchmarks/solver_order.py --out docs/solver_order.png
 
 Each number of the data is Gaussian, with deviations from 0.1 to 1. The left picture ends above the last timestep, where
-the theoretical order of a solver is seen; the right one goes from pure noise to clean data, as sampling does.
+the theoretical order of a solver is seen; the middle one shows it frame by frame, in a matrix in which each frame walks
+in its own time; the right one goes from pure noise to clean data, as sampling does.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +25,9 @@ from fvdm.timesteps import SPACINGS, spaced
 ORDERS = {"ddim": 1, "dpm++": 2, "unipc": 3}
 SPACING = {"ddim": "even", "dpm++": "log-snr", "unipc": "log-snr"}
 TOP, END = 960, 192
+FRAMES = {1: ("at once", "o"), 2: ("late", "^"), 3: ("with a wait", "s"), 4: ("stops early", "v")}  # of `asynchronous`
+STEPS = (8, 12, 16, 24, 32, 48, 64)
+COUNTS = (5, 8, 10, 15, 20, 25, 35, 50, 75, 100)
 SPREAD = torch.logspace(-1, 0, 16, dtype=torch.float64)
 
 
@@ -35,13 +41,73 @@ def denoiser(diffusion: Diffusion) -> Callable[[Tensor, Tensor, Tensor | None], 
     return model
 
 
-def error(diffusion: Diffusion, name: str, levels: Tensor) -> float:
-    """Root mean square distance from the exact end of the way down `levels (s + 1,)`."""
-    x = torch.randn((1, 1, 1, 256, len(SPREAD)), generator=torch.Generator().manual_seed(0))
-    got = sample(denoiser(diffusion), x, levels[:, None], diffusion, solver=solver(name))
-    (a, s), (a_end, s_end) = (diffusion.levels(level.view(1, 1)) for level in (levels[0], levels[-1]))
+def synchronous(steps: int) -> Tensor:
+    """One frame, in even steps: `(steps + 1, 1)`."""
+    return torch.linspace(TOP, END, steps + 1).round().long()[:, None]
+
+
+def asynchronous(steps: int) -> Tensor:
+    """Frame 0 is held; 1 starts at once, 2 late; 3 starts at once, waits half way, and goes on; 4 stops early.
+
+    Returns:
+        int64 `(2 steps + 1, 5)`.
+    """
+    levels = synchronous(steps)[:, 0]
+    rows, half = torch.arange(2 * steps + 1), steps // 2
+    late = (rows - half).clamp(0, steps)
+    waiting = torch.where(rows <= half, rows, torch.where(rows <= steps, half, rows - half)).clamp(max=steps)
+    columns = [torch.full_like(rows, steps), rows.clamp(max=steps), late, waiting, rows.clamp(max=half)]
+    return levels[torch.stack(columns, dim=1)]
+
+
+def errors(diffusion: Diffusion, name: str, matrix: Tensor) -> Tensor:
+    """Root mean square distance of each frame from the exact end of its way down `matrix (s + 1, f)`: `(f)`."""
+    shape = (1, matrix.shape[1], 1, 256, len(SPREAD))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    got = sample(denoiser(diffusion), x, matrix, diffusion, solver=solver(name))
+    (a, s), (a_end, s_end) = (diffusion.levels(row[None]) for row in (matrix[0], matrix[-1]))
     exact = ((a_end**2 * SPREAD**2 + s_end**2) / (a**2 * SPREAD**2 + s**2)).sqrt() * x
-    return (got - exact).square().mean().sqrt().item()
+    return (got - exact).square().mean((0, 2, 3, 4)).sqrt()
+
+
+def order(steps: Sequence[int], found: Tensor) -> float:
+    """By a line through the logarithms of the errors."""
+    return -float(np.polyfit(np.log2(steps), found.log2().numpy(), 1)[0])
+
+
+def draw_order(axis: Any, diffusion: Diffusion) -> None:
+    """The errors of frames that walk together, beside the theory."""
+    for name, theory in ORDERS.items():
+        found = torch.cat([errors(diffusion, name, synchronous(n)) for n in STEPS])
+        axis.loglog(STEPS, found, "o-", label=f"{name} (order {theory})")
+        axis.loglog(STEPS, [float(found[-1]) * (STEPS[-1] / n) ** theory for n in STEPS], "k:", linewidth=0.8)
+    axis.set_title(f"t = {TOP} to {END} in even steps; dotted: theory", fontsize=10)
+
+
+def draw_frames(axis: Any, diffusion: Diffusion) -> None:
+    """The errors of frames that each walk in their own time, beside the theory."""
+    for k, (name, theory) in enumerate(ORDERS.items()):
+        found = torch.stack([errors(diffusion, name, asynchronous(n)) for n in STEPS])
+        for frame, (what, marker) in FRAMES.items():
+            label = what if name == "ddim" else None
+            axis.loglog(STEPS, found[:, frame], f"{marker}-", color=f"C{k}", label=label, markersize=5, linewidth=0.8)
+            print(f"{name:6} {what:12} order {order(STEPS, found[:, frame]):.2f}")
+        axis.loglog(STEPS, [float(found[-1, 1]) * (STEPS[-1] / n) ** theory for n in STEPS], "k:", linewidth=0.8)
+    axis.set_title("each frame in its own time; colours as on the left", fontsize=10)
+
+
+def draw_sampling(axis: Any, diffusion: Diffusion) -> None:
+    """The errors from noise to data, every solver in the spacing that suits it."""
+    for name in ORDERS:
+        for spacing in SPACINGS:
+            ways = [spaced(spacing, n, diffusion.noise_levels())[:, None] for n in COUNTS]
+            found = [errors(diffusion, name, way).item() for way in ways]
+            print(f"{name:6} {spacing:9}", "  ".join(f"{n}: {e:.4f}" for n, e in zip(COUNTS, found, strict=True)))
+            if spacing == SPACING[name]:
+                axis.loglog(COUNTS, found, "o-", label=f"{name}, {spacing}")
+                if name == "ddim":
+                    axis.axhline(found[COUNTS.index(50)], color="k", linewidth=0.8, linestyle=":")
+    axis.set_title("t = 1000 to 0; dotted: ddim at 50 steps", fontsize=10)
 
 
 def main() -> None:
@@ -57,24 +123,10 @@ def main() -> None:
     from matplotlib import pyplot
 
     diffusion = Diffusion(DiffusionConfig(learned_variance=False))
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4))
-    for name, order in ORDERS.items():
-        steps = [8, 12, 16, 24, 32, 48, 64]
-        found = [error(diffusion, name, torch.linspace(TOP, END, n + 1).round().long()) for n in steps]
-        left.loglog(steps, found, "o-", label=f"{name} (order {order})")
-        left.loglog(steps, [found[-1] * (steps[-1] / n) ** order for n in steps], "k:", linewidth=0.8)
-        counts = [5, 8, 10, 15, 20, 25, 35, 50, 75, 100]
-        for spacing in SPACINGS:
-            found = [error(diffusion, name, spaced(spacing, n, diffusion.noise_levels())) for n in counts]
-            print(f"{name:6} {spacing:9}", "  ".join(f"{n}: {e:.4f}" for n, e in zip(counts, found, strict=True)))
-            if spacing == SPACING[name]:
-                right.loglog(counts, found, "o-", label=f"{name}, {spacing}")
-                if name == "ddim":
-                    right.axhline(found[counts.index(50)], color="k", linewidth=0.8, linestyle=":")
-    left.set_title(f"t = {TOP} to {END} in even steps; dotted: theory", fontsize=10)
-    right.set_title("t = 1000 to 0; dotted: ddim at 50 steps", fontsize=10)
-    for axis in (left, right):
-        axis.set(xlabel="network evaluations", ylabel="error (RMS)")
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.4))
+    for axis, draw in zip(axes, (draw_order, draw_frames, draw_sampling), strict=True):
+        draw(axis, diffusion)
+        axis.set(xlabel="steps of a frame", ylabel="error (RMS)")
         axis.legend()
         axis.grid(alpha=0.3, which="both")
     figure.tight_layout()

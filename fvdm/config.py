@@ -5,7 +5,7 @@ import difflib
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -83,24 +83,14 @@ def _explain(message: str, names: list[str]) -> str:
     return f"there is no setting {word}; {hint}"
 
 
-def flatten(config: Any) -> dict[str, Any]:
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """A dataclass as `{"dotted.name": value}`, for logging."""
-    return {name: value for name, _, value in _leaves(config)}
-
-
-def changed(config: Any) -> dict[str, Any]:
-    """What of `flatten` differs from the defaults of the dataclass, or has none."""
-    return {name: value for name, default, value in _leaves(config) if value != default}
-
-
-def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted name, default and value of every setting."""
+    flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _leaves(value, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, field.default, value
+        name = prefix + field.name
+        flat |= flatten(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}
+    return flat
 
 
 def save(config: Any, path: Path) -> None:

@@ -41,7 +41,8 @@ OTHER = {
     "final_layer.linear": "final_layer",
     "final_layer.adaLN_modulation.1": "final_modulation",
 }
-TABLES = ("pos_embed", "temp_embed")  # Fixed; ours are computed.
+TABLES = {"pos_embed": "space", "temp_embed": "time"}  # Fixed; ours are computed.
+HALF = 4e-3  # what is lost of a table in half precision, bfloat16 included
 
 
 def from_official(state_dict: Mapping[str, Any], num_heads: int | None = None) -> VideoDiT:
@@ -69,8 +70,19 @@ def from_official(state_dict: Mapping[str, Any], num_heads: int | None = None) -
     wrong = {name for name in wanted if wanted[name] != ours[name].shape}
     if wrong:
         raise ValueError(f"{NOT_OURS}: these have other shapes than its size: {_few(wrong)}")
+    _compare_tables(weights, model)
     model.load_state_dict(ours)
     return model
+
+
+def _compare_tables(weights: Mapping[str, Tensor], model: VideoDiT) -> None:
+    for theirs, ours in TABLES.items():
+        table, wanted = weights[theirs].float().cpu(), getattr(model, ours)[None]
+        if table.shape != wanted.shape or not torch.allclose(table, wanted, rtol=0, atol=HALF):
+            raise ValueError(
+                f"{NOT_OURS}: its positions in {ours}, {theirs}, are not the sines and cosines that those have; without"
+                f" them it would be another network"
+            )
 
 
 def _unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:

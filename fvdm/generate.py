@@ -3,15 +3,18 @@
 docs/tasks.md shows every task. Under torchrun the ranks share the samples, and write the same files.
 """
 
+import hashlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,16 +25,17 @@ from fvdm import config as settings
 from fvdm.distributed import Ranks, from_environment
 from fvdm.inputs import choose, read_frames, read_source
 from fvdm.matrices import Plan, text
-from fvdm.media import WRITERS, tile, write_strips
+from fvdm.media import FORMATS, GIF_RATE, gif_interval, spread, tile, write, write_strips
 from fvdm.memory import keep_freed_memory
-from fvdm.pipeline import Trained, encode_given, generate, load, make_batch, make_plan, stream
+from fvdm.pipeline import Trained, encode_given, generate, length_of, load, make_frames, make_plan, stream
 from fvdm.recipe import Recipe
 from fvdm.tracking import Tracker, TrackingConfig, run_of
 
 __all__ = ["GenerateConfig", "Trained", "generate", "load", "main", "read_frames", "stream"]
 logger = logging.getLogger(__name__)
 STEP_IN_TIME = 8.0  # frames per second where nothing given has a rate
-GRID = 16  # videos side by side, at most
+GRID, ROWS, COLUMNS = 16, 8, 8  # videos side by side; rows, and frames of each, of the picture: at most
+SHOWN = 256  # frames that are shown side by side, at most: they are held until all videos are made
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,8 @@ class GenerateConfig(Recipe):
         if not 0 <= self.fps <= 240:
             raise ValueError(f"fps is {self.fps}: choose up to 240, or 0 for that of the given video")
         for form in self.forms or [""]:
-            if form not in WRITERS:
-                raise ValueError(f"format {form!r} is unknown; choose among {', '.join(WRITERS)}")
+            if form not in FORMATS:
+                raise ValueError(f"format {form!r} is unknown; choose among {', '.join(FORMATS)}")
 
     @property
     def forms(self) -> list[str]:
@@ -97,14 +101,28 @@ class Job:
     Attributes:
         plan: the task.
         clip: latents `(1 f c h w)`, the given ones at their places.
+        length: frames of a video.
         fps: of the files.
         said: what was done to the given files, a line each.
     """
 
     plan: Plan
     clip: Tensor
+    length: int
     fps: float
     said: tuple[str, ...]
+
+
+class Shown(NamedTuple):
+    """What the overview shows of a video, uint8 `(n 3 h w)` each; it does not grow with the video.
+
+    Attributes:
+        first: its first frames, up to `SHOWN`.
+        spread: frames from all over it.
+    """
+
+    first: Tensor
+    spread: Tensor
 
 
 def prepare(trained: Trained, config: GenerateConfig) -> Job:
@@ -115,7 +133,7 @@ def prepare(trained: Trained, config: GenerateConfig) -> Job:
     """
     sources = [read_source(path, trained.size) for path in config.paths]
     clips = [source.frames for source in sources]
-    plan = make_plan(trained, config, clips)
+    plan = make_plan(trained, config, clips, whole=config.show_matrix)
     said = [str(source) for source in sources]
     if clips:
         said.append("given: " + "; ".join(choose(clips, plan, trained.interval)[1]))
@@ -127,7 +145,9 @@ def prepare(trained: Trained, config: GenerateConfig) -> Job:
             if trained.interval > 1
             else f"fps: {fps:g}"
         )
-    return Job(plan, encode_given(trained, plan, clips), fps, tuple(said))
+    if "gif" in config.forms and gif_interval(fps) > 1:
+        said.append(f"gif: every {gif_interval(fps)}. frame, as a gif shows at most {GIF_RATE} a second")
+    return Job(plan, encode_given(trained, plan, clips), length_of(trained, config), fps, tuple(said))
 
 
 def batches(config: GenerateConfig, ranks: Ranks) -> list[range]:
@@ -138,17 +158,20 @@ def batches(config: GenerateConfig, ranks: Ranks) -> list[range]:
     return [every[k] for k in ranks.share(len(every))]
 
 
-def make(trained: Trained, config: GenerateConfig, job: Job, ranks: Ranks) -> dict[int, Tensor]:
-    """This rank's samples: seed -> uint8 `(f 3 h w)` on the CPU.
+def make(trained: Trained, config: GenerateConfig, job: Job, ranks: Ranks) -> tuple[dict[int, Shown], list[Path]]:
+    """Draw and write this rank's samples; what is shown of them, by seed, and the files.
 
     Raises:
         ValueError: if the class or a setting does not fit the model.
     """
-    videos: dict[int, Tensor] = {}
+    shown: dict[int, Shown] = {}
+    files: list[Path] = []
     for seeds in batches(config, ranks):
-        made = make_batch(trained, config, job.plan, job.clip, seeds, _progress)
-        videos |= dict(zip(seeds, made, strict=True))
-    return videos
+        frames = make_frames(trained, config, job.plan, job.clip, seeds, _progress)
+        videos, written = write_samples(islice(frames, job.length), seeds, config, job)
+        shown |= videos
+        files += written
+    return shown, files
 
 
 def _progress(steps: Sequence[int]) -> Iterator[int]:
@@ -157,26 +180,50 @@ def _progress(steps: Sequence[int]) -> Iterator[int]:
     return iter(tqdm(steps, "sampling", leave=False, disable=not sys.stderr.isatty()))
 
 
-def write_samples(videos: dict[int, Tensor], config: GenerateConfig, fps: float) -> list[Path]:
-    """Write samples, seed -> uint8 `(f 3 h w)`, in every format."""
-    out = Path(config.out)
-    files = []
-    for seed, video in videos.items():
-        for form in config.forms:
-            files.append(out / f"{config.task}-{seed:05d}{'' if form == 'frames' else '.' + form}")
-            WRITERS[form](video, files[-1], fps)
-    return files
+def write_samples(
+    frames: Iterable[Tensor], seeds: Sequence[int], config: GenerateConfig, job: Job
+) -> tuple[dict[int, Shown], list[Path]]:
+    """Write samples in every format, as their frames come; what is shown of them, by seed, and the files.
+
+    Args:
+        frames: uint8 `(b 3 h w)`, of all samples at once.
+        seeds: of the samples.
+        config: the formats, and where to.
+        job: length and speed.
+    """
+    stem = Path(config.out) / config.task
+    endings = {form: "" if form == "frames" else f".{form}" for form in config.forms}
+    files = {seed: {form: Path(f"{stem}-{seed:05d}{end}") for form, end in endings.items()} for seed in seeds}
+    picked = set(spread(job.length, COLUMNS))
+    first, far = [], []
+    with ExitStack() as stack:
+        puts = [
+            [stack.enter_context(FORMATS[form](path, job.fps)) for form, path in each.items()]
+            for each in files.values()
+        ]
+        for k, frame in enumerate(frames):
+            for own, writers in zip(frame, puts, strict=True):
+                for put in writers:
+                    put(own)
+            first += [frame] if k < SHOWN else []
+            far += [frame] if k in picked else []
+    shown = {
+        seed: Shown(torch.stack([frame[k] for frame in first]), torch.stack([frame[k] for frame in far]))
+        for k, seed in enumerate(seeds)
+        if seed < config.seed + GRID
+    }
+    return shown, [path for each in files.values() for path in each.values()]
 
 
-def write_overview(videos: dict[int, Tensor], config: GenerateConfig, trained: Trained, job: Job) -> list[Path]:
+def write_overview(shown: dict[int, Shown], config: GenerateConfig, trained: Trained, job: Job) -> list[Path]:
     """Write the videos side by side, a picture of their frames, and a record of how they were made."""
     out = Path(config.out)
-    several = [videos[seed] for seed in sorted(videos)][:GRID]
+    several = [shown[seed] for seed in sorted(shown)]
     forms = [form for form in config.forms if form != "frames"] or ["mp4"]
     files = [out / f"{config.task}.{form}" for form in forms]
     for form, path in zip(forms, files, strict=True):
-        WRITERS[form](tile(several), path, job.fps)
-    write_strips(torch.stack(several[:8]), out / f"{config.task}.png")
+        write(tile([video.first for video in several]), path, job.fps, form)
+    write_strips(torch.stack([video.spread for video in several[:ROWS]]), out / f"{config.task}.png", COLUMNS)
     record = settings.plain(config) | {"checkpoint": str(trained.folder), "step": trained.step, "fps": job.fps}
     ckpt.write_text(out / f"{config.task}.json", json.dumps(record, indent=1))
     return [*files, out / f"{config.task}.png", out / f"{config.task}.json"]
@@ -184,8 +231,9 @@ def write_overview(videos: dict[int, Tensor], config: GenerateConfig, trained: T
 
 def report(files: Sequence[Path], config: GenerateConfig, trained: Trained) -> None:
     """Log the files to the MLflow run that trained the model; to one of their own where that is not known."""
+    journal = hashlib.sha256(str(trained.folder.resolve()).encode()).hexdigest()[:16]  # one for each model
     tracker = Tracker(
-        Path(config.out) / ".tracking",
+        Path(config.out) / ".tracking" / journal,
         config.tracking,
         f"generate-{config.task}",
         tags={"kind": "generate"},
@@ -198,18 +246,15 @@ def report(files: Sequence[Path], config: GenerateConfig, trained: Trained) -> N
     tracker.close()
 
 
-def gather(videos: dict[int, Tensor], files: list[Path], ranks: Ranks) -> tuple[dict[int, Tensor], list[Path]]:
-    """Everything that the ranks made, on rank 0; there is nothing to do for one rank alone."""
+def gather(shown: dict[int, Shown], files: list[Path], ranks: Ranks) -> tuple[dict[int, Shown], list[Path]]:
+    """What the ranks made, on rank 0; there is nothing to do for one rank alone."""
     if ranks.world_size == 1:
-        return videos, files
+        return shown, files
     parts: list[Any] | None = [None] * ranks.world_size if ranks.is_main else None
-    dist.gather_object((videos, files), parts)
+    dist.gather_object((shown, files), parts)
     if parts is None:
         return {}, []
-    made: dict[int, Tensor] = {}
-    for part, _ in parts:
-        made |= part
-    return made, sorted(path for _, written in parts for path in written)
+    return {k: v for part, _ in parts for k, v in part.items()}, sorted(path for _, some in parts for path in some)
 
 
 def run(config: GenerateConfig, ranks: Ranks) -> None:
@@ -232,13 +277,11 @@ def run(config: GenerateConfig, ranks: Ranks) -> None:
         Path(config.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write to {config.out}: {error.strerror}") from None
-    videos = make(trained, config, job, ranks)
-    videos, files = gather(videos, write_samples(videos, config, job.fps), ranks)
+    shown, files = gather(*make(trained, config, job, ranks), ranks)
     if ranks.is_main:
-        overview = write_overview(videos, config, trained, job)
+        overview = write_overview(shown, config, trained, job)
         report([*(path for path in files if path.is_file()), *overview], config, trained)
-        count, length = len(videos), job.plan.matrix.shape[1]
-        print(f"{config.task}: {count} video(s) of {length} frames in {config.out}; all in one: {overview[0]}")
+        print(f"{config.task}: {config.num} video(s) of {job.length} frames in {config.out}; all in one: {overview[0]}")
 
 
 def main() -> None:

@@ -60,13 +60,13 @@ class Wish:
         """`frames`, sorted, each once, counted from the start."""
         return tuple(sorted({frame % self.length for frame in self.frames}))
 
-    def first(self, default: int) -> range:
-        """The given frames of a task that continues: the first `context` (or `default`), as far as they came.
+    def first(self, context: int) -> range:
+        """The given frames of a task that continues: the first `context`, as far as they came.
 
         Raises:
             ValueError: if they leave no room in the window, or nothing to draw.
         """
-        number = min(self.context or default, self.given)
+        number = min(context, self.given)
         if number >= min(self.window, self.length):
             raise ValueError(f"a context of {number} frames: choose less than {min(self.window, self.length)}")
         return range(number)
@@ -137,12 +137,27 @@ def transition(want: Wish) -> Plan:
     return _holding(want, (*range(size), *range(want.length - size, want.length)))
 
 
+def half(want: Wish) -> int:
+    """The context of `long` and `next-frame`: half the window, unless told otherwise."""
+    return want.context or want.window // 2
+
+
+def one(want: Wish) -> int:
+    """The context of `pyramid`: one frame, unless told otherwise."""
+    return want.context or 1
+
+
+def kept(want: Wish) -> int:
+    """The context of `rolling`, the clean frames it keeps in view: a quarter of the window, unless told otherwise."""
+    return want.context or max(1, want.window // 4)
+
+
 def long(want: Wish) -> Plan:
     """A window slides over the video (FVDM, section 2.4): it holds its first `context` frames and draws the others.
 
     16 + 14 x 8 = 128 frames in the paper: the context is half the window.
     """
-    context = want.context or want.window // 2
+    context = half(want)
     if not 1 <= context < want.window:
         raise ValueError(f"a context of {context} frames: choose 1 to {want.window - 1}, the model's window less one")
     steps, new = len(want.levels) - 1, want.window - context
@@ -154,25 +169,20 @@ def long(want: Wish) -> Plan:
 def pyramid(want: Wish) -> Plan:
     """Each frame starts `delay` rows after the one before (diffusion forcing): near frames clear up first."""
     steps = len(want.levels) - 1
-    return _staggered(want, want.first(1), want.delay or max(1, steps // want.window))
+    return _staggered(want, want.first(one(want)), want.delay or max(1, steps // want.window))
 
 
 def next_frame(want: Wish) -> Plan:
-    """One new frame at a time: each starts when the one before has ended."""
-    return _staggered(want, want.first(want.window // 2), len(want.levels) - 1)
+    """One new frame at a time: each starts when the one before has ended, and sees as many as the window holds."""
+    return _staggered(want, want.first(half(want)), len(want.levels) - 1)
 
 
 def rolling(want: Wish) -> Plan:
     """A diagonal that rolls over the video: frames enter as noise on the right and leave clean on the left.
 
-    The delay is the least with which `context` clean frames stay in view (a quarter of the window by default).
+    The delay is the least with which its context stays in view.
     """
     return _staggered(want, want.first(kept(want)), want.delay or _rolling_delay(want))
-
-
-def kept(want: Wish) -> int:
-    """The clean frames that `rolling` keeps in view."""
-    return want.context or max(1, want.window // 4)
 
 
 def _rolling_delay(want: Wish) -> int:
@@ -230,12 +240,14 @@ class Task(NamedTuple):
         plan: what it is.
         length: frames that it makes unless told otherwise; 0 is one window.
         needs_given: whether it is nothing without given frames.
+        context: how many frames of a clip it goes on from, if that many came; 0 if it does not go on from one.
         endless: the same for a video without an end, as blocks for `fvdm.samplers.stream`.
     """
 
     plan: Callable[[Wish], Plan]
     length: int = 0
     needs_given: bool = False
+    context: Callable[[Wish], int] = lambda want: 0
     endless: Callable[[Wish], Iterator[tuple[int, Tensor]]] | None = None
 
 
@@ -246,12 +258,12 @@ TASKS: dict[str, Task] = {
     "any-frame": Task(any_frame, needs_given=True),
     "infill": Task(infill, needs_given=True),
     "transition": Task(transition, needs_given=True),
-    "long": Task(long, length=128),
-    "next-frame": Task(next_frame),
+    "long": Task(long, length=128, context=half),
+    "next-frame": Task(next_frame, context=half),
     "progressive": Task(progressive, needs_given=True),
     "edit": Task(edit, needs_given=True),
-    "pyramid": Task(pyramid),
-    "stream": Task(rolling, length=128, endless=rolling_blocks),
+    "pyramid": Task(pyramid, context=one),
+    "stream": Task(rolling, length=128, context=kept, endless=rolling_blocks),
 }
 
 

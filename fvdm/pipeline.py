@@ -32,7 +32,7 @@ from fvdm.tasks import draw, draw_stream, place
 from fvdm.timesteps import spaced
 from fvdm.vae import VAE, load_vae
 
-EXAMPLE = Path(__file__).parent / "weights" / "example"  # a small model of moving digits; docs/evidence.md
+EXAMPLE = Path(__file__).parent / "weights" / "example"  # the demo's model; docs/examples
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,9 @@ def generate(
     latents = encode_given(trained, plan, clips)
     seeds = range(recipe.seed, recipe.seed + recipe.num)
     batches = [seeds[k : k + recipe.batch_size] for k in range(0, recipe.num, recipe.batch_size)]
-    return torch.cat([make_batch(trained, recipe, plan, latents, batch, progress) for batch in batches])
+    length = length_of(trained, recipe)
+    made = (make_frames(trained, recipe, plan, latents, batch, progress) for batch in batches)
+    return torch.cat([torch.stack(list(islice(frames, length)), dim=1) for frames in made])
 
 
 def stream(trained: Trained, *, given: Tensor | Sequence[Tensor] | None = None, **settings: Any) -> Iterator[Tensor]:
@@ -163,8 +165,7 @@ def stream(trained: Trained, *, given: Tensor | Sequence[Tensor] | None = None, 
     clips = fitted(trained, given)
     plan = make_plan(trained, recipe, clips)
     latents = encode_given(trained, plan, clips)
-    seeds = range(recipe.seed, recipe.seed + recipe.num)
-    return _stream(trained, recipe, plan, latents, seeds, iter)
+    return make_frames(trained, recipe, plan, latents, range(recipe.seed, recipe.seed + recipe.num))
 
 
 def fitted(trained: Trained, given: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
@@ -173,32 +174,46 @@ def fitted(trained: Trained, given: Tensor | Sequence[Tensor] | None) -> list[Te
     return [as_frames(clip, trained.size) for clip in clips]
 
 
+def length_of(trained: Trained, recipe: Recipe) -> int:
+    """Frames of a sample."""
+    return recipe.length or find(recipe.task).length or trained.model.config.frames
+
+
 def wish(trained: Trained, recipe: Recipe, clips: Sequence[Tensor]) -> Wish:
     """What a task is told."""
-    window = trained.model.config.frames
     noise = trained.diffusion.noise_levels()
-    exactly = sum(map(len, clips)) == recipe.context
-    return Wish(
+    want = Wish(
         levels=spaced(recipe.spacing or solver(recipe.solver).spacing, recipe.steps, noise),
-        window=window,
-        length=recipe.length or find(recipe.task).length or window,
-        given=recipe.context if exactly else available(clips, trained.interval),
+        window=trained.model.config.frames,
+        length=length_of(trained, recipe),
+        given=available(clips, trained.interval),
         frames=indices(recipe.frames),
         context=recipe.context,
         delay=recipe.delay,
         strength=recipe.strength,
         slope=recipe.slope,
     )
+    count = sum(map(len, clips))
+    # Exactly as many frames as are wanted are taken as they are, at no interval.
+    return replace(want, given=count) if count == find(recipe.task).context(want) else want
 
 
-def make_plan(trained: Trained, recipe: Recipe, clips: Sequence[Tensor]) -> Plan:
+def make_plan(trained: Trained, recipe: Recipe, clips: Sequence[Tensor], whole: bool = False) -> Plan:
     """The task's matrix and given frames.
+
+    Args:
+        trained: from `load`.
+        recipe: the task and its settings.
+        clips: the given frames.
+        whole: the whole matrix of a task without an end, too; else that of its first window, which says what is given.
 
     Raises:
         ValueError: if the task wants given frames and none came, or came and are not wanted.
     """
-    task = find(recipe.task)
-    plan = task.plan(wish(trained, recipe, clips))
+    task, want = find(recipe.task), wish(trained, recipe, clips)
+    if task.endless is not None and not whole:
+        want = replace(want, length=min(want.length, want.window))
+    plan = task.plan(want)
     if task.needs_given and not clips:
         raise ValueError(f"{recipe.task} starts from {len(plan.given)} given frame(s); name them with --given")
     if clips and not plan.given:
@@ -239,37 +254,27 @@ def class_numbers(name: str, classes: Sequence[str], seeds: Sequence[int]) -> Te
     raise ValueError(f"class {name!r} is none of this model's; choose one of {', '.join(classes)}")
 
 
-def make_batch(
+def make_frames(
     trained: Trained, recipe: Recipe, plan: Plan, clip: Tensor, seeds: Sequence[int], progress: Progress = iter
-) -> Tensor:
-    """Samples of these seeds, uint8 `(b f 3 h w)` on the CPU.
+) -> Iterator[Tensor]:
+    """Samples of these seeds, frame by frame, uint8 `(b 3 h w)` on the CPU.
+
+    Those of a task without an end are drawn as they are asked for, in constant memory; stop when there are enough.
 
     Raises:
         ValueError: if a setting does not fit the model.
     """
-    if find(recipe.task).endless is not None:
-        frames = _stream(trained, recipe, plan, clip, seeds, progress)
-        return torch.stack(list(islice(frames, clip.shape[1])), dim=1)
+    y, how = _condition(trained, recipe, seeds, progress)
     batch = clip.expand(len(seeds), *clip.shape[1:])
-    y, how = _condition(trained, recipe, seeds, progress)
-    window = trained.model.config.frames
-    latents = draw(trained.model, trained.diffusion, batch, plan.matrix, seeds, how, y, window)
-    return trained.vae.decode(latents).cpu()
-
-
-def _stream(
-    trained: Trained,
-    recipe: Recipe,
-    plan: Plan,
-    clip: Tensor,
-    seeds: Sequence[int],
-    progress: Progress,
-) -> Iterator[Tensor]:
-    y, how = _condition(trained, recipe, seeds, progress)
-    batch = clip[:, : len(plan.given)].expand(len(seeds), -1, *clip.shape[2:])
-    want = replace(wish(trained, recipe, []), given=len(plan.given))
-    for latents in draw_stream(trained.model, trained.diffusion, batch, want, seeds, how, y):
-        yield trained.vae.decode(latents[:, 0]).cpu()
+    endless = find(recipe.task).endless
+    if endless is None:
+        window = trained.model.config.frames
+        latents = draw(trained.model, trained.diffusion, batch, plan.matrix, seeds, how, y, window)
+        return iter(trained.vae.decode(latents).cpu().unbind(1))
+    given = batch[:, : len(plan.given)]
+    blocks = endless(replace(wish(trained, recipe, []), given=given.shape[1]))
+    drawn = draw_stream(trained.model, trained.diffusion, given, blocks, seeds, how, y)
+    return (trained.vae.decode(latents[:, 0]).cpu() for latents in drawn)
 
 
 def _condition(trained: Trained, recipe: Recipe, seeds: Sequence[int], progress: Progress) -> tuple[Tensor | None, How]:

@@ -18,8 +18,9 @@ class Recipe:
         frames: indices that the task is about, such as 0,5,-1 or 4:12: the given frames of any-frame, the missing ones
             of infill, those that edit changes.
         length: frames of the video; 0 is one window of the model, or 128 for long and stream.
-        context: given frames of a task that continues a clip, and frames that a window of long shares with the one
-            before; 0 is the task's own number.
+        context: given frames that long, next-frame, pyramid and stream go on from, and that transition takes of each
+            clip; also frames that a window of long shares with the one before, and clean ones that stream keeps in
+            view; 0 is the task's own number.
         delay: rows of the matrix that a frame of pyramid or stream starts after the one before; 0 is the task's own.
         strength: how much edit may change, 0 to 1.
         slope: how much nearer to pure noise each frame of progressive begins than the one before.

@@ -34,9 +34,6 @@ from fvdm.writer import Writer
 logger = logging.getLogger(__name__)
 
 LOCK_PATIENCE = 10.0  # seconds
-# MLflow's parameters. It writes all of them above every picture: the others are tags, and config.yaml has all.
-COMPARED = ("model", "p", "steps", "seed", "data.batch_size", "engine.lr")
-UNSAID = ("name", "runs", "tracking", "previews", "checkpoint", "log_every", "stop_every", "register_as")
 
 
 @dataclass(frozen=True)
@@ -121,13 +118,6 @@ class Progress:
     updates: int = 0
     consumed: int = 0
     skipped: int = 0
-
-
-def described(config: TrainConfig) -> dict[str, str]:
-    """Tags of a run: the other settings that are not the default and say what is trained."""
-    changed = settings.changed(config).items()
-    hidden = {*UNSAID, *COMPARED}
-    return {f"setting.{k}": str(v) for k, v in changed if k not in hidden and k.partition(".")[0] not in hidden}
 
 
 def model_config(config: TrainConfig, shards: LatentShards) -> ModelConfig:
@@ -316,8 +306,8 @@ class Run:
         settings.save(self.config, folder / "config.yaml")
         ckpt.write_text(folder / "environment.json", json.dumps(environment(), indent=1))
         ckpt.write_text(folder / "git.patch", git_patch())
-        flat, tags = settings.flatten(self.config), {"kind": "train"} | described(self.config)
-        tracker = Tracker(folder, self.config.tracking, self.config.name, flat, tags, shown=COMPARED)
+        flat = settings.flatten(self.config)
+        tracker = Tracker(folder, self.config.tracking, self.config.name, flat, {"kind": "train"})
         tracker.artifact(folder / "config.yaml")
         tracker.artifact(folder / "environment.json")
         tracker.artifact(folder / "git.patch")

@@ -3,15 +3,14 @@
 `draw` makes a video of known length, `draw_stream` one without an end. Nothing below asks which task it is.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from fvdm.diffusion import Diffusion, Model
-from fvdm.matrices import Wish, kept, rolling_blocks
-from fvdm.samplers import How, generators, start, stream, windows
+from fvdm.samplers import Block, How, generators, start, stream, windows
 
 
 def draw(
@@ -60,7 +59,7 @@ def draw_stream(
     model: Model,
     diffusion: Diffusion,
     given: Tensor,
-    want: Wish,
+    blocks: Iterable[Block],
     seeds: Sequence[int],
     how: How | None = None,
     y: Tensor | None = None,
@@ -70,8 +69,9 @@ def draw_stream(
     Args:
         model: the denoiser.
         diffusion: its noise process.
-        given: latents `(b g c h w)` that the video begins with, g >= 0; those `want` holds are taken.
-        want: levels, window, context and delay.
+        given: latents `(b g c h w)` that the video begins with, g >= 0; those that the first block holds are taken.
+        blocks: of a task without an end, see `fvdm.matrices.Task.endless`; every frame that is not given begins where
+            the last one of the first block does.
         seeds: one per sample.
         how: solver, guidance and so on.
         y: class labels `(b)`.
@@ -83,21 +83,23 @@ def draw_stream(
         ValueError: if a setting is out of range.
     """
     generator = generators(seeds)
-    held = replace(want, length=want.window).first(kept(want))
-    if given.shape[1] < len(held):
-        raise ValueError(f"{len(held)} given frames are wanted, {given.shape[1]} came")
-    before = [given[:, k : k + 1] for k in held]
+    blocks = iter(blocks)
+    head = next(blocks)
+    top = head[1][:1, -1:]
+    held = int((head[1][0] == 0).sum())
+    if given.shape[1] < held:
+        raise ValueError(f"{held} given frames are wanted, {given.shape[1]} came")
+    before = [given[:, k : k + 1] for k in range(held)]
     shape = (given.shape[0], 1, *given.shape[2:])
-    top = want.levels[:1]
 
     def one() -> Tensor:
         empty = torch.zeros(shape, device=given.device, dtype=given.dtype)
-        return before.pop(0) if before else start(empty, top[:, None], diffusion, generator)
+        return before.pop(0) if before else start(empty, top, diffusion, generator)
 
     def fresh(n: int) -> Tensor:
         return torch.cat([one() for _ in range(n)], dim=1)
 
-    for frames in stream(model, fresh, rolling_blocks(want), diffusion, how, y=y, generator=generator):
+    for frames in stream(model, fresh, chain([head], blocks), diffusion, how, y=y, generator=generator):
         yield from frames.split(1, dim=1)
 
 

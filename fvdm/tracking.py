@@ -14,7 +14,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,23 +72,21 @@ class Tracker:
         params: dict[str, Any] | None = None,
         tags: dict[str, str] | None = None,
         into: str = "",
-        shown: Collection[str] | None = None,
     ) -> None:
         """Begin, or continue, the run whose journal lies in `folder`.
 
         Args:
-            folder: the run's folder; holds `events.jsonl` and `tracking.json` (run id, bytes sent).
+            folder: the run's folder; holds `events.jsonl` and `tracking.json` (run id, bytes sent), below `into`.
             config: where to.
             name: the run's name in MLflow.
-            params: settings; a setting that changed since the run began is reported as a tag.
+            params: settings; one that changed since it was first reported becomes a tag, as parameters cannot change.
             tags: tags of the run, such as its kind.
             into: id of a run of somebody else's to report into; its state and settings stay as they are. If the server
                 has no such run, the report gets one of its own.
-            shown: settings that become parameters, which MLflow writes above every picture; all of them when not given.
         """
+        folder = folder / into  # A journal is of one run: what comes for another one has its own.
         self.folder, self.config, self.name = folder, config, name
         self.params = {k: str(v) for k, v in (params or {}).items()}
-        self.shown = set(self.params) if shown is None else set(shown)
         self.into = into
         self.tags = {"git_commit": git_commit()} | (tags or {})
         folder.mkdir(parents=True, exist_ok=True)
@@ -241,15 +239,14 @@ class Tracker:
         return client.create_run(experiment, run_name=self.name, tags=self.tags).info.run_id
 
     def _begin(self, client: Any, run_id: str) -> None:
-        """Say that the run is going, and with which settings; parameters of MLflow cannot change."""
+        """Say that the run is going, and with which settings."""
         from mlflow.entities import Param, RunTag
 
         client.update_run(run_id, status="RUNNING")
         before = client.get_run(run_id).data.params
         params = {k: v[:6000] for k, v in self.params.items()}
-        new = [Param(k, params[k]) for k in sorted(self.shown) if not before]
-        differ = [k for k in params if before and (params[k] != before[k] if k in before else k in self.shown)]
-        changed = [RunTag(f"changed.{k}", params[k]) for k in differ]
+        new = [Param(k, v) for k, v in params.items() if k not in before]
+        changed = [RunTag(f"changed.{k}", v) for k, v in params.items() if before.get(k, v) != v]
         for i in range(0, len(new), 100):
             client.log_batch(run_id, params=new[i : i + 100])
         if changed:

@@ -1,6 +1,7 @@
 """The whole way once, small: real clips -> latents -> ZeRO-2 training on two ranks -> videos -> FVD -> MLflow.
 
-Runs the very commands that a user would type, prints each, and ends by saying where to look.
+Runs the very commands that a user would type, prints each, and ends by saying where to look. Where there is a single
+GPU, which two ranks cannot share, one rank trains.
 """
 
 import argparse
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import torch
 
 RUN = Path("runs/demo")
 TASKS = {
@@ -26,7 +29,8 @@ def commands(extra: list[str]) -> dict[str, list[str]]:
     """What the demo runs, in order: a title and a command each."""
     python = sys.executable
     encode = ["data_prep/encode_latents.py", "--videos", "demo/clips", "--out", "demo/latents", "--size", SIZE]
-    train = ["launchers/slurm_train.py", "--cluster", "local", "--nodes", "2", "--config", "configs/demo.yaml"]
+    nodes = "1" if torch.cuda.device_count() == 1 else "2"
+    train = ["launchers/slurm_train.py", "--cluster", "local", "--nodes", nodes, "--config", "configs/demo.yaml"]
     generate = ["-m", "fvdm.generate", "--checkpoint", str(RUN), "--steps", "25"]
     fvd = ["benchmarks/fvd.py", "--protocol", "even", "--real", "demo/clips", "--fake", "demo/videos/fvd"]
     fvd += ["--fake-pattern", "generate-*.mp4"]

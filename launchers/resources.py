@@ -229,5 +229,8 @@ def _gpus_here(nodes: int) -> int:
 
     here = torch.cuda.device_count()
     if here and nodes > here:
-        raise ValueError(f"--nodes {nodes} --cluster local: this machine has {here} GPUs; use --nodes {here} or fewer")
+        raise ValueError(
+            f"--nodes {nodes} --cluster local: each is a rank with a GPU of its own, and this machine has {here}; "
+            f"use --nodes {here}{' or fewer' if here > 1 else ''}"
+        )
     return 1 if here else 0

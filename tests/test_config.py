@@ -139,6 +139,6 @@ def test_a_setting_with_an_underscore_at_its_end_is_saved_and_read_back(tmp_path
     assert settings.parse(Handy, ["--config", str(tmp_path / "c.yaml")]) == Handy("cat")
 
 
-def test_changed_is_what_differs_from_the_defaults_or_has_none():
-    assert settings.changed(Outer("x")) == {"name": "x"}
-    assert settings.changed(Outer("x", Inner(kind="b"), ("y",))) == {"name": "x", "inner.kind": "b", "words": ("y",)}
+def test_a_flat_configuration_has_every_setting_by_its_dotted_name():
+    flat = settings.flatten(Outer("x", Inner(kind="b"), ("y",)))
+    assert flat == {"name": "x", "inner.rate": 0.5, "inner.kind": "b", "words": ("y",)}

@@ -15,7 +15,7 @@ from torch import nn
 from fvdm.convert import ConvertConfig, convert, from_official, load_torch, main, read_model, read_use
 from fvdm.diffusion import DiffusionConfig
 from fvdm.model import VideoDiT, preset
-from tests.latte import Block, Latte, randomised, timestep_embedding
+from tests.latte import Block, Latte, positions, randomised, space_positions, timestep_embedding
 
 SHAPE = {"depth": 4, "width": 64, "heads": 4, "patch": 2, "channels": 4, "size": 8, "frames": 6}
 
@@ -126,7 +126,26 @@ def test_from_file_to_folder_to_output(network, suffix, tmp_path):
 def test_sizes_are_recognised_by_their_shapes():
     with torch.device("meta"):
         state = Latte(12, 384, 6, 2, 4, 32, 16).state_dict()
-    assert from_official({k: torch.zeros(v.shape) for k, v in state.items()}).config == preset("S/2")
+    tables = {"pos_embed": space_positions(384, 16)[None], "temp_embed": positions(384, torch.arange(16))[None]}
+    assert from_official({k: torch.zeros(v.shape) for k, v in state.items()} | tables).config == preset("S/2")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("network", [Latte, Fvdm])
+def test_checkpoints_in_half_precision_convert(network, dtype):
+    theirs = randomised(network(**SHAPE | {"frames": 40})).to(dtype)
+    ours = from_official(theirs.state_dict(), 4)
+    assert ours.config.frames == 40
+    x, t = torch.randn(1, 40, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((1, 40), 500)
+    theirs.float()
+    with torch.no_grad():
+        expected = theirs(x, t if network is Fvdm else t[:, 0])
+        assert (ours(x, t + 1) - expected).abs().max() < 0.02, "the tables alone are rounded"
+
+
+def learned(table):
+    """Tables that were trained along, or belong to other positions, and so to another network."""
+    return latte_state() | {table: latte_state()[table].flip(1)}
 
 
 def latte_state():
@@ -146,6 +165,9 @@ FOREIGN = {
     "empty": (dict, "not a Latte or FVDM checkpoint"),
     "a list": (lambda: [1, 2], "holds a list"),
     "a flat embedding": (lambda: latte_state() | {"x_embedder.proj.weight": torch.zeros(64, 16)}, "other shapes"),
+    "other positions in space": (lambda: learned("pos_embed"), "positions in space, pos_embed, are not the sines"),
+    "other positions in time": (lambda: learned("temp_embed"), "positions in time, temp_embed, are not the sines"),
+    "a table per head": (lambda: latte_state() | {"temp_embed": torch.zeros(1, 6, 16)}, "positions in time"),
     "odd channels": (lambda: latte_state() | {"final_layer.linear.weight": torch.zeros(20, 64)}, "channels come out"),
 }
 

@@ -1,4 +1,4 @@
-"""What the documentation of the tasks says can be typed."""
+"""What the README and the documentation of the tasks say can be typed."""
 
 import re
 import shlex
@@ -10,7 +10,9 @@ from fvdm.generate import GenerateConfig
 from fvdm.matrices import TASKS
 from fvdm.recipe import indices
 
-TEXT = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+TEXT = (ROOT / "docs" / "tasks.md").read_text()
 
 
 def test_every_command_of_the_tasks_page_parses_and_every_task_has_one():
@@ -28,5 +30,19 @@ def test_every_option_that_the_tasks_page_names_exists():
 
 
 def test_the_pictures_are_there():
-    for name in re.findall(r"\((\w+\.png)\)", TEXT):
-        assert (Path(__file__).parent.parent / "docs" / name).is_file()
+    for folder, text in (("docs", TEXT), (".", README)):
+        pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+        assert pictures
+        assert all((ROOT / folder / name).is_file() for name in pictures)
+    assert "](docs/mlflow.png)" in README
+
+
+def test_the_commands_of_the_readme_parse_and_come_after_the_environment():
+    """Packages are in an environment of the project's own: a python before it is entered has none of them."""
+    typed = re.findall(r"^    (.*(?:python|torchrun|pip|activate).*)$", README, re.MULTILINE)
+    assert typed[0] == "make install && . .venv/bin/activate"
+    assert not [line for line in typed if line.startswith("pip ")]
+    commands = [line for line in typed if "-m fvdm.generate " in line]
+    assert len(commands) >= 5
+    for command in commands:
+        settings.parse(GenerateConfig, shlex.split(command.partition("-m fvdm.generate ")[2]))

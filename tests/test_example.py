@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fvdm.media import WRITERS
+from fvdm.media import FORMATS
 from fvdm.pipeline import EXAMPLE, generate, load
 
 ROOT = Path(__file__).parent.parent
@@ -43,5 +43,5 @@ def test_the_command_of_the_readme_makes_a_video_in_a_fresh_process(tmp_path):
     where = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
     done = subprocess.run(command, cwd=tmp_path, env=where, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    for form in set(WRITERS) & {"mp4", "gif"}:
+    for form in set(FORMATS) & {"mp4", "gif"}:
         assert (tmp_path / "out" / f"image-to-video.{form}").stat().st_size > 1000

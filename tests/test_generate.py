@@ -1,16 +1,7 @@
-"""From a checkpoint on disk to files on disk, by the command a user types."""
+"""What is made of a checkpoint and a recipe, and what is refused."""
 
-import json
-import os
-import random
-import socket
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
-import av
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -20,10 +11,9 @@ from PIL import Image
 from fvdm import checkpoint as ckpt
 from fvdm import config as settings
 from fvdm.distributed import Ranks
-from fvdm.generate import GenerateConfig, batches
+from fvdm.generate import GenerateConfig, batches, prepare
 from fvdm.inputs import as_frames, choose, read_frames, read_source
-from fvdm.matrices import TASKS, Plan, find, text
-from fvdm.media import WRITERS, card, tile, write_frames, write_gif, write_mp4, write_strips, write_webm
+from fvdm.matrices import TASKS, Plan
 from fvdm.model import VideoDiT, preset
 from fvdm.pipeline import generate, load, make_plan, stream
 from fvdm.recipe import indices, recipe_of
@@ -160,6 +150,20 @@ def test_which_given_frames_are_taken():
         take([(0, 1), (1, 2), (2, 3)], (0, 7))
 
 
+@pytest.mark.parametrize(("task", "context"), [("long", 4), ("next-frame", 4), ("pyramid", 1), ("stream", 2)])
+def test_exactly_as_many_frames_as_are_wanted_are_taken_in_their_order(trained, pictures, task, context):
+    """Whatever the interval, which is 2 here, and whether the number is named or the task's own."""
+    for named in ({}, {"context": context}):
+        recipe = recipe_of(task, {"steps": 8, "length": FRAMES} | named)
+        exact, more = (make_plan(trained, recipe, [pictures[:n]]) for n in (context, 2 * context + 2))
+        assert exact.held == more.held == tuple(range(context))
+        assert torch.equal(choose([pictures[:context]], exact, 2)[0], pictures[:context])
+        assert torch.equal(choose([pictures[: 2 * context + 2]], more, 2)[0], pictures[: 2 * context : 2])
+    three = [pictures[k : k + 1] for k in (3, 8, 30)]
+    recipe = recipe_of(task, {"steps": 8, "length": FRAMES, "context": 3})
+    assert make_plan(trained, recipe, three).held == (0, 1, 2)
+
+
 def test_an_image_stands_for_a_still_clip(trained, pictures):
     for task in ("progressive", "edit"):
         videos = made(trained, task, given=pictures[0])
@@ -210,6 +214,14 @@ def test_formats_are_named_with_commas():
         GenerateConfig("run", fps=-1)
 
 
+def test_a_gif_that_leaves_frames_out_says_so(trained):
+    assert prepare(trained, GenerateConfig("run", fps=60)).said == (
+        "gif: every 2. frame, as a gif shows at most 50 a second",
+    )
+    assert not prepare(trained, GenerateConfig("run", fps=50)).said
+    assert not prepare(trained, GenerateConfig("run", fps=60, formats="mp4")).said
+
+
 def test_indices_by_hand():
     assert indices("0, 5,-1") == (0, 5, -1)
     assert indices("4:8,9") == (4, 5, 6, 7, 9)
@@ -256,136 +268,3 @@ def test_a_model_and_a_vae_that_do_not_fit_are_refused(tmp_path):
     VideoDiT(replace(preset("T/2"), channels=3, size=8, frames=FRAMES)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="3 latent channels, its VAE"):
         load(tmp_path, vae="builtin")
-
-
-FIVE_LINES = """
-import sys, fvdm
-assert "torch" not in sys.modules, "import fvdm must stay cheap"
-from fvdm import load, generate
-model = load({run!r})
-video = generate(model, task="generate", seed=7, steps=2)
-assert video.shape == (1, {frames}, 3, {side}, {side})
-import fvdm.generate
-from fvdm import generate as again
-assert again(model, seed=7, steps=2).equal(video)
-assert callable(fvdm.stream)
-"""
-
-
-@pytest.mark.slow
-def test_the_python_interface_of_five_lines(run, tmp_path):
-    words = FIVE_LINES.format(run=str(run), frames=FRAMES, side=SIDE)
-    done = subprocess.run([sys.executable, "-c", words], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def command(run, out, *words):
-    base = [sys.executable, "-m", "fvdm.generate", "--checkpoint", str(run), "--steps", "2", "--out", str(out)]
-    return [*base, "--tracking.uri", f"sqlite:///{out.parent}/mlflow.db", *words]
-
-
-@pytest.mark.slow
-def test_two_ranks_write_the_files_of_one(run, tmp_path):
-    words = ["--task", "generate", "--num", "3", "--batch-size", "1", "--formats", "frames,mp4"]
-    alone = subprocess.run(command(run, tmp_path / "one", *words), cwd=tmp_path, capture_output=True, text=True)
-    assert alone.returncode == 0, alone.stderr
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        where = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        line = command(run, tmp_path / "two", *words)
-        ranks.append(subprocess.Popen(line, cwd=tmp_path, env=os.environ | where, stdout=subprocess.PIPE, text=True))
-    said = [process.communicate()[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0]
-    assert "3 video(s)" in said[0]
-    assert not said[1]
-    one, two = (sorted(p.relative_to(tmp_path / k) for p in (tmp_path / k).rglob("*.*")) for k in ("one", "two"))
-    assert one == two
-    for path in one:
-        if path.suffix in (".png", ".mp4"):
-            assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes(), path
-
-
-@pytest.mark.slow
-def test_the_matrix_can_be_seen_before_it_is_walked(run, clip, tmp_path):
-    words = ["--task", "interpolate", "--given", clip, "--show-matrix"]
-    done = subprocess.run(command(run, tmp_path / "out", *words), cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert text(find("interpolate").plan(wish_of(2)).matrix) in done.stdout
-    assert "frames 0, 14 of it" in done.stdout
-    assert "at every 2. frame" in done.stdout
-    assert not (tmp_path / "out").exists()
-
-
-def wish_of(steps):
-    from fvdm.matrices import Wish
-    from fvdm.timesteps import evenly_spaced
-
-    return Wish(evenly_spaced(steps), FRAMES, FRAMES, given=FRAMES)
-
-
-@pytest.mark.slow
-def test_the_command_writes_what_it_says(run, clip, tmp_path):
-    out = tmp_path / "out"
-    line = command(run, out, "--task", "image-to-video", "--given", clip, "--num", "2")
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    wanted = {f"image-to-video-{k:05d}.{suffix}" for k in (0, 1) for suffix in ("mp4", "gif")}
-    wanted |= {f"image-to-video.{suffix}" for suffix in ("mp4", "gif", "png", "json")}
-    assert {path.name for path in out.iterdir() if path.is_file()} == wanted
-    assert json.loads((out / "image-to-video.json").read_text())["seed"] == 0
-    with av.open(str(out / "image-to-video-00001.mp4")) as container:
-        assert float(container.streams.video[0].average_rate) == pytest.approx(read_source(clip, SIDE).fps / 2, abs=0.1)
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    assert np.stack(frames).shape == (FRAMES, SIDE, SIDE, 3)
-    for words, sentence in ((["--taks", "long"], "did you mean task"), (["--class", "cat"], "no classes")):
-        wrong = subprocess.run([*line, *words], cwd=tmp_path, capture_output=True, text=True)
-        assert wrong.returncode == 2
-        assert sentence in wrong.stderr
-        assert "Traceback" not in wrong.stderr
-
-
-@pytest.mark.parametrize("form", ["mp4", "webm"])
-def test_the_same_frames_give_the_same_file(form, tmp_path):
-    """Whatever lies in the memory that an encoder gets: so that ranks write the files of one."""
-    video = tile(list((torch.rand(3, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)))
-    path, files, litter, dice = tmp_path / f"v.{form}", set(), [], random.Random(0)
-    for _ in range(100):
-        litter.append(np.ones(dice.randint(1, 5000), dtype=np.uint8))
-        if dice.random() < 0.3:
-            litter.pop(dice.randrange(len(litter)))
-        WRITERS[form](video, path, 8.0)
-        files.add(path.read_bytes())
-    assert len(files) == 1
-
-
-def test_media_round_trip(tmp_path):
-    video = torch.from_numpy(real_frames()[:6].copy()).permute(0, 3, 1, 2)
-    write_mp4(video, tmp_path / "v.mp4", fps=12.5)
-    write_gif(video, tmp_path / "v.gif")
-    write_webm(video, tmp_path / "v.webm", fps=12.5)
-    write_frames(video, tmp_path / "v")
-    assert torch.equal(read_source(str(tmp_path / "v"), 144).frames[3], video[3, :, :, 16:160])
-    assert read_source(str(tmp_path / "v.webm"), 144).fps == pytest.approx(12.5)
-    with av.open(str(tmp_path / "v.mp4")) as container:
-        assert float(container.streams.video[0].average_rate) == 12.5
-        back = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-    error = np.square(back.astype(float) - real_frames()[:6]).mean()
-    assert 10 * np.log10(255**2 / error) > 35
-    with Image.open(tmp_path / "v.gif") as gif:
-        assert gif.n_frames == 6
-    write_strips(torch.stack([video, video]), tmp_path / "s.png", columns=3)
-    with Image.open(tmp_path / "s.png") as strip:
-        assert strip.size == (3 * 176, 2 * 144)
-    write_strips(torch.stack([video, video]), tmp_path / "s.png", columns=4, rows=2)
-    with Image.open(tmp_path / "s.png") as strip:
-        assert strip.size == (4 * 176, 2 * 2 * 144)
-        assert not np.asarray(strip)[144:288, 2 * 176 :].any(), "six frames leave two places empty"
-    for count in range(1, 9):
-        rows, columns = card(count)
-        assert 3 / 4 <= columns / (count * rows) <= 4 / 3, "near a square"
-    assert tile([video] * 3).shape == (6, 3, 288, 352)
-    assert not [path for path in Path(tmp_path).iterdir() if path.name.startswith(".tmp")]

@@ -4,7 +4,9 @@ import argparse
 from pathlib import Path
 
 import pytest
+import torch
 
+from launchers import demo
 from launchers.resources import Resources, array_numbers
 
 
@@ -59,6 +61,26 @@ def test_mistakes_are_named(words, sentence):
 def test_an_option_of_sbatch_needs_a_value():
     with pytest.raises(ValueError, match="give key=value"):
         resources("--sbatch", "spring").sbatch_parameters("name", Path("folder"))
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [(0, 2), (1, 1), (2, 2), (8, 2)])
+def test_the_demo_trains_on_as_many_ranks_as_there_are_gpus_for(gpus, ranks, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    words = demo.commands(["--steps", "9"])["training"]
+    assert words[words.index("--nodes") + 1] == str(ranks)
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    Resources.add_arguments(parser)
+    asked = Resources.from_options(parser.parse_known_args(words[2:])[0])
+    assert (asked.world_size, asked.gpus_per_node) == (ranks, min(gpus, 1))
+
+
+@pytest.mark.parametrize(("gpus", "nodes", "hint"), [(1, 2, "use --nodes 1$"), (4, 8, "use --nodes 4 or fewer$")])
+def test_ranks_that_would_share_a_gpu_are_refused(gpus, nodes, hint, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    parser = argparse.ArgumentParser()
+    Resources.add_arguments(parser)
+    with pytest.raises(ValueError, match=f"this machine has {gpus}; {hint}"):
+        Resources.from_options(parser.parse_args(["--cluster", "local", "--nodes", str(nodes)]))
 
 
 def test_a_launched_script_begins_at_its_file_or_module():

@@ -17,6 +17,7 @@ from fvdm.timesteps import SPACINGS, check_schedule, evenly_spaced, spaced
 from tests.denoisers import DIFFUSION, clean, disturbed, oracle
 
 FRAMES = 8
+PAPER = ("generate", "image-to-video", "interpolate", "long")
 ABOUT = {"any-frame": (1, -2), "infill": (2, 3), "edit": (0, 4, 5)}
 
 
@@ -86,6 +87,24 @@ def test_long_video_has_the_papers_window_arithmetic():
     assert all((block[0] == 0).tolist() == [True] * 8 + [False] * 8 for _, block in blocks[1:])
 
 
+@pytest.mark.parametrize("context", [0, 1, 3])
+def test_the_next_frame_sees_all_before_it_that_the_window_holds(context):
+    made = plan("next-frame", given=99, length=20, context=context)
+    assert made.held == tuple(range(context or FRAMES // 2))
+    drawn = len(made.held)
+    for first, block in windows(made.matrix, FRAMES):
+        for row in range(len(block) - 1):
+            (moving,) = (block[row] > block[row + 1]).nonzero().flatten().tolist() or [None]
+            if moving is None:
+                continue
+            assert first + moving in (drawn, drawn + 1)
+            drawn = first + moving
+            clean_ones = (block[row] == 0).nonzero().flatten().tolist()
+            assert clean_ones == list(range(moving)), "nothing that is finished waits behind it"
+            assert len(clean_ones) == min(drawn, FRAMES - 1), "all of them, or as many as fit"
+    assert drawn == 19
+
+
 @pytest.mark.parametrize("objective", ["eps", "v", "flow"])
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -97,7 +116,8 @@ def test_an_oracle_recovers_x_0_in_every_task(solver, spacing, objective):
         made = plan(task, levels, length=length)
         x_0 = clean((2, length, 4, 4, 4))
         out = draw(oracle(x_0, diffusion), diffusion, x_0, made.matrix, [0, 1], How(SOLVERS[solver]()))
-        assert (out - x_0).abs().max() < 1e-4, task
+        bound = 1e-5 if task in PAPER else 1e-4
+        assert (out - x_0).abs().max() < bound, task
         assert torch.equal(out[:, list(made.held)], x_0[:, list(made.held)])
 
 
@@ -166,7 +186,7 @@ def tensors():
 def test_a_stream_of_2000_frames_repeats_none_and_drops_none():
     want = Wish(evenly_spaced(12), FRAMES, 1, context=2)
     seeds = [3, 9]
-    frames = draw_stream(frame_by_frame, DIFFUSION, torch.zeros(2, 0, 1, 2, 2), want, seeds)
+    frames = draw_stream(frame_by_frame, DIFFUSION, torch.zeros(2, 0, 1, 2, 2), rolling_blocks(want), seeds)
     noise = generators(seeds)
     sizes, scale = {}, None
     others = tensors()  # of earlier tests, held so that none of them goes meanwhile
@@ -200,7 +220,7 @@ def test_an_endless_stream_walks_the_rolling_matrix(steps, window, context, has_
 def test_a_stream_begins_with_the_given_frames():
     want = Wish(evenly_spaced(12), FRAMES, 1, given=99, context=2)
     given = clean((1, 2, 4, 4, 4))
-    frames = draw_stream(disturbed(), DIFFUSION, given, want, [0], How(SOLVERS["unipc"]()))
+    frames = draw_stream(disturbed(), DIFFUSION, given, rolling_blocks(want), [0], How(SOLVERS["unipc"]()))
     made = torch.cat([next(frames) for _ in range(12)], dim=1)
     assert torch.equal(made[:, :2], given)
     assert made.isfinite().all()

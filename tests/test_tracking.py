@@ -17,6 +17,12 @@ from fvdm.tracking import Tracker, TrackingConfig
 QUIET = {"experiment": "tests", "system_metrics": False}
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """A busy machine may take its time."""
+    monkeypatch.setattr(tracking, "PATIENCE", 120.0)
+
+
 @pytest.fixture
 def client(tmp_path):
     from mlflow.tracking import MlflowClient
@@ -61,7 +67,7 @@ def test_runs_that_start_at_once_make_one_database(tmp_path):
     """Three processes, none of which finds a database: each of them reports its run."""
     program = (
         "import sys, time; from pathlib import Path; import mlflow.tracking\n"
-        "from fvdm.tracking import Tracker, TrackingConfig\n"
+        "from fvdm import tracking; from fvdm.tracking import Tracker, TrackingConfig; tracking.PATIENCE = 120\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
         "config = TrackingConfig(f'sqlite:///{sys.argv[1]}/mlflow.db', 'tests', False)\n"
         "tracker = Tracker(Path(sys.argv[1]) / sys.argv[2], config, sys.argv[2]); tracker.close()\n"
@@ -100,18 +106,27 @@ def test_resuming_continues_the_same_run_and_a_changed_setting_is_a_tag(client, 
     assert "changed.lr" not in run.data.tags
 
 
-def test_what_is_not_shown_is_no_parameter_and_says_when_it_changes(client, config, tmp_path):
-    params = {"lr": 0.1, "steps": 10, "seed": 0}
-    first = Tracker(tmp_path / "run", config, "run", params, shown={"lr", "steps"})
-    first.close("KILLED")
-    again = Tracker(tmp_path / "run", config, "run", {"lr": 1.0, "steps": 10, "seed": 5}, shown={"steps", "seed"})
+def test_a_setting_that_is_new_in_a_resumed_run_becomes_a_parameter(client, config, tmp_path):
+    """Of a run that an older version began, or whose start was cut short between two calls."""
+    Tracker(tmp_path / "run", config, "run", {"lr": 0.1}).close("KILLED")
+    again = Tracker(tmp_path / "run", config, "run", {"lr": 1.0, "seed": 5})
     again.close()
-    run = client.get_run(first.run_id)
-    assert run.data.params == {"lr": "0.1", "steps": "10"}
-    assert {k: v for k, v in run.data.tags.items() if k.startswith("changed")} == {
-        "changed.lr": "1.0",
-        "changed.seed": "5",
-    }
+    run = client.get_run(again.run_id)
+    assert run.data.params == {"lr": "0.1", "seed": "5"}
+    assert {k: v for k, v in run.data.tags.items() if k.startswith("changed")} == {"changed.lr": "1.0"}
+
+
+def test_every_setting_is_a_parameter_whatever_its_number_and_length(client, config, tmp_path, caplog):
+    """MLflow takes 100 parameters in a call, of 6000 characters each, and no other value afterwards."""
+    params = {f"part.{k}": k for k in range(230)} | {"long": "x" * 9000, "empty": "", "none": None}
+    for _ in range(2):
+        tracker = Tracker(tmp_path / "run", config, "run", params)
+        tracker.close()
+        assert not tracker.unsent()
+    run = client.get_run(tracker.run_id)
+    assert run.data.params == {k: str(v)[:6000] for k, v in params.items()}
+    assert not [name for name in run.data.tags if name.startswith("changed")]
+    assert not caplog.records
 
 
 def test_reporting_into_a_run_leaves_its_state_alone(client, config, tmp_path):
@@ -124,6 +139,18 @@ def test_reporting_into_a_run_leaves_its_state_alone(client, config, tmp_path):
     assert run.info.status == "KILLED"
     assert run.data.metrics["fvd"] == 12.0
     assert "x" not in run.data.params
+
+
+def test_a_folder_reports_into_the_run_that_is_named(client, config, tmp_path):
+    owners = [Tracker(tmp_path / name, config, name) for name in "ab"]
+    for owner in owners:
+        owner.close()
+    for value, owner in enumerate([owners[0], owners[1], owners[0]]):
+        guest = Tracker(tmp_path / "guest", config, "guest", into=owner.run_id)
+        guest.metrics({"fvd": float(value)}, value)
+        guest.close()
+    assert history(client, owners[0].run_id, "fvd") == [(0, 0.0), (2, 2.0)]
+    assert history(client, owners[1].run_id, "fvd") == [(1, 1.0)]
 
 
 def test_a_journal_that_a_kill_cut_short_loses_that_event_only(client, config, tmp_path):

