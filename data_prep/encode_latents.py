@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # run as a file: the folder above holds the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep.options import EncodeConfig, Stopped, check, encoders, parse, workers
+from data_prep.options import EncodeConfig, Stopped, check, encoders, parse, print_any_name, workers
 
 if TYPE_CHECKING:
     from data_prep.encoder import Progress
@@ -81,7 +81,7 @@ def _run(config: EncodeConfig, plan: "Plan", vae: "VAE", report: "Report") -> in
         finished = (work.out / "manifest.json").exists()
         again = work.retry(Path(config.videos), everything=config.strict and not finished)
         if again:
-            print(f"{again} rejected videos are tried again.")
+            print(f"{config.out}: tries {again} rejected videos again")
     frames = 0
     try:
         if all(work.whole(shard) for shard in plan.shards):
@@ -193,6 +193,7 @@ def _alone(out: Path) -> Iterator[None]:
 
 def run(config: EncodeConfig) -> int:
     """Runs the command, prints user errors as one sentence; returns the exit status."""
+    print_any_name()
     try:
         return main(config)
     except Stopped as error:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # run as a file: the folder above holds the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_prep.options import print_any_name
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -30,6 +32,7 @@ ROWS, COLUMNS = 8, 8  # of the contact sheet
 
 def main(words: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
+    print_any_name()
     parser = argparse.ArgumentParser(
         "inspect_shards.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

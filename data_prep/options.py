@@ -1,8 +1,10 @@
 """The command line of encode_latents.py, and what its settings are where they are left open."""
 
 import argparse
+import io
 import math
 import os
+import sys
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -42,6 +44,12 @@ class EncodeConfig:
     job: int | None = None
     minutes: int = 24 * 60
     slurm: tuple[str, ...] = ()
+
+
+def print_any_name() -> None:
+    """Has standard output escape what its encoding does not know: names of files and folders may hold anything."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class Stopped(Exception):

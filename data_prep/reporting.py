@@ -25,8 +25,9 @@ class Report:
         if uri != "none":
             from fvdm import tracking
 
-            name = f"encode {out.resolve().name}"
             config = tracking.TrackingConfig(uri, experiment)
+            name = _utf8(f"encode {out.resolve().name}")
+            params = {key: _utf8(value) if isinstance(value, str) else value for key, value in params.items()}
             self.tracker = tracking.Tracker(out / JOURNAL, config, name, params, {"kind": "encode"})
 
     @property
@@ -79,6 +80,11 @@ class Report:
         """Ends the MLflow run as FINISHED, FAILED or KILLED."""
         if self.tracker:
             self.tracker.close(status)
+
+
+def _utf8(text: str) -> str:
+    """The text with escapes for bytes of file names that are no UTF-8, which MLflow does not take."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def progress_bar(total: int, unit: str, initial: int = 0, *, hidden: bool = False) -> "tqdm[Any]":

@@ -28,9 +28,7 @@ IMAGE_SUFFIXES = frozenset([".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".t
 MAX_PIXELS = 64_000_000  # per frame; a damaged header can promise any size
 MAX_ASPECT = 16  # longer to shorter side
 LOST = frozenset([errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHOSTDOWN])  # disk or network
-REFUSED = frozenset(
-    [errno.EACCES, errno.EPERM, errno.ENOENT, errno.EMFILE, errno.ENFILE]
-)  # whatever is in the file
+REFUSED = frozenset([errno.EACCES, errno.EPERM, errno.ENOENT, errno.EMFILE, errno.ENFILE])  # whatever is in the file
 MAX_STRETCH = 8  # an uneven video may grow by this factor on its even grid; beyond, its times are nonsense
 
 
