@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def folder(tmp_path_factory):
 def waits(monkeypatch):
     """What was waited for between tries; nothing is, here."""
     waited = []
-    monkeypatch.setattr(location.time, "sleep", waited.append)
+    monkeypatch.setattr(location, "time", SimpleNamespace(sleep=waited.append))
     return waited
 
 
