@@ -89,10 +89,7 @@ def _run(config: EncodeConfig, plan: "Plan", vae: "VAE", report: "Report") -> in
         elif _here(config):
             frames = _encode_here(config, work, plan.shards, vae, report)
         else:
-            before = sum(map(work.done, plan.shards))
-            run_jobs(config, work, report, jobs)
-            share = 1 - before / len(plan.sources)
-            frames = round(share * sum(plan.estimates))
+            frames = run_jobs(config, work, report, jobs)
     finally:
         rejected = work.write_rejected()
     if config.strict and rejected:
@@ -120,8 +117,9 @@ def _encode_here(
 ) -> int:
     """Encodes in this process, with a progress bar unless it is one of several jobs; returns the frames."""
     from data_prep.encoder import encode_shards
-    from data_prep.reporting import progress_bar
+    from data_prep.reporting import FrameCount, progress_bar
 
+    count = None if config.job is None else FrameCount(work.out, config.job)
     videos = [video for shard in shards for video in work.missing(shard)]
     before = sum(map(work.done, shards))
     shown = 0
@@ -138,6 +136,8 @@ def _encode_here(
                 bar.update(progress.frames - bar.n)
                 ended = progress.videos + shown
                 report.update(ended, before + ended, progress.frames)
+            if count:
+                count.update(progress.frames)
             return not (config.strict and shown)
 
         progress = encode_shards(
@@ -150,6 +150,8 @@ def _encode_here(
             timeout=config.timeout,
             report=show,
         )
+    if count:
+        count.update(progress.frames, last=True)
     return progress.frames
 
 

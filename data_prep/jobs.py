@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from data_prep.options import chunk, device, precision
-from data_prep.reporting import Report, progress_bar
+from data_prep.reporting import FrameCount, Report, progress_bar
 from data_prep.shards import Work, atomic
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ SLURM_LOGS = ".slurm"
 TIME_LIMITS = 1_000_000  # that a job may meet
 
 
-def run_jobs(config: "EncodeConfig", work: Work, report: Report, jobs: list[Any]) -> None:
-    """Starts the jobs and waits for them, with a progress bar.
+def run_jobs(config: "EncodeConfig", work: Work, report: Report, jobs: list[Any]) -> int:
+    """Starts the jobs and waits for them, with a progress bar; returns the frames that they have encoded.
 
     Args:
         config: the command's settings.
@@ -47,26 +47,31 @@ def run_jobs(config: "EncodeConfig", work: Work, report: Report, jobs: list[Any]
     if idle:
         print(f"{idle} of {config.jobs} jobs have no shard to make: a smaller --shard-mb gives more shards.")
     if config.cluster == "slurm":
-        _run_slurm(config, work, report, jobs or _submit(config, work))
-    else:
-        _run_local(config, work, report)
+        return _run_slurm(config, work, report, jobs or _submit(config, work))
+    return _run_local(config, work, report)
 
 
-def _wait(work: Work, report: Report, ended: Callable[[], bool], seconds: float) -> None:
-    """Shows how many videos are done until the jobs have ended."""
-    before = done = sum(map(work.done, work.plan.shards))
-    with progress_bar(len(work.plan.sources), "videos", before) as bar:
-        over = False
+def _wait(work: Work, report: Report, ended: Callable[[], bool], seconds: float) -> int:
+    """Shows how far the jobs are until they have ended; returns the frames that they have encoded meanwhile."""
+    shards = work.plan.shards
+    before, counted = sum(map(work.done, shards)), FrameCount.of_all_jobs(work.out)
+    frames, over = 0, False
+    expected = sum(work.plan.estimates[video] for shard in shards for video in work.missing(shard))
+    with progress_bar(expected, "frames") as bar:
         while not over:
             over = ended()
-            done = sum(map(work.done, work.plan.shards))
-            bar.update(done - bar.n)
-            report.update(done - before, done)
+            done = sum(map(work.done, shards))
+            frames = FrameCount.of_all_jobs(work.out) - counted
+            rate = (done - before) / report.seconds
+            bar.set_postfix_str(f"{done - before} videos, {rate:.2f} videos/s", refresh=False)
+            bar.update(frames - bar.n)
+            report.update(done - before, done, frames)
             if not over:
                 time.sleep(seconds)
+    return frames
 
 
-def _run_local(config: "EncodeConfig", work: Work, report: Report) -> None:
+def _run_local(config: "EncodeConfig", work: Work, report: Report) -> int:
     threads = max(1, len(os.sched_getaffinity(0)) // config.jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": _python_path()}
     command = [sys.executable, "-m", "data_prep.jobs"]
@@ -84,7 +89,7 @@ def _run_local(config: "EncodeConfig", work: Work, report: Report) -> None:
         return all(code is not None for code in codes) or (config.strict and 3 in codes)
 
     try:
-        _wait(work, report, ended, 0.5)
+        frames = _wait(work, report, ended, 0.5)
     finally:
         for process in processes:
             process.terminate()
@@ -92,6 +97,7 @@ def _run_local(config: "EncodeConfig", work: Work, report: Report) -> None:
     failed = [number for number, process in enumerate(processes) if process.returncode not in (0, 3, -15)]
     if failed:
         raise ValueError(f"Job {failed[0]} of {config.jobs} failed; what is done is kept, start the command again.")
+    return frames
 
 
 def _device_of(config: "EncodeConfig", number: int) -> str:
@@ -176,7 +182,7 @@ def _submit(config: "EncodeConfig", work: Work) -> list[Any]:
     return jobs
 
 
-def _run_slurm(config: "EncodeConfig", work: Work, report: Report, jobs: list[Any]) -> None:
+def _run_slurm(config: "EncodeConfig", work: Work, report: Report, jobs: list[Any]) -> int:
     def ended() -> bool:
         done = [job.done() for job in jobs]
         stopped = config.strict and any(over and _stopped(job) for over, job in zip(done, jobs, strict=True))
@@ -185,12 +191,13 @@ def _run_slurm(config: "EncodeConfig", work: Work, report: Report, jobs: list[An
                 job.cancel(check=False)
         return all(done) or stopped
 
-    _wait(work, report, ended, 2.0)
+    frames = _wait(work, report, ended, 2.0)
     if config.strict and any(job.done() and _stopped(job) for job in jobs):
-        return
+        return frames
     for job in jobs:
         if job.exception() is not None:
             raise ValueError(f"Slurm job {job.job_id} failed: see {job.paths.stderr}. What is done is kept.")
+    return frames
 
 
 def _stopped(job: Any) -> bool:

@@ -1,6 +1,7 @@
 """Encoding by several jobs: what each is told, and what becomes of those that stop or crash."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ from data_prep import jobs
 from data_prep.encode_latents import run
 from data_prep.options import chunk, device, parse, precision
 from data_prep.planning import make_plan, open_vae
+from data_prep.reporting import FrameCount
 from tests.data_fixtures import cut, make_vae, rejected, write_video
 from tests.test_encode_latents import contents, encode, words
 
@@ -192,11 +194,29 @@ def test_jobs_on_this_machine_take_its_gpus_in_turn(monkeypatch, named, gpus, ex
         terminate = wait = poll
 
     monkeypatch.setattr(jobs.subprocess, "Popen", Child)
-    monkeypatch.setattr(jobs, "_wait", lambda *_: None)
+    monkeypatch.setattr(jobs, "_wait", lambda *_: 0)
     arguments = ["--videos", "v", "--out", "o", "--jobs", "4", *(["--device", named] if named else [])]
     jobs._run_local(parse(None, arguments), None, None)
     assert [config["device"] for config in told] == expected
     assert [config["job"] for config in told] == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_progress_of_jobs_is_counted_in_frames(videos, vae, tmp_path, capsys):
+    assert encode(videos, tmp_path / "out", vae, "--jobs", "2") == 0
+    said = capsys.readouterr()
+    assert re.search(r"70/70 .*frames/s, 4 videos, [\d.]+ videos/s", said.err)
+    seconds, rate = map(float, re.search(r"; (\d+) s, ([\d.]+) frames/s", said.out).groups())
+    assert (seconds - 0.5) * rate <= 70.5 <= (seconds + 0.5) * (rate + 0.1) + 1
+
+
+def test_frames_are_counted_over_the_starts_of_a_job(tmp_path):
+    for number in range(3):
+        for job in (0, 1):
+            count = FrameCount(tmp_path, job)
+            count.update(5)  # too early to say
+            count.update(10 + job, last=True)
+        assert FrameCount.of_all_jobs(tmp_path) == 21 * (number + 1)
 
 
 @pytest.mark.slow
