@@ -1,5 +1,6 @@
 """Encoding by several jobs: what each is told, and what becomes of those that stop or crash."""
 
+import errno
 import json
 import re
 import subprocess
@@ -199,6 +200,19 @@ def test_jobs_on_this_machine_take_its_gpus_in_turn(monkeypatch, named, gpus, ex
     jobs._run_local(parse(None, arguments), None, None)
     assert [config["device"] for config in told] == expected
     assert [config["job"] for config in told] == [0, 1, 2, 3]
+
+
+def test_a_file_system_without_locks(videos, vae, tmp_path, monkeypatch):
+    import fcntl
+
+    assert encode(videos, tmp_path / "good", vae) == 0
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert encode(videos, tmp_path / "out", vae) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "good")
 
 
 @pytest.mark.slow
