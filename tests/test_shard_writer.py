@@ -16,7 +16,7 @@ from data_prep.layouts import Source
 from data_prep.samples import make_sample
 from data_prep.shards import Plan, ShardPlan, Work, stamp_of
 
-VIDEOS = 12
+VIDEOS = 8
 SHARD = ShardPlan("train-000000.tar", "train", 0, VIDEOS)
 
 
@@ -69,7 +69,7 @@ def test_two_copies_of_a_job_lose_nothing(tmp_path, good, locks):
     expected = files(good)
     fork = multiprocessing.get_context("fork")
     draw = random.Random(0)
-    for number in range(25):
+    for number in range(10):
         out = tmp_path / str(number)
         out.mkdir()
         work = make_work(out, bad=[3])
