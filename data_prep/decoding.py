@@ -37,14 +37,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Rejected:
-    """The reason why a video cannot be used."""
+    """The reason why a video cannot be used; `unread` where the file could not be read, and may be good."""
 
     reason: str
+    unread: bool = False
 
 
 @dataclass(frozen=True)
 class Restarted:
-    """The decoder was lost in the middle of the video, which begins again: what came of it so far is void."""
+    """The decoder, or the disk, was lost in the middle of the video, which begins again: what came of it is void."""
 
 
 def decode(tasks: Iterable[Task], *, workers: int, timeout: float = 120.0) -> Generator[tuple[int, Any], None, None]:
@@ -58,8 +59,8 @@ def decode(tasks: Iterable[Task], *, workers: int, timeout: float = 120.0) -> Ge
     Yields:
         `(key, chunk)` with uint8 (n 3 size size) in the order of each video's frames, the videos interleaved;
         for each video once at its end `(key, Info)`, `(key, Rejected)` or its estimate; and `(key,
-        Restarted)` when a decoder was lost: one that the machine killed for lack of memory says nothing of
-        the video. The second time, it is rejected.
+        Restarted)` when a decoder was lost (one that the machine killed for lack of memory says nothing of
+        the video), or the file could not be read. The second time, it is rejected.
     """
     out: queue.Queue[tuple[int, Any]] = queue.Queue(maxsize=2 * workers)
     stop = threading.Event()
@@ -115,13 +116,15 @@ def _serve(
                 break
             for trial in (1, 2):
                 worker = worker or _Worker()
+                again = False
                 for item in worker.read(task, timeout, stop):
-                    out.put((task.key, item if worker.healthy or trial == 2 else Restarted()))
-                if worker.healthy or stop.is_set():
+                    again = trial == 1 and (not worker.healthy or (isinstance(item, Rejected) and item.unread))
+                    out.put((task.key, Restarted() if again else item))
+                if not worker.healthy:
+                    worker.close()
+                    worker = None
+                if not again or stop.wait(1.0):
                     break
-                worker.close()
-                worker = None
-                stop.wait(1.0)
     except BaseException as error:  # brought to the caller, in its own thread
         out.put((-1, error))
     finally:
@@ -203,7 +206,7 @@ def _work(pipe: Connection) -> None:
                 for item in read_video(Path(task.path), task.size, task.how, task.chunk):
                     pipe.send(item)
             except VideoError as error:
-                pipe.send(Rejected(str(error)))
+                pipe.send(Rejected(str(error), error.unread))
             except MemoryError:
                 pipe.send(Rejected(f"decoding takes more than {MEMORY / 2**30:.0f} GiB of memory"))
             except (BrokenPipeError, EOFError):

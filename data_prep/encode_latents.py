@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # run as a file: the folder above holds the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep.options import EncodeConfig, encoders, parse, workers
+from data_prep.options import EncodeConfig, Stopped, check, encoders, parse, print_any_name, workers
 
 if TYPE_CHECKING:
     from data_prep.encoder import Progress
@@ -28,16 +28,27 @@ if TYPE_CHECKING:
 
 
 def main(config: EncodeConfig) -> int:
-    """Runs the command; returns the exit status."""
-    from data_prep.planning import make_plan, open_vae
+    """Runs the command; returns the exit status.
+
+    Raises:
+        ValueError: wrong usage, or nothing usable.
+        Stopped: a video cannot be used, and `config.strict`.
+    """
+    from data_prep.planning import check_device, make_plan, open_vae
     from data_prep.reporting import Report
 
+    check(config)
     if config.job is not None:
         return job(config, config.job)
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"--out {config.out!r} is a file, or lies below one: name a folder.") from None
     with _alone(out):
-        vae = open_vae(config)
+        if config.cluster == "local":
+            check_device(config)
+        vae = open_vae(config if _here(config) else replace(config, device="cpu", precision="float32"))
         plan = make_plan(config, vae)
         params = {**vars(config), **plan.settings, "layout": plan.layout, "videos": plan.videos}
         report = Report(out, config.mlflow, config.experiment, params)
@@ -54,35 +65,46 @@ def main(config: EncodeConfig) -> int:
             report.close(status)
 
 
+def _here(config: EncodeConfig) -> bool:
+    """Whether this process encodes, and no job does."""
+    return config.jobs == 1 and config.cluster == "local"
+
+
 def _run(config: EncodeConfig, plan: "Plan", vae: "VAE", report: "Report") -> int:
     """Makes the shards that are not whole yet, then the manifest; returns the exit status."""
+    from data_prep.jobs import queued, run_jobs
     from data_prep.shards import Work
 
     work = Work(Path(config.out), plan)
+    jobs = queued(config)
+    if not jobs:
+        finished = (work.out / "manifest.json").exists()
+        again = work.retry(Path(config.videos), everything=config.strict and not finished)
+        if again:
+            print(f"{config.out}: tries {again} rejected videos again")
     frames = 0
-    if all(work.whole(shard) for shard in plan.shards):
-        print("Every shard is whole.")
-    elif config.jobs == 1 and config.cluster == "local":
-        frames = _encode_here(config, work, plan.shards, vae, report)
-    else:
-        from data_prep.jobs import run_jobs
-
-        before = sum(map(work.done, plan.shards))
-        run_jobs(config, work, report)
-        share = 1 - before / len(plan.sources)
-        frames = round(share * sum(plan.estimates))
+    try:
+        if all(work.whole(shard) for shard in plan.shards):
+            print("Every shard is whole.")
+        elif _here(config):
+            frames = _encode_here(config, work, plan.shards, vae, report)
+        else:
+            frames = run_jobs(config, work, report, jobs)
+    finally:
+        rejected = work.write_rejected()
+    if config.strict and rejected:
+        raise Stopped(rejected[0]["source"], rejected[0]["reason"])
     if not all(work.whole(shard) for shard in plan.shards):
-        print("Stopped at a video that cannot be used (--strict).", file=sys.stderr)
-        return 3
-    return _finish(config, plan, vae, report, frames)
+        raise ValueError("Some shards are not made, though no job has failed: start the same command again.")
+    return _finish(config, plan, vae, report, frames, len(rejected))
 
 
 def job(config: EncodeConfig, number: int) -> int:
     """One of `config.jobs` jobs: makes every jobs-th shard of the plan that the command has written."""
-    from data_prep.planning import open_vae
-    from data_prep.shards import Plan, Work
+    from data_prep.planning import open_vae, read_plan
+    from data_prep.shards import Work
 
-    plan = Plan.from_json((Path(config.out) / "plan.json").read_text())
+    plan = read_plan(Path(config.out) / "plan.json")
     config = replace(config, precision=plan.settings["precision"])  # this machine may have another default
     shards = plan.shards[number :: config.jobs]
     work = Work(Path(config.out), plan)
@@ -95,8 +117,9 @@ def _encode_here(
 ) -> int:
     """Encodes in this process, with a progress bar unless it is one of several jobs; returns the frames."""
     from data_prep.encoder import encode_shards
-    from data_prep.reporting import progress_bar
+    from data_prep.reporting import FrameCount, progress_bar
 
+    count = None if config.job is None else FrameCount(work.out, config.job)
     videos = [video for shard in shards for video in work.missing(shard)]
     before = sum(map(work.done, shards))
     shown = 0
@@ -113,6 +136,8 @@ def _encode_here(
                 bar.update(progress.frames - bar.n)
                 ended = progress.videos + shown
                 report.update(ended, before + ended, progress.frames)
+            if count:
+                count.update(progress.frames)
             return not (config.strict and shown)
 
         progress = encode_shards(
@@ -125,10 +150,12 @@ def _encode_here(
             timeout=config.timeout,
             report=show,
         )
+    if count:
+        count.update(progress.frames, last=True)
     return progress.frames
 
 
-def _finish(config: EncodeConfig, plan: "Plan", vae: "VAE", report: "Report", frames: int) -> int:
+def _finish(config: EncodeConfig, plan: "Plan", vae: "VAE", report: "Report", frames: int, rejected: int) -> int:
     """Writes the manifest, prints the summary and returns the exit status."""
     from data_prep.planning import latent_shape
     from data_prep.shards import finish
@@ -144,12 +171,13 @@ def _finish(config: EncodeConfig, plan: "Plan", vae: "VAE", report: "Report", fr
         "dtype": config.dtype,
         "flip": plan.settings["preprocess"]["flip"],
         "preprocess": plan.settings["preprocess"],
+        "rejected": rejected,
     }
     manifest = finish(Path(config.out), plan, about)
     print(report.finish(Path(config.out), manifest, frames))
     if not manifest.shards:
         raise ValueError(f"No video of {len(plan.sources)} could be used; {config.out}/rejected.jsonl says why.")
-    return 3 if manifest.rejected else 0
+    return 3 if rejected else 0
 
 
 @contextmanager
@@ -162,13 +190,19 @@ def _alone(out: Path) -> Iterator[None]:
             raise ValueError(
                 f"Another encode_latents.py is writing to {str(out)!r}: wait for it, or stop it."
             ) from None
+        except OSError:  # a file system without locks
+            pass
         yield
 
 
 def run(config: EncodeConfig) -> int:
     """Runs the command, prints user errors as one sentence; returns the exit status."""
+    print_any_name()
     try:
         return main(config)
+    except Stopped as error:
+        print(f"encode_latents.py: {error}", file=sys.stderr)
+        return 3
     except ValueError as error:
         print(f"encode_latents.py: {error}", file=sys.stderr)
     except OSError as error:

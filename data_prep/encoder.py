@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from data_prep.decoding import Rejected, Restarted, Task, decode
-from data_prep.shards import Plan, ShardPlan, Work, make_sample
+from data_prep.samples import make_sample
+from data_prep.shards import Plan, ShardPlan, Work, stamp_of
 from fvdm.memory import keep_freed_memory
 from fvdm.videos import Info, Preprocess
 
@@ -79,12 +80,12 @@ def encode_shards(
             if everything or all(chunk.done() for chunk in chunks):
                 ended.remove((video, chunks, end))
                 shard = shard_of[video]
-                _store(work, shard, video, [chunk.result() for chunk in chunks], end, progress)
+                _store(work, videos, shard, video, [chunk.result() for chunk in chunks], end, progress)
+                if not report(progress):
+                    return False
                 left[shard.name] -= 1
                 if not left[shard.name]:
                     work.assemble(shard)
-                if not report(progress):
-                    return False
         return True
 
     tasks = _tasks(videos, plan, list(shard_of))
@@ -150,6 +151,7 @@ def _encode(vae: "VAE", frames: np.ndarray, flip: bool, dtype: str) -> np.ndarra
 
 def _store(
     work: Work,
+    videos: Path,
     shard: ShardPlan,
     video: int,
     chunks: list[np.ndarray | None],
@@ -162,7 +164,7 @@ def _store(
     if isinstance(end, Info) and len(finite) < len(chunks):
         end = Rejected(f"the VAE's latents are not finite in {work.plan.settings['dtype']}")
     if isinstance(end, Rejected):
-        work.reject(shard, video, end.reason)
+        work.reject(shard, video, end.reason, None if end.unread else stamp_of(videos / source.name))
         progress.rejected.append((source.name, end.reason))
         return
     arrays = np.concatenate(finite, axis=1)

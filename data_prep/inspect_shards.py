@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # run as a file: the folder above holds the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_prep.options import print_any_name
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -30,6 +32,7 @@ ROWS, COLUMNS = 8, 8  # of the contact sheet
 
 def main(words: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
+    print_any_name()
     parser = argparse.ArgumentParser(
         "inspect_shards.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -49,7 +52,7 @@ def main(words: list[str] | None = None) -> int:
         print(table(folder))
         if not config.no_images:
             write_images(folder, Path(config.images or folder), config.vae, config.videos)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"inspect_shards.py: {error}", file=sys.stderr)
         return 2
     return 0
@@ -78,7 +81,7 @@ def _verify_shard(folder: Path, manifest: "Manifest", name: str) -> Iterator[str
     """Problems of one shard: its checksum, its index, and the numbers of every sample."""
     import numpy as np
 
-    from data_prep.shards import file_sha256, index_tar
+    from data_prep.samples import file_sha256, index_tar
     from fvdm.shards import index_name, to_float32
 
     info = next(shard for shard in manifest.shards if shard.name == name)
@@ -152,7 +155,7 @@ def write_images(folder: Path, to: Path, vae_name: str | None, videos: str | Non
     shards.require(vae_identity=vae.identity)
     to.mkdir(parents=True, exist_ok=True)
     _contact_sheet(shards, vae, to / "contact_sheet.png")
-    _reconstruction(folder, shards, vae, videos, to / "reconstruction.png")
+    _reconstruction(videos or _videos(folder), shards, vae, to / "reconstruction.png")
 
 
 def _contact_sheet(shards: "LatentShards", vae: "VAE", path: Path) -> None:
@@ -167,18 +170,26 @@ def _contact_sheet(shards: "LatentShards", vae: "VAE", path: Path) -> None:
     print(f"{path}: {len(chosen)} videos, from top to bottom " + ", ".join(ascii(shards.sources[v]) for v in chosen))
 
 
-def _reconstruction(folder: Path, shards: "LatentShards", vae: "VAE", videos: str | None, path: Path) -> None:
+def _videos(folder: Path) -> str | None:
+    """Where the videos were when they were encoded; None if the shards came without their plan."""
+    from data_prep.planning import read_plan
+
+    return read_plan(folder / "plan.json").videos if (folder / "plan.json").exists() else None
+
+
+def _reconstruction(videos: str | None, shards: "LatentShards", vae: "VAE", path: Path) -> None:
     import numpy as np
 
-    from data_prep.shards import Plan
     from fvdm.videos import Preprocess, VideoError, read_video
 
-    plan = Plan.from_json((folder / "plan.json").read_text())
-    source = Path(videos or plan.videos) / shards.sources[0]
+    if videos is None:
+        print("no reconstruction.png: there is no plan.json (--videos says where the videos are)")
+        return
+    source = Path(videos) / shards.sources[0]
     try:
-        how = Preprocess(**plan.settings["preprocess"])
-        chunks = [item for item in read_video(source, plan.settings["size"], how, 16) if isinstance(item, np.ndarray)]
-    except (VideoError, OSError) as error:
+        how = Preprocess(**shards.manifest.preprocess)
+        chunks = [item for item in read_video(source, shards.manifest.size, how, 16) if isinstance(item, np.ndarray)]
+    except VideoError as error:
         print(f"no reconstruction.png: {str(source)!a}: {error} (--videos says where the videos are)")
         return
     frames = np.linspace(0, shards.frames[0] - 1, COLUMNS).astype(int)

@@ -17,7 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.reporting import Report, progress_bar
+import torch
+
+from data_prep.options import chunk, device, precision
+from data_prep.reporting import FrameCount, Report, progress_bar
 from data_prep.shards import Work, atomic
 
 if TYPE_CHECKING:
@@ -25,10 +28,17 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 SLURM_LOGS = ".slurm"
+TIME_LIMITS = 1_000_000  # that a job may meet
 
 
-def run_jobs(config: "EncodeConfig", work: Work, report: Report) -> None:
-    """Starts the jobs and waits for them, with a progress bar.
+def run_jobs(config: "EncodeConfig", work: Work, report: Report, jobs: list[Any]) -> int:
+    """Starts the jobs and waits for them, with a progress bar; returns the frames that they have encoded.
+
+    Args:
+        config: the command's settings.
+        work: what is made.
+        report: of the progress.
+        jobs: those of an earlier start that are still there, see `queued`; only these are watched then.
 
     Raises:
         ValueError: a job failed; says which and where its log is.
@@ -37,34 +47,40 @@ def run_jobs(config: "EncodeConfig", work: Work, report: Report) -> None:
     if idle:
         print(f"{idle} of {config.jobs} jobs have no shard to make: a smaller --shard-mb gives more shards.")
     if config.cluster == "slurm":
-        _run_slurm(config, work, report)
-    else:
-        _run_local(config, work, report)
+        return _run_slurm(config, work, report, jobs or _submit(config, work))
+    return _run_local(config, work, report)
 
 
-def _wait(work: Work, report: Report, ended: Callable[[], bool], seconds: float) -> None:
-    """Shows how many videos are done until the jobs have ended."""
-    before = done = sum(map(work.done, work.plan.shards))
-    with progress_bar(len(work.plan.sources), "videos", before) as bar:
-        over = False
+def _wait(work: Work, report: Report, ended: Callable[[], bool], seconds: float) -> int:
+    """Shows how far the jobs are until they have ended; returns the frames that they have encoded meanwhile."""
+    shards = work.plan.shards
+    before, counted = sum(map(work.done, shards)), FrameCount.of_all_jobs(work.out)
+    frames, over = 0, False
+    expected = sum(work.plan.estimates[video] for shard in shards for video in work.missing(shard))
+    with progress_bar(expected, "frames") as bar:
         while not over:
             over = ended()
-            done = sum(map(work.done, work.plan.shards))
-            bar.update(done - bar.n)
-            report.update(done - before, done)
+            done = sum(map(work.done, shards))
+            frames = FrameCount.of_all_jobs(work.out) - counted
+            rate = (done - before) / report.seconds
+            bar.set_postfix_str(f"{done - before} videos, {rate:.2f} videos/s", refresh=False)
+            bar.update(frames - bar.n)
+            report.update(done - before, done, frames)
             if not over:
                 time.sleep(seconds)
+    return frames
 
 
-def _run_local(config: "EncodeConfig", work: Work, report: Report) -> None:
+def _run_local(config: "EncodeConfig", work: Work, report: Report) -> int:
     threads = max(1, len(os.sched_getaffinity(0)) // config.jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": _python_path()}
     command = [sys.executable, "-m", "data_prep.jobs"]
     processes = []
     for number in range(config.jobs):
+        child = replace(config, job=number, device=_device_of(config, number))
         process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, text=True)
         assert process.stdin is not None
-        process.stdin.write(json.dumps(vars(replace(config, job=number))) + "\n")
+        process.stdin.write(json.dumps(vars(child)) + "\n")
         process.stdin.flush()  # and left open: the job ends when this process is gone
         processes.append(process)
 
@@ -73,7 +89,7 @@ def _run_local(config: "EncodeConfig", work: Work, report: Report) -> None:
         return all(code is not None for code in codes) or (config.strict and 3 in codes)
 
     try:
-        _wait(work, report, ended, 0.5)
+        frames = _wait(work, report, ended, 0.5)
     finally:
         for process in processes:
             process.terminate()
@@ -81,6 +97,13 @@ def _run_local(config: "EncodeConfig", work: Work, report: Report) -> None:
     failed = [number for number, process in enumerate(processes) if process.returncode not in (0, 3, -15)]
     if failed:
         raise ValueError(f"Job {failed[0]} of {config.jobs} failed; what is done is kept, start the command again.")
+    return frames
+
+
+def _device_of(config: "EncodeConfig", number: int) -> str:
+    """Where a job on this machine encodes: the GPUs go round, unless one is named."""
+    where = device(config)
+    return f"cuda:{number % max(1, torch.cuda.device_count())}" if where == "cuda" else where
 
 
 def _child() -> int:
@@ -123,58 +146,76 @@ class ArrayJob:
         return submitit.helpers.DelayedSubmission(self)
 
 
-def _run_slurm(config: "EncodeConfig", work: Work, report: Report) -> None:
+def _submit(config: "EncodeConfig", work: Work) -> list[Any]:
+    """Submits the job array."""
     import submitit
 
     if not shutil.which("sbatch"):
         raise ValueError("There is no sbatch here: use --cluster local, or run this on a machine of the cluster.")
     folder = work.out.resolve() / SLURM_LOGS
-    jobs = _queued(folder)
-    if not jobs:
-        executor = submitit.AutoExecutor(folder=folder, cluster="slurm")
-        executor.update_parameters(
-            name="encode",
-            timeout_min=config.minutes,
-            cpus_per_task=max(config.workers or 0, config.encoders or 0) or 4,
-            slurm_array_parallelism=config.jobs,
-            slurm_setup=[f"export PYTHONPATH={_python_path()}"],
-            slurm_additional_parameters=dict(word.split("=", 1) for word in config.slurm),
-        )
-        absolute = replace(config, videos=os.path.abspath(config.videos), out=os.path.abspath(config.out))
-        try:
-            with executor.batch():
-                jobs = [executor.submit(ArrayJob(replace(absolute, job=number))) for number in range(config.jobs)]
-        except submitit.core.utils.FailedJobError as error:
-            raise ValueError(f"Slurm does not take the jobs: {' '.join(str(error).split())}") from None
-        with atomic(folder / "jobs.json") as file:
-            file.write(json.dumps([job.job_id for job in jobs]).encode())
-        print(
-            f"Submitted Slurm jobs {jobs[0].job_id} to {jobs[-1].job_id}; they go on if this command is stopped, "
-            f"and the same command takes up watching them. Logs: {folder}"
-        )
+    # A job is queued again at every time limit; submitit would give it up after three.
+    executor = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_max_num_timeout=TIME_LIMITS)
+    executor.update_parameters(
+        name="encode",
+        timeout_min=config.minutes,
+        cpus_per_task=max(config.workers or 0, config.encoders or 0) or 4,
+        slurm_array_parallelism=config.jobs,
+        slurm_setup=[f"export PYTHONPATH={_python_path()}"],
+        slurm_additional_parameters=dict(word.split("=", 1) for word in config.slurm),
+    )
+    told = replace(
+        config, videos=os.path.abspath(config.videos), out=os.path.abspath(config.out), device=device(config)
+    )
+    try:
+        with executor.batch():
+            jobs = [executor.submit(ArrayJob(replace(told, job=number))) for number in range(config.jobs)]
+    except submitit.core.utils.FailedJobError as error:
+        raise ValueError(f"Slurm does not take the jobs: {' '.join(str(error).split())}") from None
+    with atomic(folder / "jobs.json") as file:
+        file.write(json.dumps([job.job_id for job in jobs]).encode())
+    print(
+        f"Submitted Slurm jobs {jobs[0].job_id} to {jobs[-1].job_id}; they go on if this command is stopped, "
+        f"and the same command takes up watching them. Logs: {folder}\n"
+        f"The VAE runs on {device(config)} in {precision(config)}, {chunk(config)} frames a call "
+        "(--device, --precision, --chunk)."
+    )
+    return jobs
 
+
+def _run_slurm(config: "EncodeConfig", work: Work, report: Report, jobs: list[Any]) -> int:
     def ended() -> bool:
         done = [job.done() for job in jobs]
-        stopped = config.strict and any(over and job.result() == 3 for over, job in zip(done, jobs, strict=True))
+        stopped = config.strict and any(over and _stopped(job) for over, job in zip(done, jobs, strict=True))
         for job in jobs:
             if stopped:
                 job.cancel(check=False)
         return all(done) or stopped
 
-    _wait(work, report, ended, 2.0)
-    for job in [] if config.strict else jobs:
+    frames = _wait(work, report, ended, 2.0)
+    if config.strict and any(job.done() and _stopped(job) for job in jobs):
+        return frames
+    for job in jobs:
         if job.exception() is not None:
             raise ValueError(f"Slurm job {job.job_id} failed: see {job.paths.stderr}. What is done is kept.")
+    return frames
 
 
-def _queued(folder: Path) -> list[Any]:
-    """The jobs of an earlier start of this command that have not ended, with their fellows."""
-    import submitit
+def _stopped(job: Any) -> bool:
+    """Whether a job has met a video that cannot be used, with --strict; a job that crashed has not."""
+    return job.exception() is None and job.result() == 3
 
+
+def queued(config: "EncodeConfig") -> list[Any]:
+    """The Slurm jobs of an earlier start of this command that have not ended, with their fellows."""
+    folder = Path(config.out).resolve() / SLURM_LOGS
+    if config.cluster != "slurm" or not shutil.which("sbatch"):
+        return []
     try:
         ids = json.loads((folder / "jobs.json").read_text())
     except (OSError, ValueError):
         return []
+    import submitit
+
     jobs: list[Any] = [submitit.SlurmJob(folder, job_id, tasks=[0]) for job_id in ids]
     if all(job.done(force_check=True) for job in jobs):
         return []

@@ -10,8 +10,8 @@ Four layouts are those of the data sets of the Latte and FVDM papers, with their
 | `taichi`  | `<video>/*.jpg` or `.png`, already square   | none needed                   | yes           |
 | `mixed`   | video files and frame folders, anywhere     | shorter side, antialiased     | no            |
 
-Nothing is dropped in silence: what cannot be a video is counted by its extension, what should be one and is
-not is listed with its reason.
+Nothing is dropped in silence: what cannot be a video is counted by its extension, what is one and does not belong to
+the layout that was asked for is counted too, what should be one and is not is listed with its reason.
 """
 
 import os
@@ -99,7 +99,7 @@ class Listing:
         sources: the videos, sorted by the bytes of their names.
         classes: class names; `Source.label` is an index into them.
         rejected: `(name, reason)` of what looks like a video and cannot be opened at all.
-        ignored: number of other files by extension.
+        ignored: number of other files by extension, and of the videos that the layout does not take.
     """
 
     layout: str
@@ -118,7 +118,7 @@ class Listing:
         text += f" in {len(self.classes)} classes" if self.classes else ""
         text += f", {len(self.rejected)} unreadable" if self.rejected else ""
         if self.ignored:
-            text += ", ignored " + ", ".join(f"{n} {suffix}" for suffix, n in sorted(self.ignored.items()))
+            text += ", ignored " + ", ".join(f"{n} {what}" for what, n in sorted(self.ignored.items()))
         return text
 
 
@@ -154,8 +154,12 @@ def list_videos(
     names: list[tuple[str, Literal["file", "frames"]]] = []
     if listing.layout in ("ffs", "ucf101", "mixed"):
         names += [(name, "file") for name in files]
+    elif files:
+        listing.ignored["video files (--layout mixed takes both)"] = len(files)
     if listing.layout in ("sky", "taichi", "mixed"):
         names += [(name, "frames") for name in folders]
+    elif folders:
+        listing.ignored["frame folders (--layout mixed takes both)"] = len(folders)
     names.sort(key=lambda item: os.fsencode(item[0]))
     if listing.layout == "ucf101":
         _label(listing, names, split_files, class_file)
@@ -243,7 +247,7 @@ def _kind(entry: os.DirEntry[str], name: str, listing: Listing) -> str | None:
     except OSError as error:
         listing.rejected.append((name, f"cannot be read: {error.strerror}"))
         return None
-    listing.ignored[suffix or "without extension"] += 1
+    listing.ignored[ascii(suffix)[1:-1] or "without extension"] += 1  # a name may hold anything
     return None
 
 

@@ -1,7 +1,10 @@
 """The command line of encode_latents.py, and what its settings are where they are left open."""
 
 import argparse
+import io
+import math
 import os
+import sys
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -43,6 +46,43 @@ class EncodeConfig:
     slurm: tuple[str, ...] = ()
 
 
+def print_any_name() -> None:
+    """Has standard output escape what its encoding does not know: names of files and folders may hold anything."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+class Stopped(Exception):
+    """A video cannot be used, and `--strict` asks to stop there."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        """Says which video, and why."""
+        super().__init__(f"stopped at {name!a}: {reason} (--strict). What is done is kept.")
+
+
+def check(config: EncodeConfig) -> None:
+    """Refuses settings out of their range.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    for name in ("size", "min_frames", "chunk", "workers", "encoders", "jobs", "minutes"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{_flag(name)} is {value}: it must be at least 1.")
+    for name in ("shard_mb", "timeout"):
+        value = getattr(config, name)
+        if not 0 < value < math.inf:
+            raise ValueError(f"{_flag(name)} is {value}: it must be a number above 0.")
+    for word in config.slurm:
+        if not word.partition("=")[0] or "=" not in word:
+            raise ValueError(f"--slurm {word!a}: it takes words of the form KEY=VALUE, such as partition=gpu.")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def parse(description: str | None, words: list[str] | None = None) -> EncodeConfig:
     """Reads the command line; exits with 2 on wrong usage."""
     parser = argparse.ArgumentParser(
@@ -58,10 +98,6 @@ def parse(description: str | None, words: list[str] | None = None) -> EncodeConf
     _add_writing(parser)
     _add_running(parser)
     values = vars(parser.parse_args(words))
-    if values["jobs"] < 1:
-        parser.error("--jobs must be at least 1")
-    if not all("=" in word for word in values["slurm"]):
-        parser.error("--slurm takes words of the form KEY=VALUE")
     return EncodeConfig(**values | {name: tuple(values[name]) for name in ("split_files", "slurm")})
 
 
@@ -78,14 +114,14 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     add("--keep-damaged", action="store_true", help="keep what can be decoded of damaged videos")
     add("--workers", type=int, help="decoder processes per job [its share of the cores, at most 8]")
     add("--timeout", type=float, default=120, help="give a video up when its decoder is silent so many seconds [120]")
-    add("--strict", action="store_true", help="stop at the first video that cannot be used")
+    add("--strict", action="store_true", help="stop at the first video that cannot be used; tried again at every start")
 
 
 def _add_writing(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what is written, and how").add_argument
     add("--dtype", choices=("float16", "bfloat16"), default="float16", help="of the stored latents [float16]")
     add("--shard-mb", type=float, default=512, help="bound on the size of a shard, in MB [512]")
-    add("--device", help="cuda, cuda:1, cpu [cuda if there is one]")
+    add("--device", help="cuda, cuda:1, cpu [cuda if there is one; on Slurm, if --slurm asks for GPUs]")
     add(
         "--precision",
         choices=("float32", "bfloat16"),
@@ -104,20 +140,35 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     add("--jobs", type=int, default=1, help="number of processes or array jobs [1]")
     again = "Slurm time limit of a job, after which it is queued again and goes on [1440]"
     add("--minutes", type=int, default=24 * 60, help=again)
-    more = "more for sbatch: partition=gpu gres=gpu:1 mem=16G"
+    more = "more for sbatch: partition=gpu gpus_per_node=1 mem=16G"
     add("--slurm", nargs="+", default=(), metavar="KEY=VALUE", help=more)
 
 
 def device(config: EncodeConfig) -> str:
-    """Where the VAE runs."""
+    """Where the VAE runs. On Slurm by what is asked of it: the machine that submits need not be like the nodes."""
     import torch
 
-    return config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device:
+        return config.device
+    if config.cluster == "slurm":
+        return "cuda" if any(_asks_for_gpus(word) for word in config.slurm) else "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _asks_for_gpus(word: str) -> bool:
+    """Whether sbatch gives GPUs for this option: gpus=2, gpus-per-node=1, gres=gpu:1, tres-per-task=gres/gpu:1."""
+    key, _, value = word.partition("=")
+    return key.startswith("gpus") or (key.startswith(("gres", "tres")) and "gpu" in value)
 
 
 def precision(config: EncodeConfig) -> str:
     """Number type of the VAE."""
     return config.precision or ("float32" if device(config) == "cpu" else "bfloat16")
+
+
+def chunk(config: EncodeConfig) -> int:
+    """Frames per call of the VAE."""
+    return config.chunk or (4 if device(config) == "cpu" else 32)
 
 
 def workers(config: EncodeConfig) -> int:

@@ -9,18 +9,37 @@ import torch
 
 from data_prep.decoding import estimate
 from data_prep.layouts import PAPER, Listing, Source, list_videos
-from data_prep.options import EncodeConfig, device, precision, workers
-from data_prep.shards import Plan, assign, atomic
+from data_prep.options import EncodeConfig, Stopped, chunk, device, precision, workers
+from data_prep.shards import Plan, assign, atomic, write_rejected
 
 if TYPE_CHECKING:
     from fvdm.vae import VAE
 
 
 def open_vae(config: EncodeConfig) -> "VAE":
-    """The VAE of the settings, on its device and in its precision."""
+    """The VAE of the settings, on its device and in its precision.
+
+    Raises:
+        ValueError: there is no such VAE, or this machine has no such device.
+    """
     from fvdm.vae import load_vae
 
+    check_device(config)
     return load_vae(config.vae, device=device(config), dtype=getattr(torch, precision(config)))
+
+
+def check_device(config: EncodeConfig) -> None:
+    """Refuses a device that this machine does not have.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    where = device(config)
+    try:
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {where}: this machine has no such device, or cannot use it ({reason}).") from None
 
 
 def latent_shape(config: EncodeConfig, vae: "VAE") -> tuple[int, int, int]:
@@ -33,6 +52,7 @@ def make_plan(config: EncodeConfig, vae: "VAE") -> "Plan":
 
     Raises:
         ValueError: no videos, or other videos or settings than the run that began in this folder.
+        Stopped: something cannot be opened, and `config.strict`.
     """
     listing = list_videos(
         config.videos,
@@ -43,18 +63,35 @@ def make_plan(config: EncodeConfig, vae: "VAE") -> "Plan":
     )
     print(f"{config.videos}: {listing.sentence()}")
     settings = _settings(config, listing.layout, vae)
+    if config.strict and listing.rejected:
+        write_rejected(Path(config.out), [{"source": name, "reason": reason} for name, reason in listing.rejected])
+        raise Stopped(*listing.rejected[0])
     path = Path(config.out) / "plan.json"
-    if path.exists():
-        plan = Plan.from_json(path.read_text())
-        _check_same(config, plan, listing, settings)
+    before = read_plan(path) if path.exists() else None
+    if before:
+        _check_same(config, before, listing, settings)
         print(f"{config.out}: going on with the run that began there")
-        return plan
-    if not listing.sources:
+        plan = replace(before, rejected=listing.rejected)
+    elif listing.sources:
+        plan = _new_plan(config, listing, settings, vae)
+    else:
         raise ValueError(f"{config.videos!r} holds no videos: {listing.sentence()}.")
-    plan = _new_plan(config, listing, settings, vae)
-    with atomic(path) as file:
-        file.write(plan.to_json().encode())
+    if plan != before:
+        with atomic(path) as file:
+            file.write(plan.to_json().encode())
     return plan
+
+
+def read_plan(path: Path) -> "Plan":
+    """The plan that a run has begun with.
+
+    Raises:
+        ValueError: the file is damaged, or of another version.
+    """
+    try:
+        return Plan.from_json(path.read_text())
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{str(path)!r} is damaged, or of another version: encode to another --out.") from None
 
 
 def _new_plan(config: EncodeConfig, listing: Listing, settings: dict[str, Any], vae: "VAE") -> "Plan":
@@ -73,10 +110,6 @@ def _settings(config: EncodeConfig, layout: str, vae: "VAE") -> dict[str, Any]:
     changes = {name: getattr(config, name) for name in ("resize", "antialias", "flip", "min_frames")}
     how = replace(PAPER[layout], **{name: value for name, value in changes.items() if value is not None})
     how = replace(how, keep_damaged=config.keep_damaged)
-    chunk = (4 if device(config) == "cpu" else 32) if config.chunk is None else config.chunk
-    for name, value in (("--size", config.size), ("--min-frames", how.min_frames), ("--chunk", chunk)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}: it must be at least 1.")
     if config.size % vae.factor:
         raise ValueError(
             f"--size {config.size} is no multiple of {vae.factor}, by which the VAE {config.vae!r} shrinks."
@@ -87,7 +120,7 @@ def _settings(config: EncodeConfig, layout: str, vae: "VAE") -> dict[str, Any]:
         "preprocess": asdict(how),
         "dtype": config.dtype,
         "precision": precision(config),
-        "chunk": chunk,
+        "chunk": chunk(config),
         "shard_mb": config.shard_mb,
     }
 

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from data_prep.shards import WORK, atomic
+
 if TYPE_CHECKING:
     from fvdm.shards import Manifest
     from fvdm.tracking import Tracker
 
 JOURNAL = ".mlflow"  # folder of the tracker's journal, in the folder of the shards
 EVERY = 10.0  # seconds between two points in MLflow
+SHOWN = 2.0  # seconds between two words of a job on how far it is
 
 
 class Report:
@@ -25,8 +28,9 @@ class Report:
         if uri != "none":
             from fvdm import tracking
 
-            name = f"encode {out.resolve().name}"
             config = tracking.TrackingConfig(uri, experiment)
+            name = _utf8(f"encode {out.resolve().name}")
+            params = {key: _utf8(value) if isinstance(value, str) else value for key, value in params.items()}
             self.tracker = tracking.Tracker(out / JOURNAL, config, name, params, {"kind": "encode"})
 
     @property
@@ -34,19 +38,21 @@ class Report:
         """Since the beginning."""
         return time.monotonic() - self.begun
 
-    def update(self, videos: int, done: int, frames: int | None = None) -> None:
+    def update(self, videos: int, done: int, frames: int) -> None:
         """Reports a point, if the last is long enough ago.
 
         Args:
             videos: encoded or rejected since the beginning.
             done: encoded or rejected by all starts of the command; the step in MLflow.
-            frames: encoded since the beginning, where it is known.
+            frames: encoded since the beginning.
         """
         if self.tracker and time.monotonic() - self.last > EVERY:
             self.last = time.monotonic()
-            values = {"encode/videos": float(done), "encode/videos_per_second": videos / self.seconds}
-            if frames is not None:
-                values["encode/frames_per_second"] = frames / self.seconds
+            values = {
+                "encode/videos": float(done),
+                "encode/videos_per_second": videos / self.seconds,
+                "encode/frames_per_second": frames / self.seconds,
+            }
             self.tracker.metrics(values, done)
 
     def finish(self, out: Path, manifest: "Manifest", frames: int) -> str:
@@ -79,6 +85,34 @@ class Report:
         """Ends the MLflow run as FINISHED, FAILED or KILLED."""
         if self.tracker:
             self.tracker.close(status)
+
+
+class FrameCount:
+    """The frames that a job has encoded in all its starts, in a file of the work folder, for who watches the jobs."""
+
+    def __init__(self, out: Path, job: int) -> None:
+        """Goes on from what is there."""
+        self.path = out / WORK / f"frames-{job}"
+        self.before = int(self.path.read_text()) if self.path.exists() else 0
+        self.last = time.monotonic()
+
+    def update(self, frames: int, *, last: bool = False) -> None:
+        """Says how many frames this start has encoded, now and then."""
+        if last or time.monotonic() - self.last > SHOWN:
+            self.last = time.monotonic()
+            self.path.parent.mkdir(exist_ok=True)
+            with atomic(self.path) as file:
+                file.write(str(self.before + frames).encode())
+
+    @staticmethod
+    def of_all_jobs(out: Path) -> int:
+        """The sum over the jobs."""
+        return sum(int(path.read_text()) for path in (out / WORK).glob("frames-*"))
+
+
+def _utf8(text: str) -> str:
+    """The text with escapes for bytes of file names that are no UTF-8, which MLflow does not take."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def progress_bar(total: int, unit: str, initial: int = 0, *, hidden: bool = False) -> "tqdm[Any]":

@@ -8,25 +8,24 @@ and a name that exists is a whole file.
 """
 
 import contextlib
+import fcntl
 import hashlib
-import io
 import json
 import os
+import secrets
 import shutil
-import socket
-import tarfile
-import zlib
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from data_prep.layouts import Source
+from data_prep.samples import file_sha256, index_tar, key_of, read_samples, tar_writer
 from fvdm.shards import Manifest, ShardInfo, index_name
 
 WORK = ".work"
+PATIENCE = 600.0  # seconds to wait for another copy of the job; a machine that is lost may hold its lock for ever
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def _shard_plan(split: str, numbers: dict[str, int], first: int, end: int) -> Sh
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears under its name whole, flushed to disk, or not at all."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -164,13 +163,14 @@ class Work:
 
     def keep(self, shard: ShardPlan, video: int, sample: dict[str, Any]) -> None:
         """Stores an encoded video, a WebDataset sample of bytes."""
-        with self._new(shard, f"{key_of(video)}.tar") as file, _tar(file) as tar:
+        with self._unless_made(shard), self._new(shard, f"{key_of(video)}.tar") as file, tar_writer(file) as tar:
             tar.write(sample)
 
-    def reject(self, shard: ShardPlan, video: int, reason: str) -> None:
-        """Stores that a video cannot be used."""
-        with self._new(shard, f"{key_of(video)}.json") as file:
-            file.write(json.dumps({"source": self.plan.sources[video].name, "reason": reason}).encode())
+    def reject(self, shard: ShardPlan, video: int, reason: str, stamp: list[int] | None) -> None:
+        """Stores that a video cannot be used; `stamp` is that of its file, None to have it tried at the next start."""
+        row = {"source": self.plan.sources[video].name, "reason": reason, "stamp": stamp}
+        with self._unless_made(shard), self._new(shard, f"{key_of(video)}.json") as file:
+            file.write(json.dumps(row).encode())
 
     @contextlib.contextmanager
     def _new(self, shard: ShardPlan, name: str) -> Iterator[BinaryIO]:
@@ -180,123 +180,157 @@ class Work:
             yield file
 
     def assemble(self, shard: ShardPlan) -> None:
-        """Makes a shard of its parts, then its index, then removes the parts."""
-        if self.whole(shard):
-            return
-        folder, path = self._folder(shard), self.out / shard.name
-        parts = [folder / f"{key_of(video)}.tar" for video in range(shard.first, shard.end)]
-        rejected = [json.loads(part.with_suffix(".json").read_text()) for part in parts if not part.exists()]
-        index: dict[str, Any] = {"samples": [], "rejected": rejected, "sha256": None}
-        if len(rejected) < len(parts):
-            with atomic(path) as file, _tar(file) as tar:
-                for part in parts:
-                    if part.exists():
-                        tar.write(_read_part(part))
-            index |= {"samples": list(index_tar(path)), "sha256": file_sha256(path)}
-        with atomic(self.out / index_name(shard.name)) as file:
-            file.write((json.dumps(index, sort_keys=True) + "\n").encode())
+        """Makes a shard of its parts, then its index, then removes the parts.
+
+        Two copies of a job may be at it: Slurm starts the jobs of a node again that it has lost, while their
+        processes live on. One waits for the other, and finds the shard made.
+        """
+        folder = self._folder(shard)
+        if not self.whole(shard):
+            with self._unless_made(shard), _lock(folder):
+                self._make(shard, folder)
         shutil.rmtree(folder, ignore_errors=True)
 
+    def _make(self, shard: ShardPlan, folder: Path) -> None:
+        self._refuse_made(shard)
+        names = set(os.listdir(folder))  # once: what is missing from here on is an error, not a rejected video
+        keys = [key_of(video) for video in range(shard.first, shard.end)]
+        kept = [key for key in keys if f"{key}.tar" in names]
+        rejected = [json.loads((folder / f"{key}.json").read_bytes()) for key in keys if f"{key}.tar" not in names]
+        index: dict[str, Any] = {"samples": [], "rejected": rejected, "sha256": None}
+        if kept:
+            with atomic(self.out / shard.name) as file:
+                with tar_writer(file) as tar:
+                    for key in kept:
+                        tar.write(next(read_samples(folder / f"{key}.tar")))
+                file.flush()
+                made = Path(file.name)
+                index |= {"samples": list(index_tar(made)), "sha256": file_sha256(made)}
+                self._refuse_made(shard)  # where the file system has no locks
+        with atomic(self.out / index_name(shard.name)) as file:
+            file.write((json.dumps(index, sort_keys=True) + "\n").encode())
 
-def _tar(file: BinaryIO) -> Any:
-    """A WebDataset writer whose output depends on the samples alone."""
-    from webdataset.writer import TarWriter
+    @contextlib.contextmanager
+    def _unless_made(self, shard: ShardPlan) -> Iterator[None]:
+        """Ends what is in it where another copy of this job has made the shard, and removed its parts."""
+        try:
+            yield
+        except FileNotFoundError:
+            if not self._made(shard):
+                raise
+        except _MadeError:
+            pass
 
-    return TarWriter(file, encoder=False, mtime=0, user="", group="")
+    def _refuse_made(self, shard: ShardPlan) -> None:
+        if self._made(shard):
+            raise _MadeError
 
+    def _made(self, shard: ShardPlan) -> bool:
+        """As `whole`; listing the folder makes network file systems look again."""
+        return index_name(shard.name) in os.listdir(self.out)
 
-def key_of(video: int) -> str:
-    """Key of a video in the shards: its number in the plan, nine digits. Names of files may hold anything."""
-    return f"{video:09d}"
+    def rejected(self, shard: ShardPlan) -> dict[int, dict[str, Any]]:
+        """What was stored of the videos of a shard that cannot be used, by their indices in the plan's sources."""
+        videos = range(shard.first, shard.end)
+        if self.whole(shard):
+            index = json.loads((self.out / index_name(shard.name)).read_bytes())
+            good = {row["key"] for row in index["samples"]}
+            return dict(zip((v for v in videos if key_of(v) not in good), index["rejected"], strict=True))
+        folder = self._folder(shard)
+        names = set(os.listdir(folder)) if folder.exists() else set()
+        bad = [v for v in videos if f"{key_of(v)}.json" in names and f"{key_of(v)}.tar" not in names]
+        return {video: json.loads((folder / f"{key_of(video)}.json").read_bytes()) for video in bad}
 
+    def write_rejected(self) -> list[dict[str, str]]:
+        """Writes `rejected.jsonl`, as far as it is known, and returns its rows."""
+        rows = [{"source": name, "reason": reason} for name, reason in self.plan.rejected]
+        for shard in self.plan.shards:
+            rows += [{key: row[key] for key in ("source", "reason")} for row in self.rejected(shard).values()]
+        write_rejected(self.out, rows)
+        return rows
 
-def make_sample(
-    video: int, source: Source, fps: float | None, moments: np.ndarray, flip: np.ndarray | None
-) -> dict[str, Any]:
-    """The WebDataset sample of one video.
+    def retry(self, videos: Path, *, everything: bool = False) -> int:
+        """Forgets the rejections of videos that have changed since, or whose file could not be read, or all.
 
-    Args:
-        video: its number in the plan.
-        source: the video.
-        fps: its frame rate, if known.
-        moments: (f 2c h w), float16, or uint16 that holds bfloat16.
-        flip: the same of the mirrored frames, or None.
-    """
-    arrays = [moments] if flip is None else [moments, flip]
-    sums = np.array([[zlib.crc32(frame.tobytes()) for frame in array] for array in arrays], "<u4").T
-    digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
-    about = {
-        "source": source.name,
-        "label": source.label,
-        "fps": fps,
-        "frames": len(moments),
-        "sha256": digest,
-    }
-    sample: dict[str, Any] = {
-        "__key__": key_of(video),
-        "moments.npy": _npy(moments),
-        "crc.npy": _npy(sums),
-        "json": json.dumps(about, sort_keys=True).encode(),
-    }
-    return sample if flip is None else {**sample, "flip.npy": _npy(flip)}
+        A shard that is made already is taken apart into its parts again. Returns the number of those videos.
+        """
+        count = 0
+        for shard in self.plan.shards:
+            rows = self.rejected(shard)
+            again = {
+                video
+                for video, row in rows.items()
+                if everything or row.get("stamp") is None or row["stamp"] != stamp_of(videos / row["source"])
+            }
+            if again:
+                count += len(again)
+                with _lock(self._folder(shard)):
+                    if self.whole(shard):
+                        self._take_apart(shard, {video: row for video, row in rows.items() if video not in again})
+                    for video in again:
+                        (self._folder(shard) / f"{key_of(video)}.json").unlink(missing_ok=True)
+        return count
 
-
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(array), allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _read_part(path: Path) -> dict[str, Any]:
-    """The sample in a part."""
-    sample: dict[str, Any] = {}
-    with tarfile.open(path) as tar:
-        for member in tar:
-            key, _, suffix = member.name.partition(".")
-            content = tar.extractfile(member)
-            assert content is not None
-            sample |= {"__key__": key, suffix: content.read()}
-    return sample
-
-
-def index_tar(path: Path) -> Iterator[dict[str, Any]]:
-    """Reads where each video's arrays begin in a shard; one row per video, in order."""
-    rows: dict[str, dict[str, Any]] = {}
-    with tarfile.open(path) as tar:
-        for member in tar:
-            key, _, suffix = member.name.partition(".")
-            row = rows.setdefault(key, {"key": key, "flip": None})
-            content = tar.extractfile(member)
-            assert content is not None
-            if suffix == "json":
-                row |= json.load(content)
-            else:
-                np.lib.format.read_magic(content)
-                np.lib.format.read_array_header_1_0(content)
-                row[suffix.removesuffix(".npy")] = member.offset_data + content.tell()
-    yield from rows.values()
+    def _take_apart(self, shard: ShardPlan, rejected: dict[int, dict[str, Any]]) -> None:
+        """Makes parts of a shard. Its index goes last: killed before, the shard is whole; after, its parts are."""
+        if (self.out / shard.name).exists():
+            for sample in read_samples(self.out / shard.name):
+                self.keep(shard, int(sample["__key__"]), sample)
+        for video, row in rejected.items():
+            self.reject(shard, video, row["reason"], row.get("stamp"))
+        (self.out / "manifest.json").unlink(missing_ok=True)
+        (self.out / index_name(shard.name)).unlink()
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+class _MadeError(Exception):
+    """Another copy of this job has made the shard."""
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Keeps other copies of this job from the folder of a shard's parts, where the file system has locks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "wb") as file:
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.2)
+            except OSError:  # no locks here
+                break
+        yield
+
+
+def stamp_of(path: Path) -> list[int] | None:
+    """Bytes of a video's file, or of its frames, and when they were changed: by these a later start sees that it was
+    mended. None where they cannot be read."""
+    try:
+        files = [entry.stat() for entry in os.scandir(path)] if path.is_dir() else [path.stat()]
+    except OSError:
+        return None
+    return [sum(file.st_size for file in files), max((file.st_mtime_ns for file in files), default=0)]
+
+
+def write_rejected(out: Path, rows: list[dict[str, str]]) -> None:
+    """Writes `rejected.jsonl`, a line for each video that cannot be used."""
+    with atomic(out / "rejected.jsonl") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def finish(out: Path, plan: Plan, about: dict[str, Any]) -> Manifest:
-    """Writes `rejected.jsonl` and the manifest, when every shard is whole.
+    """Writes the manifest, when every shard is whole, and removes what is left of the work.
 
     Args:
         out: the folder of shards.
         plan: what was made.
-        about: the manifest's fields that the plan does not know (VAE, shapes).
+        about: the manifest's fields that the plan does not know (VAE, shapes, rejected videos).
     """
     shards: list[ShardInfo] = []
-    rejected = [{"source": name, "reason": reason} for name, reason in plan.rejected]
     for shard in plan.shards:
         data = (out / index_name(shard.name)).read_bytes()
         index = json.loads(data)
-        rejected += index["rejected"]
         if index["samples"]:
             frames = sum(row["frames"] for row in index["samples"])
             size = (out / shard.name).stat().st_size
@@ -304,15 +338,7 @@ def finish(out: Path, plan: Plan, about: dict[str, Any]) -> Manifest:
             shards.append(
                 ShardInfo(shard.name, shard.split, len(index["samples"]), frames, size, index["sha256"], digest)
             )
-    with atomic(out / "rejected.jsonl") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rejected).encode())
-    manifest = Manifest(
-        layout=plan.layout,
-        classes=tuple(plan.classes),
-        rejected=len(rejected),
-        shards=tuple(shards),
-        **about,
-    )
+    manifest = Manifest(layout=plan.layout, classes=tuple(plan.classes), shards=tuple(shards), **about)
     with atomic(out / "manifest.json") as file:
         file.write(manifest.to_json().encode())
     shutil.rmtree(out / WORK, ignore_errors=True)

@@ -109,6 +109,7 @@ def batches(
     Raises:
         ValueError: the batch cannot be divided among the ranks, no video is long enough, or (from the
             iterator) a corrupt shard.
+        OSError: (from the iterator) disk, network or server do not give a shard, after several tries.
     """
     if config.batch_size % world_size:
         raise ValueError(
@@ -133,8 +134,8 @@ def _on_device(
 ) -> Iterator[Batch]:
     skipped = 0
     for step, batch in enumerate(loader, start=1):
-        if isinstance(batch, str):
-            raise CorruptShardError(batch)
+        if isinstance(batch, Exception):
+            raise batch
         x_0, y, keys, passed = batch
         for reason in passed:
             skipped += 1
@@ -176,8 +177,11 @@ class _Clips(Dataset[Any]):
         if short := len(shards) - len(self.usable):
             log.warning("%d of %d videos are shorter than %d frames, left out", short, len(shards), config.frames)
 
-    def __getitem__(self, position: int) -> "tuple[Tensor, int, str, list[str]] | str":
-        """Latents (f c h w), label, key, why samples were passed over; or a sentence that stops the run."""
+    def __getitem__(self, position: int) -> tuple[Tensor, int, str, list[str]] | Exception:
+        """Latents (f c h w), label, key, why samples were passed over; or what stops the run.
+
+        That is returned: raised, a loader's worker would wrap it in its own traceback.
+        """
         epoch, place = divmod(position, len(self.usable))
         order = self.order(epoch=epoch)
         passed: list[str] = []
@@ -187,9 +191,11 @@ class _Clips(Dataset[Any]):
                 return *self.clip(video, epoch), passed
             except CorruptShardError as error:
                 if self.config.corrupt == "stop":
-                    return str(error)
+                    return error
                 passed.append(str(error))
-        return f"{ATTEMPTS} corrupt samples in a row, at last: {passed[-1]}"
+            except (OSError, ValueError) as error:
+                return error
+        return CorruptShardError(f"{ATTEMPTS} corrupt samples in a row, at last: {passed[-1]}")
 
     def clip(self, video: int, epoch: int) -> tuple[Tensor, int, str]:
         """The clip that is drawn from one video in one epoch: latents (f c h w), label, key."""
@@ -241,9 +247,9 @@ def draw_frames(available: int, frames: int, interval: int, random: np.random.Ge
     return offset + interval * np.arange(frames)
 
 
-def _collate(samples: list[Any]) -> "tuple[Tensor, Tensor | None, list[str], list[str]] | str":
-    """Stacks samples; a sample that is a sentence takes the place of the batch."""
-    trouble = next((sample for sample in samples if isinstance(sample, str)), None)
+def _collate(samples: list[Any]) -> tuple[Tensor, Tensor | None, list[str], list[str]] | Exception:
+    """Stacks samples; an error among them takes the place of the batch."""
+    trouble = next((sample for sample in samples if isinstance(sample, Exception)), None)
     if trouble is not None:
         return trouble
     x_0, labels, keys, passed = zip(*samples, strict=True)

@@ -2,15 +2,65 @@
 
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import shlex
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+WAITS = (1.0, 4.0, 16.0)  # seconds between tries
+NOT_FOUND = 22  # exit status of curl where a server answers that it does not have a file, or does not give it
 
 
 class CorruptShardError(ValueError):
     """A shard whose bytes are not those that were written; the message names the shard."""
+
+
+class MissingError(ValueError):
+    """A file that is not there, or may not be read; the message is the reason."""
+
+
+class UnreachableError(OSError):
+    """A file that cannot be read for a reason that may pass (a disk, a network, a server), after several tries."""
+
+
+def patiently(read: Callable[[], T], what: str, missing: int | None = None) -> T:
+    """Reads, and where that fails for a reason that may pass, tries again after a while.
+
+    Args:
+        read: what to do; begins anew when called again.
+        what: name of the file, for the message.
+        missing: exit status by which a command says that there is no such file.
+
+    Raises:
+        MissingError: at once, if the file is not there.
+        UnreachableError: the last try has failed too.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return read()
+        except UnreachableError:
+            raise
+        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+            raise MissingError((error.strerror or str(error)).lower()) from None
+        except OSError as error:
+            status = re.search(r": exit (-?\d+) \(read\)", str(error))  # of a pipe of webdataset's
+            if status and int(status[1]) == missing:
+                raise MissingError("the server does not have it, or refuses it") from None
+            reason = f"its command ended with exit status {status[1]}" if status else error.strerror or str(error)
+            if wait is None:
+                raise UnreachableError(
+                    f"Cannot read {what!r} ({reason}), in {len(WAITS) + 1} tries over {sum(WAITS):.0f} s: see to the "
+                    "disk, the network or the server, and start again."
+                ) from None
+        log.warning("cannot read %r (%s), trying again in %.0f s", what, reason, wait)
+        time.sleep(wait)
+    raise AssertionError("the last try returns or raises")
 
 
 class Location:
@@ -60,15 +110,19 @@ class Location:
         """The bytes of a small file.
 
         Raises:
-            ValueError: it cannot be read.
+            ValueError: it is not there.
+            UnreachableError: it cannot be read for another reason.
         """
-        try:
+
+        def read() -> bytes:
             with self._open(name) as stream:
                 return stream.read()
-        except OSError as error:
-            reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+
+        try:
+            return patiently(read, self.url(name), NOT_FOUND)
+        except MissingError as error:
             raise ValueError(
-                f"Cannot read {self.url(name)!r} ({reason}): is {self.path!r} a folder that "
+                f"Cannot read {self.url(name)!r} ({error}): is {self.path!r} a folder that "
                 "encode_latents.py wrote to the end?"
             ) from None
 
@@ -77,7 +131,8 @@ class Location:
 
         Raises:
             CorruptShardError: what arrived is not what the manifest promises.
-            ValueError: it cannot be fetched.
+            ValueError: it is not there.
+            UnreachableError: it cannot be fetched for another reason.
         """
         if not self.remote:
             return Path(self.url(name))
@@ -92,18 +147,23 @@ class Location:
         return kept
 
     def _fetch(self, name: str, sha256: str, kept: Path) -> None:
-        digest = hashlib.sha256()
         partial = Path(f"{kept}.part")
-        try:
+
+        def fetch() -> str:
+            digest = hashlib.sha256()
             with self._open(name) as stream, open(partial, "wb") as file:
                 while block := stream.read(1 << 20):
                     digest.update(block)
                     file.write(block)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:
-            raise ValueError(f"Cannot fetch {self.url(name)!r}: {error}.") from None
-        if digest.hexdigest() != sha256:
+            return digest.hexdigest()
+
+        try:
+            found = patiently(fetch, self.url(name))
+        except MissingError as error:
+            raise ValueError(f"Cannot fetch {self.url(name)!r} to {str(self.cache)!r}: {error}.") from None
+        if found != sha256:
             raise CorruptShardError(f"{self.url(name)!r} is not the file that the manifest lists: copy it again.")
         os.replace(partial, kept)
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fvdm.location import CorruptShardError, Location
+from fvdm.location import CorruptShardError, Location, MissingError, patiently
 
 if TYPE_CHECKING:
     from fvdm.vae import Normalisation
@@ -151,7 +151,11 @@ class LatentShards:
 
     def _index(self, shard: ShardInfo) -> list[dict[str, Any]]:
         name = index_name(shard.name)
-        data = self.location.local(name, shard.index_sha256).read_bytes()
+        path = self.location.local(name, shard.index_sha256)
+        try:
+            data = patiently(path.read_bytes, str(path))
+        except MissingError as error:
+            raise CorruptShardError(f"Cannot read the index {str(path)!r}: {error}. Copy it again.") from None
         if hashlib.sha256(data).hexdigest() != shard.index_sha256:
             raise CorruptShardError(
                 f"{self.location.url(name)!r} is not the file that the manifest lists: copy it again."
@@ -163,9 +167,9 @@ class LatentShards:
     def _check_size(self, shard: ShardInfo) -> None:
         url = self.location.url(shard.name)
         try:
-            size = os.stat(url).st_size
-        except OSError as error:
-            raise CorruptShardError(f"Cannot read the shard {url!r}: {error.strerror}.") from None
+            size = patiently(lambda: os.stat(url).st_size, url)
+        except MissingError as error:
+            raise CorruptShardError(f"Cannot read the shard {url!r}: {error}.") from None
         if size != shard.bytes:
             raise CorruptShardError(
                 f"The shard {url!r} has {size} bytes, the manifest says {shard.bytes}: copy it again."
@@ -223,6 +227,7 @@ class LatentShards:
 
         Raises:
             CorruptShardError: the bytes are not those that were written; names the shard and the video.
+            UnreachableError: disk, network or server do not give the bytes.
             ValueError: flip, and no mirrored twins are stored.
         """
         if flip and not self.manifest.flip:
@@ -245,11 +250,18 @@ class LatentShards:
         return to_float32(data, self.manifest.dtype).reshape(len(frames), 2 * c, h, w)
 
     def _pread(self, shard: int, offset: int, size: int) -> bytes:
+        def read() -> bytes:
+            try:
+                return os.pread(self._file(shard), size, offset)
+            except OSError:
+                if shard in self._open:  # a stale handle stays stale
+                    os.close(self._open.pop(shard))
+                raise
+
         try:
-            file = self._file(shard)
-            data = os.pread(file, size, offset)
-        except OSError as error:
-            raise self._corrupt(shard, str(error.strerror)) from None
+            data = patiently(read, self.location.url(self.shards[shard].name))
+        except MissingError as error:
+            raise self._corrupt(shard, str(error)) from None
         if len(data) != size:
             raise self._corrupt(shard, "it ends too early")
         return data

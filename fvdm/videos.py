@@ -7,6 +7,7 @@ rejects the video with that line as its reason. Frames that come at an uneven ra
 as a player would show them, because a model that sees "every third frame" assumes one.
 """
 
+import errno
 import os
 import re
 import struct
@@ -26,6 +27,8 @@ _DAMAGE = re.compile("misdetection|corrupt|truncated|partial")  # in warnings of
 IMAGE_SUFFIXES = frozenset([".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff"])
 MAX_PIXELS = 64_000_000  # per frame; a damaged header can promise any size
 MAX_ASPECT = 16  # longer to shorter side
+LOST = frozenset([errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHOSTDOWN])  # disk or network
+REFUSED = frozenset([errno.EACCES, errno.EPERM, errno.ENOENT, errno.EMFILE, errno.ENFILE])  # whatever is in the file
 MAX_STRETCH = 8  # an uneven video may grow by this factor on its even grid; beyond, its times are nonsense
 
 
@@ -55,7 +58,16 @@ class Preprocess:
 
 
 class VideoError(Exception):
-    """A video that cannot be used; the message is the reason, one line."""
+    """A video that cannot be used; the message is the reason, one line.
+
+    Attributes:
+        unread: the file could not be read; what is in it may be good.
+    """
+
+    def __init__(self, reason: str, cause: Exception | None = None) -> None:
+        """`cause` is the error behind it, if there is one."""
+        super().__init__(reason)
+        self.unread = isinstance(cause, OSError) and cause.errno in LOST | REFUSED
 
 
 @dataclass(frozen=True)
@@ -145,16 +157,16 @@ class _FileReader:
 
     def frames(self) -> Iterator[np.ndarray]:
         """Yields uint8 (h w 3), upright, at an even rate. Raises VideoError."""
-        self._check_size()
         av.logging.set_level(av.logging.WARNING)
         av.logging.set_skip_repeated(False)
         with av.logging.Capture() as log:
             try:
+                self._check_size()
                 yield from self._frames(log)
             except (av.error.FFmpegError, ValueError, OverflowError) as error:
-                raise VideoError(f"cannot be decoded: {_line(log, error)}") from None
+                raise VideoError(f"cannot be decoded: {_line(log, error)}", error) from None
             except OSError as error:
-                raise VideoError(f"cannot be read: {error.strerror or error}") from None
+                raise VideoError(f"cannot be read: {error.strerror or error}", error) from None
 
     def _check_size(self) -> None:
         """An empty file, or an AVI shorter than its header says: libav would play what is there."""
@@ -294,7 +306,7 @@ class _FolderReader:
                         yield _rgb(ImageOps.exif_transpose(image))
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, UserWarning) as error:
                 reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-                raise VideoError(f"{os.path.basename(file)!a} cannot be decoded: {reason}") from None
+                raise VideoError(f"{os.path.basename(file)!a} cannot be decoded: {reason}", error) from None
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
@@ -314,7 +326,7 @@ def frame_files(folder: str | Path, order: str) -> list[str]:
     try:
         names = [name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
     except OSError as error:
-        raise VideoError(f"folder cannot be read: {error.strerror}") from None
+        raise VideoError(f"folder cannot be read: {error.strerror}", error) from None
     names = [name for name in names if not name.startswith(".")]
     key = _after_underscore if order == "underscore" else _natural
     return [os.path.join(os.fspath(folder), name) for name in sorted(names, key=key)]

@@ -138,7 +138,8 @@ def make_shards(
 ) -> Path:
     """Shards of random latents (4, 4, 4) without any encoding; frame i of video v holds v + i / 1000 in its mean."""
     from data_prep.layouts import Source
-    from data_prep.shards import Plan, ShardPlan, Work, finish, make_sample
+    from data_prep.samples import make_sample
+    from data_prep.shards import Plan, ShardPlan, Work, finish
 
     sources = [Source(f"video{number}.mp4", "file", number % 2 if labels else None) for number in range(len(lengths))]
     shards = [
@@ -174,6 +175,7 @@ def manifest_fields(flip: bool) -> dict[str, object]:
         "dtype": "float16",
         "flip": flip,
         "preprocess": {},
+        "rejected": 0,
     }
 
 

@@ -39,7 +39,7 @@ DOORS = {
     "mlflow": {"fvdm/tracking.py", "fvdm/mlflow_model.py", "fvdm/pyfunc.py"},
     "flash_attn": {"fvdm/attention.py"},
     "diffusers": {"fvdm/vae.py", "data_prep/train_vae.py", "benchmarks/train_speed.py", "benchmarks/encode_speed.py"},
-    "webdataset": {"fvdm/shards.py", "fvdm/location.py", "data_prep/shards.py"},
+    "webdataset": {"fvdm/location.py", "data_prep/samples.py"},
 }
 
 

@@ -38,6 +38,19 @@ def test_without_the_videos_there_is_no_reconstruction(encoded, tmp_path, capsys
     assert "no reconstruction.png" in capsys.readouterr().out
 
 
+def test_shards_that_came_without_their_plan(encoded, tmp_path, capsys):
+    """The manifest knows how the videos were cut; where they are must be said."""
+    shutil.copytree(encoded, tmp_path / "copy", ignore=shutil.ignore_patterns("plan.json"))
+    words = [str(tmp_path / "copy"), "--vae", str(encoded.parent / "vae")]
+    assert main(words) == 0
+    assert "no reconstruction.png: there is no plan.json (--videos says" in capsys.readouterr().out
+    assert main([*words, "--videos", str(encoded.parent / "videos")]) == 0
+    assert "PSNR" in capsys.readouterr().out
+    (tmp_path / "file").touch()
+    assert main([*words, "--images", str(tmp_path / "file")]) == 2
+    assert "File exists" in capsys.readouterr().err
+
+
 def test_another_vae_is_refused(encoded, tmp_path, capsys):
     folder = make_shards(tmp_path / "other", [16])
     assert main([str(folder), "--vae", str(make_vae(tmp_path / "vae"))]) == 2

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.layouts import list_videos
-from tests.data_fixtures import LAYOUTS, cut, make_tree, write_video
+from tests.data_fixtures import LAYOUTS, cut, make_tree, write_frames, write_video
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -73,6 +73,32 @@ def test_nothing_is_dropped_in_silence(tmp_path):
         "broken.mp4": "cannot be read: No such file or directory",
     }
     assert listing.ignored == {".ts": 1, ".txt": 1, ".csv": 2, "hidden": 1, "single image": 1, "without extension": 1}
+
+
+def test_a_layout_that_was_asked_for_drops_nothing_in_silence(tmp_path):
+    write_video(tmp_path / "a.mp4", cut(0, 2))
+    write_frames(tmp_path / "frames" / "b", cut(1), [f"{number}.png" for number in range(20)])
+    for layout, kind, other in (
+        ("ffs", "file", "frame folders"),
+        ("ucf101", "file", "frame folders"),
+        ("sky", "frames", "video files"),
+        ("taichi", "frames", "video files"),
+    ):
+        listing = list_videos(tmp_path, layout)
+        assert {source.kind for source in listing.sources} <= {kind}
+        assert listing.ignored == {f"{other} (--layout mixed takes both)": 1}
+        assert f"ignored 1 {other}" in listing.sentence()
+    assert list_videos(tmp_path).layout == "mixed"
+    assert not list_videos(tmp_path).ignored
+
+
+def test_suffixes_that_no_terminal_shows(tmp_path):
+    for name in (b"notes.\xff\xfe", b"x.a\nb\x1b[2J"):
+        Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).write_bytes(b"x")
+    listing = list_videos(tmp_path)
+    assert listing.ignored == {r".\udcff\udcfe": 1, r".a\nb\x1b[2j": 1}
+    assert listing.sentence().isascii()
+    assert listing.sentence().isprintable()
 
 
 def test_symlink_loops_end_and_links_are_followed_once(tmp_path):

@@ -43,7 +43,7 @@ def test_jobs_that_were_killed_are_submitted_again(videos, vae, tmp_path, monkey
 
         time.sleep(4)
         subprocess.run(["scancel", "--name=encode"], check=True)
-        wait(work, report, ended, seconds)
+        return wait(work, report, ended, seconds)
 
     with monkeypatch.context() as patch:
         patch.setattr(jobs, "_wait", cancelled)
@@ -51,3 +51,34 @@ def test_jobs_that_were_killed_are_submitted_again(videos, vae, tmp_path, monkey
     assert first in (2, 3)
     assert encode(videos, tmp_path / "slurm", vae, "--cluster", "slurm", "--jobs", "3") == 3
     assert contents(tmp_path / "slurm") == contents(tmp_path / "local")
+
+
+def test_time_limits_without_end(videos, vae, tmp_path):
+    """What the jobs are submitted with lets them be queued again as often as it takes."""
+    from submitit.core.utils import DelayedSubmission
+
+    assert encode(videos, tmp_path / "slurm", vae, "--cluster", "slurm", "--jobs", "2") == 3
+    pickles = list((tmp_path / "slurm" / ".slurm").glob("*_submitted.pkl"))
+    assert pickles
+    for pickle in pickles:
+        assert DelayedSubmission.load(pickle)._timeout_countdown >= 10_000
+
+
+@pytest.mark.parametrize("strict", [(), ("--strict",)])
+def test_a_job_that_crashes_is_a_sentence(videos, vae, tmp_path, capsys, strict):
+    """Here for a GPU that the node does not have; with --strict it is no rejected video."""
+    words = ("--cluster", "slurm", "--jobs", "2", "--device", "cuda", *strict)
+    assert encode(videos, tmp_path / "slurm", vae, *words) == 2
+    said = capsys.readouterr()
+    assert "The VAE runs on cuda in bfloat16, 32 frames a call" in said.out
+    assert "failed: see " in said.err
+    assert "Traceback" not in said.err
+    log = next((tmp_path / "slurm" / ".slurm").glob("*_0_log.err")).read_text()
+    assert "this machine has no such device" in log
+
+
+def test_strict_names_the_video(videos, vae, tmp_path, capsys):
+    for _ in range(2):
+        assert encode(videos, tmp_path / "slurm", vae, "--cluster", "slurm", "--jobs", "2", "--strict") == 3
+        assert "stopped at 'bad.mp4'" in capsys.readouterr().err
+    assert not (tmp_path / "slurm" / "manifest.json").exists()
