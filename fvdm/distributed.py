@@ -1,10 +1,13 @@
 """Which process this is, and how the processes agree to stop."""
 
+import datetime
 import enum
 import os
 import random
+import re
 import signal
 import socket
+import time
 from dataclasses import dataclass
 from types import FrameType
 
@@ -99,3 +102,44 @@ class StopFlag:
         flag = torch.tensor(float(self.raised), device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return Stop(int(flag.item()))
+
+
+class HungPeerError(RuntimeError):
+    """A rank that is there does not answer."""
+
+
+class RollCall:
+    """Finds out which rank holds the others up, when one of their collectives has failed.
+
+    Its group is its own: that of the collective is of no use any more. It is gloo's, which returns an error where NCCL
+    ends the process.
+    """
+
+    def __init__(self, timeout: int) -> None:
+        """Collective.
+
+        Args:
+            timeout: seconds that the ranks wait for each other in their collectives.
+        """
+        self.seconds = max(5.0, timeout / 10)
+        self.group = dist.new_group(backend="gloo")
+
+    def hung(self, error: RuntimeError) -> str:
+        """The ranks that hang, such as `rank 2`; empty where `error` is not gloo's, or a peer has ended.
+
+        Every rank that is not hung calls it at about the same time.
+        """
+        if "gloo/" not in str(error):
+            return ""
+        main = dist.get_rank() == 0
+        # Rank 0 asks all the others and then ends, which they can tell from a rank 0 that hangs.
+        seconds = self.seconds if main else 3 * self.seconds
+        began = time.monotonic()
+        try:
+            dist.monitored_barrier(self.group, datetime.timedelta(seconds=seconds), wait_all_ranks=True)
+        except RuntimeError as failure:
+            if time.monotonic() - began < seconds:  # The connection is closed: that rank has ended.
+                return ""
+            found = re.search(r"Ranks? ([\d, ]+) failed to pass", str(failure)) if main else None
+            return f"rank {found[1]}" if found else "" if main else "rank 0"
+        return ""

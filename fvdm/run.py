@@ -3,6 +3,7 @@
 import fcntl
 import json
 import logging
+import math
 import os
 import platform
 import time
@@ -21,7 +22,7 @@ from fvdm.checkpoint import CheckpointConfig
 from fvdm.convert import read_model
 from fvdm.data import DataConfig
 from fvdm.diffusion import Diffusion, DiffusionConfig
-from fvdm.distributed import Ranks
+from fvdm.distributed import Ranks, RollCall
 from fvdm.ema import EMA
 from fvdm.engine import Engine, EngineConfig, accumulation
 from fvdm.model import ModelConfig, VideoDiT, preset
@@ -94,6 +95,14 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     previews: PreviewConfig = field(default_factory=PreviewConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting out of its range."""
+        if not self.name:
+            raise ValueError("name is empty: it is the name of the run's folder.")
+        some, share = (1, math.inf), (0, 1)
+        settings.in_range(self, class_dropout=share, p=share, ema_decay=share, recompute=(0, math.inf))
+        settings.in_range(self, steps=some, log_every=some, stop_every=some, max_skipped=some, seed=(0, math.inf))
 
     @property
     def folder(self) -> Path:
@@ -251,7 +260,8 @@ class Run:
         self.progress = Progress()
         self.first = 0  # the step at which this start began
         self.root = config.checkpoints
-        self.writer = Writer(config.checkpoint.background)
+        self.roll_call = RollCall(config.engine.timeout)
+        self.writer = Writer(config.checkpoint.background, config.checkpoint.timeout)
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint.

@@ -192,7 +192,37 @@ def test_losses_that_are_not_finite_stop_the_run_and_name_the_samples(latents, t
     assert "3 steps in a row" in output
     assert "lower engine.lr" in output
     assert "Traceback" not in output
-    assert len(re.findall("skipped: not finite, with ", output)) == 3
+    assert len(re.findall("skipped: not finite, with video", output)) == 3
+
+
+@pytest.mark.slow
+def test_the_video_that_is_not_finite_is_named_whatever_rank_and_micro_batch_it_was_in(tmp_path):
+    spoilt = make_shards(tmp_path / "spoilt", [8] * 7, labels=True, spoilt=2)
+    arguments = words(spoilt, tmp_path, "run", "--steps", 7, "--engine.micro_batch", 1)
+    said = train(2, arguments, tmp_path)
+    for output in said:  # Seven steps of four are four epochs of seven.
+        named = re.findall("skipped: not finite, with (.+)", output)
+        assert len(named) == 4, output
+        assert set(named) == {"video2.mp4"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "hung"])
+def test_a_rank_that_loses_its_peer_ends_in_seconds_though_it_has_workers(latents, tmp_path, how):
+    """multiprocessing waits at exit for workers, which ignore the signals of a job."""
+    more = ("--steps", 100_000, "--data.workers", 1, "--engine.timeout", 10)
+    first, second = start(2, words(latents, tmp_path, "run", *more), tmp_path)
+    journal = tmp_path / "runs" / "run" / "events.jsonl"
+    wait_until(lambda: journal.exists() and "loss/mean" in journal.read_text())
+    second.send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+    try:
+        output = first.communicate(timeout=40)[0]
+    finally:
+        second.kill()
+        first.kill()
+    assert first.returncode not in (0, -signal.SIGKILL)
+    assert ("rank 1 hangs, or its node" in output) == (how == "hung")
+    assert "DataLoader worker" not in output
 
 
 @pytest.mark.slow
