@@ -104,10 +104,6 @@ class StopFlag:
         return Stop(int(flag.item()))
 
 
-class HungPeerError(RuntimeError):
-    """A rank that is there does not answer."""
-
-
 class RollCall:
     """Finds out which rank holds the others up, when one of their collectives has failed.
 

@@ -19,6 +19,7 @@ from fvdm import checkpoint as ckpt
 from fvdm import config as settings
 from fvdm.attention import Backend
 from fvdm.checkpoint import CheckpointConfig
+from fvdm.continuity import changes, identity
 from fvdm.convert import read_model
 from fvdm.data import DataConfig
 from fvdm.diffusion import Diffusion, DiffusionConfig
@@ -191,9 +192,14 @@ def check(config: TrainConfig, world_size: int) -> None:
     """Find, before a job waits in a queue, what would end it at its start.
 
     Raises:
-        ValueError: if the data cannot be read, or model, data, batch and ranks do not fit each other.
+        ValueError: if the data cannot be read, or model, data, batch, ranks and the run so far do not fit each other.
     """
-    model_config(config, LatentShards(config.data.path, config.data.split, config.data.cache))
+    shards = LatentShards(config.data.path, config.data.split, config.data.cache)
+    model_config(config, shards)
+    for folder in reversed(ckpt.checkpoints(config.checkpoints)):
+        if ckpt.why_broken(folder, deep=False) is None:
+            changes(ckpt.read_state(folder), settings.flatten(config), shards)
+            break
     if config.init and not Path(config.init).exists():
         raise ValueError(f"init {config.init}: there is no such file or folder")
     accumulation(config.data.batch_size, config.engine.micro_batch, world_size)
@@ -267,9 +273,10 @@ class Run:
         """Go on from a checkpoint.
 
         Raises:
-            ValueError: if it is of another model.
+            ValueError: if it is of another model, or of other latents.
         """
         state = ckpt.read_state(folder)
+        changed = changes(state, settings.flatten(self.config), self.shards)
         if state["names"] != {name: list(shape) for name, shape in self.engine.names.items()}:
             raise ValueError(
                 f"{folder} holds a model of another shape ({state['settings']['model']}) than {self.config.model} on "
@@ -282,6 +289,8 @@ class Run:
         self.ema.shards[0][: len(self.engine.slice)] = slices["ema"].to(self.engine.device)
         if self.ranks.is_main:
             logger.info("resuming %s from step %d", self.config.name, self.progress.step)
+            if changed:
+                logger.warning("from here on its samples are not those of the unbroken run: %s", "; ".join(changed))
 
     def save(self) -> None:
         """Write a checkpoint and remove those that the policy does not keep. Collective."""
@@ -296,7 +305,7 @@ class Run:
             "normalisation": self.shards.manifest.normalisation,
             "classes": list(self.shards.classes),
             "size": self.shards.manifest.size,
-        }
+        } | identity(self.shards)
 
         def write(slices: dict[str, Tensor]) -> None:
             ranks = self.ranks

@@ -20,7 +20,7 @@ from fvdm import config as settings
 from fvdm.checkpoint import STEP
 from fvdm.compilation import compile_blocks
 from fvdm.data import Batch, batches
-from fvdm.distributed import HungPeerError, Ranks, Stop, StopFlag, from_environment, seed_everything
+from fvdm.distributed import Ranks, Stop, StopFlag, from_environment, seed_everything
 from fvdm.ema import EMA
 from fvdm.engine import Engine, initialise
 from fvdm.model import ModelConfig, VideoDiT
@@ -45,7 +45,7 @@ def train(config: TrainConfig) -> Stop:
     Raises:
         ValueError: for settings that do not fit each other, the data, the memory, or the run that is there.
         OSError: if the last checkpoint could not be written.
-        HungPeerError: if another rank hangs.
+        TimeoutError: if another rank hangs.
     """
     stop = StopFlag()
     stop.install()
@@ -96,7 +96,7 @@ def _explained(run: Run) -> Iterator[None]:
         hung = run.roll_call.hung(error)
         if not hung:
             raise
-        raise HungPeerError(
+        raise TimeoutError(
             f"{hung} hangs, or its node cannot be reached: the others have waited for it in vain after step "
             f"{run.progress.step}"
         ) from None
@@ -310,7 +310,7 @@ def main(parse: Callable[[type[TrainConfig]], TrainConfig] = settings.parse) -> 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
     try:
         told = train(parse(TrainConfig))
-    except (ValueError, OSError, HungPeerError) as error:
+    except (ValueError, OSError) as error:
         settings.fail(error)
     raise SystemExit(75 if told else 0)
 

@@ -347,3 +347,31 @@ def test_the_launcher_says_what_is_wrong_in_one_sentence(latents, tmp_path):
         assert done.returncode == 2, done.stdout + done.stderr
         assert sentence in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_what_cannot_be_written_is_told_and_not_called_a_kill(latents, tmp_path):
+    (tmp_path / "c.yaml").write_text("name: run\n")
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "checkpoints").touch()  # No folder can be made there.
+    launcher = launch(words(latents, tmp_path, "run", "--steps", 2), tmp_path)
+    output = launcher.communicate(timeout=240)[0]
+    assert launcher.returncode == 1
+    last = output.partition("\nerror: ")[2]
+    assert last.startswith("the last checkpoint, of step 2, could not be written"), output
+    assert "was killed" not in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_a_rank_of_this_machine_that_hangs_is_named_and_ended(latents, tmp_path):
+    (tmp_path / "c.yaml").write_text("name: run\n")
+    launcher = launch(words(latents, tmp_path, "run", "--steps", 10**6, "--engine.timeout", 10), tmp_path)
+    journal = tmp_path / "runs" / "run" / "events.jsonl"
+    wait_until(lambda: journal.exists() and "loss/mean" in journal.read_text())
+    ranks = ranks_of(launcher)
+    ranks[1].suspend()
+    output = launcher.communicate(timeout=120)[0]
+    assert launcher.returncode == 1
+    assert "error: rank 1 hangs" in output
+    assert not any(rank.is_running() for rank in ranks)
