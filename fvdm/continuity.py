@@ -1,4 +1,4 @@
-"""What a run must keep from one start to the next: the latents that its model has learnt, and the order of its samples."""
+"""What a run keeps from one start to the next: the latents that its model has learnt, and the order of its samples."""
 
 import hashlib
 from pathlib import Path
@@ -6,13 +6,8 @@ from typing import Any
 
 from fvdm.shards import LatentShards
 
-ORDER = (
-    "seed",
-    "data.batch_size",
-    "data.frames",
-    "data.interval",
-    "data.flip",
-)  # with the videos, they decide a sample
+# With the videos, these decide what a sample is.
+ORDER = ("seed", "data.batch_size", "data.frames", "data.interval", "data.flip")
 
 
 def identity(shards: LatentShards) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def end(files: Files, max_restarts: int, code: int) -> int:
 
 
 def first_cause(files: Files, code: int) -> str:
-    """What a rank has found out; else who failed first and how, by what srun said, in the order in which it happened."""
+    """What a rank has found out; else who failed first and how, as srun said it, in the order of time."""
     text = files.log.read_bytes()[int(files.mark.read_text()) :] if files.mark.exists() else b""
     found = FIRST_CAUSE.search(text.decode(errors="replace"))
     known = files.cause.read_text().strip() if files.cause.exists() else ""

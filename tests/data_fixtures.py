@@ -141,10 +141,11 @@ def make_shards(
     labels: bool = True,
     flip: bool = True,
     spoilt: int | None = None,
+    **manifest: object,
 ) -> Path:
     """Shards of random latents (4, 4, 4) without any encoding; frame i of video v holds v + i / 1000 in its mean.
 
-    The video `spoilt` holds nan instead.
+    The video `spoilt` holds nan instead; `manifest` are other fields of it than those of `manifest_fields`.
     """
     from data_prep.layouts import Source
     from data_prep.shards import Plan, ShardPlan, Work, finish, make_sample
@@ -165,7 +166,7 @@ def make_shards(
             mirrored = np.concatenate([-moments[:, :4], moments[:, 4:]], axis=1) if flip else None
             work.keep(shard, video, make_sample(video, sources[video], 25.0, moments, mirrored))
         work.assemble(shard)
-    finish(folder, plan, manifest_fields(flip))
+    finish(folder, plan, manifest_fields(flip) | manifest)
     return folder
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 
 from fvdm import checkpoint as ckpt
 from fvdm import config as settings
+from fvdm.continuity import changes, identity
 from fvdm.data import batches
 from fvdm.diffusion import Diffusion
 from fvdm.distributed import Ranks, free_port
@@ -251,6 +253,36 @@ def test_a_run_of_another_model_is_refused(latents, undisturbed):
     (output,) = train(1, words(latents, undisturbed, "run", "--steps", 9, "--model", "T/1"), undisturbed, codes=(2,))
     assert "model of another shape (T/2) than T/1" in output
     assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_the_latents_it_has_learnt_and_tells_of_other_videos(undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "runs" / "run", tmp_path / "runs" / "run")
+    for name, field, sentence in (
+        ("vae", {"vae_identity": "4567"}, "made with the VAE 'none' (4567), not with 0123"),
+        ("size", {"latent_shape": (4, 8, 8)}, "hold latents of shape (4, 8, 8)"),
+    ):
+        other = make_shards(tmp_path / name, [12, 9], **field)
+        arguments = words(other, tmp_path, "run", "--steps", 9)
+        (output,) = train(1, arguments, tmp_path, codes=(2,))
+        assert sentence in output
+        assert "Traceback" not in output
+        with pytest.raises(ValueError, match=re.escape(sentence)):  # before the job waits in a queue
+            check(settings.parse(TrainConfig, arguments), 1)
+    more = make_shards(tmp_path / "more", [12] * 9)
+    (output,) = train(1, words(more, tmp_path, "run", "--steps", 9, "--seed", 1), tmp_path)
+    assert "not those of the unbroken run: seed was 0 and is 1; the videos in more are others" in output
+
+
+def test_a_checkpoint_that_says_nothing_of_its_data_is_still_taken(latents, tmp_path):
+    config = settings.parse(TrainConfig, words(latents, tmp_path, "run"))
+    shards = LatentShards(latents)
+    early = {"settings": settings.plain(config), "network": settings.plain(model_config(config, shards))}
+    assert changes(early, settings.flatten(config), shards) == []
+    assert changes(early | identity(shards), settings.flatten(config), shards) == []
+    early["network"]["size"] = 8
+    with pytest.raises(ValueError, match="hold latents of shape"):
+        changes(early, settings.flatten(config), shards)
 
 
 def wait_until(condition, seconds=180):

@@ -23,11 +23,26 @@ def installed() -> bool:
     return all(shutil.which(name, path=PATH) for name in NEEDED)
 
 
-class Cluster:
-    """A running cluster; its environment is that of the clients."""
+def can_cut() -> bool:
+    """Whether nodes may have networks of their own here, and be cut off: root may make them, but not everywhere."""
+    tools = shutil.which("ip", path=PATH) and shutil.which("unshare", path=PATH)
+    return bool(tools) and subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode == 0
 
-    def __init__(self, nodes: int, name: str = "test", port: int = 17000) -> None:
-        self.env = os.environ | QUIET | {"SLURM_TEST_DIR": f"/tmp/slurm-{name}", "SLURM_TEST_PORT": str(port)}
+
+class Cluster:
+    """A running cluster; its environment is that of the clients.
+
+    Args:
+        nodes: number of nodes.
+        name: of its folder.
+        port: its first.
+        net: how far the nodes are apart, see cluster.sh.
+    """
+
+    def __init__(self, nodes: int, name: str = "test", port: int = 17000, net: str = "") -> None:
+        own = {"SLURM_TEST_DIR": f"/tmp/slurm-{name}", "SLURM_TEST_PORT": str(port)}
+        own |= {"SLURM_TEST_NET": net} if net else {}
+        self.env = os.environ | QUIET | own
         self("up", str(nodes))
         exported = self("env")
         self.env["PATH"] = PATH
@@ -49,8 +64,12 @@ class Cluster:
 
     def job(self, number: str) -> dict[str, str]:
         """What `scontrol show job` says, by name; empty when the job is forgotten."""
-        shown = self.run("scontrol", "show", "job", "-o", number).stdout
-        return dict(re.findall(r"(\S+?)=(\S*)", shown))
+        for _ in range(10):  # A busy controller has forgotten nothing.
+            shown = self.run("scontrol", "show", "job", "-o", number)
+            if shown.returncode == 0 or "Invalid job id" in shown.stderr:
+                break
+            time.sleep(1)
+        return dict(re.findall(r"(\S+?)=(\S*)", shown.stdout))
 
     def state(self, number: str) -> str:
         """PENDING, RUNNING, COMPLETED, ..."""
