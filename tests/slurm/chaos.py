@@ -2,8 +2,8 @@
 
 Events hit a training: a rank killed -9 or hung, a node's slurmd killed, Slurm's controller away, the signals of time
 limits and of preemption, a requeue, a full disk, a corrupt newest checkpoint, a node cut off. It must end by itself at
-the planned step with the losses, to the last bit, of a training that nothing hit; as one MLflow run; with no process and
-no partial file left. A seed fixes which events come when; only those that have happened count.
+the planned step with the losses, to the last bit, of a training that nothing hit; as one MLflow run; with no process
+and no partial file left. A seed fixes which events come when; only those that have happened count.
 A full disk needs root, to mount a small one; a node is cut off where root may make network namespaces.
 """
 
@@ -29,9 +29,9 @@ from tests.slurm.cluster import Cluster, can_cut, ranks
 from tests.test_train import losses, words
 
 NODES = 4
-BETWEEN = 60  # steps from one event to the next, some five seconds
+EVERY = 10  # steps between checkpoints
+BETWEEN = 30  # steps from one event to the next, some five seconds
 AT_START = 0.25  # share of the events that come while the job starts again
-EVERY = 25  # steps between checkpoints
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", ""}
 # What has tests of its own in test_training, and what has not.
 SIGNALS = ("kill_rank", "time_limit", "preemption")
@@ -61,11 +61,13 @@ class Event(NamedTuple):
 def schedule(kinds: Sequence[str], events: int, seed: int) -> list[Event]:
     """What happens when: a function of its arguments, in which no kind comes again before all others have come."""
     draw = random.Random(seed)
-    bags = [draw.sample(kinds, len(kinds)) for _ in range(-(-events // len(kinds)))]
-    drawn = []
-    for number, kind in enumerate(sum(bags, [])[:events]):
+    drawn: list[Event] = []
+    bag: list[str] = []
+    for number in range(events):
+        bag = bag or draw.sample(kinds, len(kinds))
         delay = draw.uniform(0, 12) if number and draw.random() < AT_START else None
-        drawn.append(Event(kind, (number + 1) * BETWEEN - draw.randint(0, 20), delay, draw.getrandbits(32)))
+        step = (number + 1) * BETWEEN - draw.randint(0, 10)
+        drawn.append(Event(bag.pop(), step, delay, draw.getrandbits(32)))
     return drawn
 
 
@@ -80,10 +82,19 @@ class Chaos:
 
     def start(self, latents: Path) -> None:
         """Submit the training."""
-        more = ["--steps", self.steps, "--checkpoint.every", EVERY, "--engine.timeout", 40, "--data.workers", 1]
+        more = [
+            "--steps",
+            self.steps,
+            "--checkpoint.every",
+            self.between * 2 // 5,
+            "--engine.timeout",
+            40,
+            "--data.workers",
+            1,
+        ]
         more += ["--previews.every", 200, "--previews.steps", 3]
         # Slow enough that a disk may be full for some seconds and the end is still far.
-        more += ["--data.batch_size", 4 * NODES, "--engine.micro_batch", 1]
+        more += ["--data.batch_size", 8 * NODES, "--engine.micro_batch", 1]
         options = ["--nodes", NODES, "--cpus-per-task", 1, "--time", 60, "--max-restarts", 50, "--config", "c.yaml"]
         (self.folder / "c.yaml").write_text("name: run\n")
         arguments = [*options, *words(latents, self.folder, "run", *more)]
@@ -258,7 +269,7 @@ class Chaos:
 
 
 def chaos(folder: Path, events: int, seed: int, kinds: Sequence[str] = SIGNALS + OTHERS) -> None:
-    """Train under `events` events in `folder`, on a cluster of its own, and check the end."""
+    """Train under `events` events (0: one of each kind) in `folder`, on a cluster of its own, and check the end."""
     latents = make_shards(folder / "latents", [12, 9, 10, 30, 8, 11, 6], labels=True)
     (folder / "runs").mkdir()
     # Before the nodes start: they have mounts of their own, copied from the machine's.
