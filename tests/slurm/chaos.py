@@ -82,17 +82,8 @@ class Chaos:
 
     def start(self, latents: Path) -> None:
         """Submit the training."""
-        more = [
-            "--steps",
-            self.steps,
-            "--checkpoint.every",
-            self.between * 2 // 5,
-            "--engine.timeout",
-            40,
-            "--data.workers",
-            1,
-        ]
-        more += ["--previews.every", 200, "--previews.steps", 3]
+        more = ["--steps", self.steps, "--checkpoint.every", EVERY, "--engine.timeout", 40]
+        more += ["--data.workers", 1, "--previews.every", 100, "--previews.steps", 3]
         # Slow enough that a disk may be full for some seconds and the end is still far.
         more += ["--data.batch_size", 8 * NODES, "--engine.micro_batch", 1]
         options = ["--nodes", NODES, "--cpus-per-task", 1, "--time", 60, "--max-restarts", 50, "--config", "c.yaml"]
