@@ -136,7 +136,7 @@ def _on_device(
     loader: "DataLoader[Any]", device: torch.device | str | None, start: int, batch_size: int
 ) -> Iterator[Batch]:
     skipped = 0
-    for step, batch in enumerate(loader, start=1):
+    for step, batch in enumerate(_read(loader), start=1):
         if isinstance(batch, str):
             raise CorruptShardError(batch)
         x_0, y, keys, passed = batch
@@ -147,6 +147,13 @@ def _on_device(
             x_0 = x_0.to(device, non_blocking=True)
             y = None if y is None else y.to(device, non_blocking=True)
         yield Batch(x_0, y, keys, start + step * batch_size, len(passed))
+
+
+def _read(loader: "DataLoader[Any]") -> Iterator[Any]:
+    try:
+        yield from loader
+    except (ConnectionError, EOFError) as error:  # Of the pipe between the processes: no trouble with a disk.
+        raise RuntimeError("a process that reads ahead was killed: lower data.workers if memory is short") from error
 
 
 class _Positions:

@@ -118,24 +118,34 @@ class RollCall:
             timeout: seconds that the ranks wait for each other in their collectives.
         """
         self.seconds = max(5.0, timeout / 10)
-        self.group = dist.new_group(backend="gloo")
+        self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=3 * self.seconds))
+        self.store = dist.PrefixStore("roll call", dist.distributed_c10d._get_default_store())
 
     def hung(self, error: RuntimeError) -> str:
-        """The ranks that hang, such as `rank 2`; empty where `error` is not gloo's, or a peer has ended.
+        """The ranks that hang, such as `ranks 2, 5`; empty where `error` is not gloo's, or a peer has ended.
 
-        Every rank that is not hung calls it at about the same time.
+        Every rank that is not hung calls it at about the same time, and gets the same answer.
         """
         if "gloo/" not in str(error):
             return ""
-        main = dist.get_rank() == 0
-        # Rank 0 asks all the others and then ends, which they can tell from a rank 0 that hangs.
-        seconds = self.seconds if main else 3 * self.seconds
+        if dist.get_rank() == 0:
+            found = re.search(r"Ranks? ([\d, ]+) failed to pass", self._call(self.seconds))
+            answer = f"rank{'s' * (',' in found[1])} {found[1]}" if found else ""
+            self.store.set("hung", answer)
+            return answer
+        if self._call(3 * self.seconds):
+            return "rank 0"
+        try:
+            self.store.wait(["hung"], datetime.timedelta(seconds=self.seconds))
+            return self.store.get("hung").decode()
+        except RuntimeError:  # Rank 0, which keeps the store, has ended.
+            return ""
+
+    def _call(self, seconds: float) -> str:
+        """What is said of those who do not answer in time; nothing where a connection is closed: that rank has ended."""
         began = time.monotonic()
         try:
             dist.monitored_barrier(self.group, datetime.timedelta(seconds=seconds), wait_all_ranks=True)
-        except RuntimeError as failure:
-            if time.monotonic() - began < seconds:  # The connection is closed: that rank has ended.
-                return ""
-            found = re.search(r"Ranks? ([\d, ]+) failed to pass", str(failure)) if main else None
-            return f"rank {found[1]}" if found else "" if main else "rank 0"
+        except RuntimeError as error:
+            return str(error) if time.monotonic() - began >= seconds else ""
         return ""

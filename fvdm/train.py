@@ -97,7 +97,7 @@ def _explained(run: Run) -> Iterator[None]:
         if not hung:
             raise
         raise TimeoutError(
-            f"{hung} hangs, or its node cannot be reached: the others have waited for it in vain after step "
+            f"{hung} hung, or the node could not be reached: the others have waited in vain after step "
             f"{run.progress.step}"
         ) from None
 

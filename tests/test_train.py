@@ -120,15 +120,18 @@ def plain(config, steps):
 
 
 @pytest.mark.slow
-def test_zero_2_on_two_ranks_is_plain_adamw(latents, undisturbed):
+def test_zero_2_on_1_2_and_4_ranks_is_plain_adamw(latents, undisturbed, tmp_path):
     config = settings.parse(TrainConfig, words(latents, undisturbed, "run", "--steps", 8))
     means, weights, average = plain(config, 8)
-    record, slices = state(undisturbed, "run")
-    assert record["step"] == 8
-    assert record["progress"]["consumed"] == 32
-    assert list(losses(undisturbed, "run").values()) == pytest.approx(means, rel=1e-5)
-    assert (slices["master"] - weights).abs().max() < 2e-5
-    assert (slices["ema"] - average).abs().max() < 2e-5
+    for ranks in (1, 4):
+        train(ranks, words(latents, tmp_path, f"on-{ranks}", "--steps", 8), tmp_path)
+    for folder, name in ((tmp_path, "on-1"), (undisturbed, "run"), (tmp_path, "on-4")):
+        record, slices = state(folder, name)
+        assert record["step"] == 8
+        assert record["progress"]["consumed"] == 32
+        assert list(losses(folder, name).values()) == pytest.approx(means, rel=1e-5)
+        assert (slices["master"] - weights).abs().max() < 2e-5
+        assert (slices["ema"] - average).abs().max() < 2e-5
 
 
 @pytest.mark.slow
@@ -163,13 +166,17 @@ def test_accumulated_micro_batches_are_the_whole_batch(latents, undisturbed, tmp
 
 
 @pytest.mark.slow
-def test_bf16_keeps_float32_masters_and_follows_the_float32_losses(latents, undisturbed, tmp_path):
-    train(2, words(latents, tmp_path, "run", "--steps", 8, "--engine.precision", "bf16"), tmp_path)
-    got, wanted = losses(tmp_path, "run"), losses(undisturbed, "run")
-    assert list(got.values()) == pytest.approx(list(wanted.values()), rel=2e-2)
-    _, slices = state(tmp_path, "run")
-    master = slices["master"]
-    assert not torch.equal(master, master.bfloat16().float())
+def test_bf16_keeps_float32_masters_and_on_1_2_and_4_ranks_follows_the_float32_losses(latents, undisturbed, tmp_path):
+    wanted = list(losses(undisturbed, "run").values())
+    for ranks in (1, 2, 4):
+        name = f"on-{ranks}"
+        train(ranks, words(latents, tmp_path, name, "--steps", 8, "--engine.precision", "bf16"), tmp_path)
+        got = list(losses(tmp_path, name).values())
+        assert got == pytest.approx(wanted, rel=2e-2)
+        assert got == pytest.approx(list(losses(tmp_path, "on-1").values()), rel=1e-3)
+        master = state(tmp_path, name)[1]["master"]
+        assert not torch.equal(master, master.bfloat16().float())
+        print(ranks, got, wanted)
 
 
 @pytest.mark.slow
@@ -223,7 +230,7 @@ def test_a_rank_that_loses_its_peer_ends_in_seconds_though_it_has_workers(latent
         second.kill()
         first.kill()
     assert first.returncode not in (0, -signal.SIGKILL)
-    assert ("rank 1 hangs, or its node" in output) == (how == "hung")
+    assert ("rank 1 hung, or the node" in output) == (how == "hung")
     assert "DataLoader worker" not in output
 
 
@@ -405,5 +412,5 @@ def test_a_rank_of_this_machine_that_hangs_is_named_and_ended(latents, tmp_path)
     ranks[1].suspend()
     output = launcher.communicate(timeout=120)[0]
     assert launcher.returncode == 1
-    assert "error: rank 1 hangs" in output
+    assert "error: rank 1 hung" in output
     assert not any(rank.is_running() for rank in ranks)

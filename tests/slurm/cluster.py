@@ -91,9 +91,9 @@ class Cluster:
 
 
 def ranks(folder: Path) -> list[psutil.Process]:
-    """The rank processes of jobs whose files lie in `folder`, by rank."""
+    """The rank processes of jobs whose files lie in `folder`, by rank; not the processes that read ahead for them."""
     found = []
-    for process in psutil.process_iter(["cmdline", "status"]):
+    for process in psutil.process_iter(["cmdline", "status", "ppid"]):
         line = process.info["cmdline"] or [""]
         mine = "submitit.core._submit" in line and str(folder) in " ".join(line) and not line[0].endswith("srun")
         if mine and process.info["status"] != psutil.STATUS_ZOMBIE:
@@ -105,4 +105,5 @@ def ranks(folder: Path) -> list[psutil.Process]:
         except psutil.Error:
             return -1
 
-    return sorted(found, key=rank)
+    pids = {process.pid for process in found}
+    return sorted((process for process in found if process.info["ppid"] not in pids), key=rank)
