@@ -13,6 +13,7 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class RollCall:
         """
         self.seconds = max(5.0, timeout / 10)
         self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=3 * self.seconds))
-        self.store = dist.PrefixStore("roll call", dist.distributed_c10d._get_default_store())
+        self.store = c10d.PrefixStore("roll call", c10d._get_default_store())
 
     def hung(self, error: RuntimeError) -> str:
         """The ranks that hang, such as `ranks 2, 5`; empty where `error` is not gloo's, or a peer has ended.
@@ -142,7 +143,7 @@ class RollCall:
             return ""
 
     def _call(self, seconds: float) -> str:
-        """What is said of those who do not answer in time; nothing where a connection is closed: that rank has ended."""
+        """What is said of those who do not answer in time; nothing of those who have ended."""
         began = time.monotonic()
         try:
             dist.monitored_barrier(self.group, datetime.timedelta(seconds=seconds), wait_all_ranks=True)
