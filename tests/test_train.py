@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def environment(rank, world_size, port):
     return os.environ | {name: str(value) for name, value in (ranks | fixed).items()}
 
 
-def start(world_size, arguments, folder):
+def start(world_size, arguments, folder, **more):
     port = free_port()
     command = [sys.executable, "-m", "fvdm.train", *arguments]
     return [
@@ -61,6 +62,7 @@ def start(world_size, arguments, folder):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            **more,
         )
         for rank in range(world_size)
     ]
@@ -213,6 +215,18 @@ def test_the_video_that_is_not_finite_is_named_whatever_rank_and_micro_batch_it_
         named = re.findall("skipped: not finite, with (.+)", output)
         assert len(named) == 4, output
         assert set(named) == {"video2.mp4"}
+
+
+@pytest.mark.slow
+def test_a_run_that_was_told_to_stop_makes_no_preview(latents, tmp_path):
+    hold = partial(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGTERM})  # as launchers/start.py does
+    arguments = words(latents, tmp_path, "run", "--steps", 100_000, "--previews.every", 1, "--stop_every", 100)
+    (process,) = start(1, arguments, tmp_path, preexec_fn=hold)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode in (75, -signal.SIGABRT), output
+    assert "preview" not in output
+    assert state(tmp_path, "run")[0]["step"] == 1
 
 
 @pytest.mark.slow

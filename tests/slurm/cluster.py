@@ -25,8 +25,10 @@ def installed() -> bool:
 
 def can_cut() -> bool:
     """Whether nodes may have networks of their own here, and be cut off: root may make them, but not everywhere."""
-    tools = shutil.which("ip", path=PATH) and shutil.which("unshare", path=PATH)
-    return bool(tools) and subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode == 0
+    links = "ip link add probe0 type bridge && ip link add probe1 type veth peer name probe2"
+    probe = f"unshare --net sh -c '{links}' && ip netns add slurm-probe && ip netns del slurm-probe"
+    done = subprocess.run(["sh", "-c", probe], env=os.environ | {"PATH": PATH}, capture_output=True)
+    return done.returncode == 0
 
 
 class Cluster:
