@@ -400,7 +400,7 @@ def test_a_killed_worker_is_told_as_such(folder, shards):
     next(data)
     (worker,) = multiprocessing.active_children()
     worker.kill()
-    with pytest.raises(RuntimeError, match="DataLoader worker|reads ahead"):
+    with pytest.raises(RuntimeError, match=r"DataLoader worker|reads ahead"):
         list(itertools.islice(data, 100))
 
 
