@@ -106,9 +106,10 @@ def ports(job: str, start: int) -> Iterator[int]:
 
 def _note(path: Path, error: Exception) -> None:
     """Say why this rank ends; the first rank's word counts."""
-    logger.error("error: %s", error)
+    sentence = str(error).strip().rpartition("\n")[2]  # That of a process that reads ahead comes with its traceback.
+    logger.error("error: %s", sentence)
     with contextlib.suppress(OSError), path.open("x") as file:
-        file.write(str(error))
+        file.write(sentence)
 
 
 def _meet(files: Files, environment: submitit.JobEnvironment) -> int:
