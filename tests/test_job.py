@@ -8,7 +8,7 @@ import pytest
 
 from launchers import after
 from launchers.after import Files, end, first_cause
-from launchers.job import _meet, ports
+from launchers.job import _meet, _note, ports
 
 
 def test_the_port_comes_from_the_jobs_number_and_is_drawn_again_if_taken(tmp_path, monkeypatch):
@@ -106,3 +106,9 @@ def test_a_controller_that_stays_away_is_no_cancellation(tmp_path, monkeypatch):
     assert files.outcome.read_text().startswith(
         "failed Slurm neither requeues nor takes the job again: Unable to contact"
     )
+
+
+def test_the_first_rank_that_knows_the_cause_is_heard_in_one_sentence(tmp_path):
+    _note(tmp_path / "cause", OSError("Caught OSError in a worker\nTraceback\n  ...\nOSError: no answer from there"))
+    _note(tmp_path / "cause", OSError("something else"))
+    assert (tmp_path / "cause").read_text() == "OSError: no answer from there"
