@@ -238,7 +238,7 @@ def test_a_rank_that_loses_its_peer_ends_in_seconds_though_it_has_workers(latent
     wait_until(lambda: journal.exists() and "loss/mean" in journal.read_text())
     second.send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
     try:
-        output = first.communicate(timeout=40)[0]
+        output = first.communicate(timeout=90)[0]
     finally:
         second.kill()
         first.kill()
