@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fvdm.config import fail
+from fvdm.config import fail, in_range
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +46,19 @@ class CheckpointConfig:
         background: write while training goes on, from a copy in host memory; else training waits.
         keep_last: newest checkpoints that are kept.
         keep_every: keep each checkpoint whose step is a multiple of this, too; 0 keeps none but the newest.
+        timeout: seconds after which a rank gives up that waits for another to write its part, on the slowest disk.
     """
 
     every: int = 5_000
     background: bool = True
     keep_last: int = 3
     keep_every: int = 0
+    timeout: int = 1_800
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting out of its range."""
+        some = (1, math.inf)
+        in_range(self, "checkpoint", every=some, keep_last=some, keep_every=(0, math.inf), timeout=some)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -234,7 +242,7 @@ def newest(root: Path) -> Path | None:
 
 def prune(root: Path, config: CheckpointConfig) -> None:
     """Remove what the policy does not keep."""
-    for folder in checkpoints(root)[: -config.keep_last or None]:
+    for folder in checkpoints(root)[: -config.keep_last]:
         step = int(folder.name.rpartition("-")[2])
         if not config.keep_every or step % config.keep_every:
             shutil.rmtree(folder, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import re
 import sys
 from argparse import ArgumentError
@@ -91,6 +92,25 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         name = prefix + field.name
         flat |= flatten(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}
     return flat
+
+
+def in_range(config: Any, section: str = "", **ranges: tuple[float, float]) -> None:
+    """Refuse settings out of their range.
+
+    Args:
+        config: a dataclass.
+        section: under which name it stands in the whole, such as `data`.
+        ranges: lowest and highest value of a setting, or of each of its numbers.
+
+    Raises:
+        ValueError: names the setting, its value and what it may be.
+    """
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        # Written so that nan is refused as well.
+        if not all(low <= number <= high for number in (value if isinstance(value, tuple) else (value,))):
+            wanted = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise ValueError(f"{section}{'.' * bool(section)}{name} is {value}: it must be {wanted}.")
 
 
 def save(config: Any, path: Path) -> None:

@@ -12,7 +12,11 @@ What is random about a sample (which frames, mirrored or not, the noise of the V
 a seed of its own: (seed, epoch, video).
 """
 
+import atexit
 import logging
+import math
+import multiprocessing
+import multiprocessing.util
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fvdm.config import in_range
 from fvdm.location import CorruptShardError
 from fvdm.shards import LatentShards
 
@@ -61,9 +66,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a setting out of its range."""
-        for name, least in (("frames", 1), ("interval", 1), ("batch_size", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"data.{name} is {getattr(self, name)}: it must be at least {least}.")
+        some = (1, math.inf)
+        in_range(self, "data", frames=some, interval=some, batch_size=some, workers=(0, math.inf))
 
 
 class Batch(NamedTuple):
@@ -133,7 +137,7 @@ def _on_device(
     loader: "DataLoader[Any]", device: torch.device | str | None, start: int, batch_size: int
 ) -> Iterator[Batch]:
     skipped = 0
-    for step, batch in enumerate(loader, start=1):
+    for step, batch in enumerate(_read(loader), start=1):
         if isinstance(batch, Exception):
             raise batch
         x_0, y, keys, passed = batch
@@ -144,6 +148,13 @@ def _on_device(
             x_0 = x_0.to(device, non_blocking=True)
             y = None if y is None else y.to(device, non_blocking=True)
         yield Batch(x_0, y, keys, start + step * batch_size, len(passed))
+
+
+def _read(loader: "DataLoader[Any]") -> Iterator[Any]:
+    try:
+        yield from loader
+    except (ConnectionError, EOFError) as error:  # Of the pipe between the processes: no trouble with a disk.
+        raise RuntimeError("a process that reads ahead was killed: lower data.workers if memory is short") from error
 
 
 class _Positions:
@@ -261,3 +272,16 @@ def _ignore_signals(worker: int) -> None:
     """A job's signals are for the training process, which ends its workers; they end too when it is gone."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End what still reads ahead when this process ends by an exception, whose traceback keeps the workers alive.
+
+    multiprocessing would ask them by SIGTERM, which they ignore, and wait for ever. Registered after its own hook (see
+    the import), this one runs before it.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report the killed workers as an error.
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

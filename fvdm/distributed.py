@@ -1,15 +1,19 @@
 """Which process this is, and how the processes agree to stop."""
 
+import datetime
 import enum
 import os
 import random
+import re
 import signal
 import socket
+import time
 from dataclasses import dataclass
 from types import FrameType
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 
 @dataclass(frozen=True)
@@ -99,3 +103,50 @@ class StopFlag:
         flag = torch.tensor(float(self.raised), device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return Stop(int(flag.item()))
+
+
+class RollCall:
+    """Finds out which rank holds the others up, when one of their collectives has failed.
+
+    Its group is its own: that of the collective is of no use any more. It is gloo's, which returns an error where NCCL
+    ends the process.
+    """
+
+    def __init__(self, timeout: int) -> None:
+        """Collective.
+
+        Args:
+            timeout: seconds that the ranks wait for each other in their collectives.
+        """
+        self.seconds = max(5.0, timeout / 10)
+        self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=3 * self.seconds))
+        self.store = c10d.PrefixStore("roll call", c10d._get_default_store())
+
+    def hung(self, error: RuntimeError) -> str:
+        """The ranks that hang, such as `ranks 2, 5`; empty where `error` is not gloo's, or a peer has ended.
+
+        Every rank that is not hung calls it at about the same time, and gets the same answer.
+        """
+        if "gloo/" not in str(error):
+            return ""
+        if dist.get_rank() == 0:
+            found = re.search(r"Ranks? ([\d, ]+) failed to pass", self._call(self.seconds))
+            answer = f"rank{'s' * (',' in found[1])} {found[1]}" if found else ""
+            self.store.set("hung", answer)
+            return answer
+        if self._call(3 * self.seconds):
+            return "rank 0"
+        try:
+            self.store.wait(["hung"], datetime.timedelta(seconds=self.seconds))
+            return self.store.get("hung").decode()
+        except RuntimeError:  # Rank 0, which keeps the store, has ended.
+            return ""
+
+    def _call(self, seconds: float) -> str:
+        """What is said of those who do not answer in time; nothing of those who have ended."""
+        began = time.monotonic()
+        try:
+            dist.monitored_barrier(self.group, datetime.timedelta(seconds=seconds), wait_all_ranks=True)
+        except RuntimeError as error:
+            return str(error) if time.monotonic() - began >= seconds else ""
+        return ""

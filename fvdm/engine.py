@@ -6,6 +6,7 @@ accumulation and reduction are float32. All parameters form one flat vector, of 
 
 import datetime
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fvdm.config import in_range
 from fvdm.distributed import Ranks
 from fvdm.memory import keep_freed_memory
 
@@ -48,6 +50,12 @@ class EngineConfig:
     micro_batch: int = 0
     bucket: int = 20_000_000
     timeout: int = 600
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting out of its range."""
+        some, any_ = (1, math.inf), (0, math.inf)
+        in_range(self, "engine", lr=any_, warmup=any_, cooldown=any_, betas=(0, 1), weight_decay=any_, clip=any_)
+        in_range(self, "engine", clip_from=any_, micro_batch=any_, bucket=some, timeout=some)
 
 
 def initialise(timeout: int) -> torch.device:

@@ -1,6 +1,7 @@
 """Videos made while training, so that browsing the run shows the model getting better."""
 
 import logging
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fvdm.config import in_range
 from fvdm.data import DataConfig, batches
 from fvdm.diffusion import Diffusion
 from fvdm.distributed import Ranks
@@ -50,6 +52,8 @@ class PreviewConfig:
 
     def __post_init__(self) -> None:
         """Refuse, before a run begins, what would end it at its first preview."""
+        some = (1, math.inf)
+        in_range(self, "previews", every=(0, math.inf), num=some, steps=some, long_frames=some, fps=(0.1, math.inf))
         solver(self.solver)
         for task in self.tasks:
             on_window(task, evenly_spaced(1), 16, self.long_frames)

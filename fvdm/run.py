@@ -3,6 +3,7 @@
 import fcntl
 import json
 import logging
+import math
 import os
 import platform
 import time
@@ -18,10 +19,11 @@ from fvdm import checkpoint as ckpt
 from fvdm import config as settings
 from fvdm.attention import Backend
 from fvdm.checkpoint import CheckpointConfig
+from fvdm.continuity import changes, identity
 from fvdm.convert import read_model
 from fvdm.data import DataConfig
 from fvdm.diffusion import Diffusion, DiffusionConfig
-from fvdm.distributed import Ranks
+from fvdm.distributed import Ranks, RollCall
 from fvdm.ema import EMA
 from fvdm.engine import Engine, EngineConfig, accumulation
 from fvdm.model import ModelConfig, VideoDiT, preset
@@ -91,6 +93,14 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     previews: PreviewConfig = field(default_factory=PreviewConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting out of its range."""
+        if not self.name:
+            raise ValueError("name is empty: it is the name of the run's folder.")
+        some, share = (1, math.inf), (0, 1)
+        settings.in_range(self, class_dropout=share, p=share, ema_decay=share, recompute=(0, math.inf))
+        settings.in_range(self, steps=some, log_every=some, stop_every=some, max_skipped=some, seed=(0, math.inf))
 
     @property
     def folder(self) -> Path:
@@ -172,9 +182,14 @@ def check(config: TrainConfig, world_size: int) -> None:
     """Find, before a job waits in a queue, what would end it at its start.
 
     Raises:
-        ValueError: if the data cannot be read, or model, data, batch and ranks do not fit each other.
+        ValueError: if the data cannot be read, or model, data, batch, ranks and the run so far do not fit each other.
     """
-    model_config(config, LatentShards(config.data.path, config.data.split, config.data.cache))
+    shards = LatentShards(config.data.path, config.data.split, config.data.cache)
+    model_config(config, shards)
+    for folder in reversed(ckpt.checkpoints(config.checkpoints)):
+        if ckpt.why_broken(folder, deep=False) is None:
+            changes(ckpt.read_state(folder), settings.flatten(config), shards)
+            break
     if config.init and not Path(config.init).exists():
         raise ValueError(f"init {config.init}: there is no such file or folder")
     accumulation(config.data.batch_size, config.engine.micro_batch, world_size)
@@ -241,15 +256,17 @@ class Run:
         self.progress = Progress()
         self.first = 0  # the step at which this start began
         self.root = config.checkpoints
-        self.writer = Writer(config.checkpoint.background)
+        self.roll_call = RollCall(config.engine.timeout)
+        self.writer = Writer(config.checkpoint.background, config.checkpoint.timeout)
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint.
 
         Raises:
-            ValueError: if it is of another model.
+            ValueError: if it is of another model, or of other latents.
         """
         state = ckpt.read_state(folder)
+        changed = changes(state, settings.flatten(self.config), self.shards)
         if state["names"] != {name: list(shape) for name, shape in self.engine.names.items()}:
             raise ValueError(
                 f"{folder} holds a model of another shape ({state['settings']['model']}) than {self.config.model} on "
@@ -262,6 +279,8 @@ class Run:
         self.ema.shards[0][: len(self.engine.slice)] = slices["ema"].to(self.engine.device)
         if self.ranks.is_main:
             logger.info("resuming %s from step %d", self.config.name, self.progress.step)
+            if changed:
+                logger.warning("from here on its samples are not those of the unbroken run: %s", "; ".join(changed))
 
     def save(self) -> None:
         """Write a checkpoint and remove those that the policy does not keep. Collective."""
@@ -276,7 +295,7 @@ class Run:
             "normalisation": self.shards.manifest.normalisation,
             "classes": list(self.shards.classes),
             "size": self.shards.manifest.size,
-        }
+        } | identity(self.shards)
 
         def write(slices: dict[str, Tensor]) -> None:
             ranks = self.ranks

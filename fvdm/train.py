@@ -26,12 +26,14 @@ from fvdm.engine import Engine, initialise
 from fvdm.model import ModelConfig, VideoDiT
 from fvdm.previews import preview
 from fvdm.registry import offer
-from fvdm.run import Progress, Run, TrainConfig, initial_weights, model_config, newest_checkpoint, only_one
+from fvdm.run import Run, TrainConfig, initial_weights, model_config, newest_checkpoint, only_one
 from fvdm.shards import LatentShards
 from fvdm.timesteps import sample_timesteps
 from fvdm.tracking import Tracker
 
 logger = logging.getLogger(__name__)
+
+SUSPECTS = 16  # videos that are named at most, of a step that was not finite
 
 
 def train(config: TrainConfig) -> Stop:
@@ -43,6 +45,7 @@ def train(config: TrainConfig) -> Stop:
     Raises:
         ValueError: for settings that do not fit each other, the data, the memory, or the run that is there.
         OSError: if the last checkpoint could not be written.
+        TimeoutError: if another rank hangs.
     """
     stop = StopFlag()
     stop.install()
@@ -66,21 +69,37 @@ def train(config: TrainConfig) -> Stop:
         tracker = run.begin_tracking() if ranks.is_main else None
         status = "FAILED"
         try:
-            told = _loop(run, tracker, stop)
-            run.finish()
-            engine.close()  # Before the model is sent: only rank 0 waits for a server.
+            with _explained(run):
+                told = _loop(run, tracker, stop)
+                run.finish()
+                engine.close()  # Before the model is sent: only rank 0 waits for a server.
             if tracker and not told:
                 _offer(run, tracker)
             status = "KILLED" if told else "FINISHED"
-        except torch.OutOfMemoryError as error:
-            if run.progress.step > run.first:  # It fitted before: another process's doing, which may pass.
-                raise
-            sentence = str(error).split(". ")[0]
-            raise ValueError(f"{sentence}; lower engine.micro_batch, or set recompute to 1") from None
         finally:
             if tracker:
                 tracker.close(status)
     return told
+
+
+@contextmanager
+def _explained(run: Run) -> Iterator[None]:
+    """Say of an error what can be known of its cause."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if run.progress.step > run.first:  # It fitted before: another process's doing, which may pass.
+            raise
+        sentence = str(error).split(". ")[0]
+        raise ValueError(f"{sentence}; lower engine.micro_batch, or set recompute to 1") from None
+    except RuntimeError as error:
+        hung = run.roll_call.hung(error)
+        if not hung:
+            raise
+        raise TimeoutError(
+            f"{hung} hung, or the node could not be reached: the others have waited in vain after step "
+            f"{run.progress.step}"
+        ) from None
 
 
 @contextmanager
@@ -103,7 +122,7 @@ def _loop(run: Run, tracker: Tracker | None, stop: StopFlag) -> Stop:
     meter = Meter(run.diffusion.num_timesteps, engine.device)
     saved, told = progress.step, Stop.NO
     while progress.step < config.steps and not told:
-        moved = False
+        moved, seen = False, []
         for _ in range(engine.micro_batches):
             batch = next(data)
             t, noise, y = draw(batch)  # (b f), (b f c h w), (b)
@@ -111,14 +130,17 @@ def _loop(run: Run, tracker: Tracker | None, stop: StopFlag) -> Stop:
             engine.backward(loss.mean())
             moved = engine.step(progress.step, config.steps)
             meter.add(loss, t)
+            seen.append((batch.keys, loss.detach()))
         if moved:
             run.ema.update()
-        _count(progress, moved, batch, config)
+        progress.consumed = batch.consumed
+        _count(run, moved, seen)
         if progress.step % config.log_every == 0 or progress.step == config.steps:
             _report(run, meter, tracker)
-        if progress.step % config.stop_every == 0:
+        due = bool(config.previews.every) and progress.step % config.previews.every == 0
+        if due or progress.step % config.stop_every == 0:
             told = stop.agreed(engine.device)
-        if config.previews.every and progress.step % config.previews.every == 0:
+        if due and not told:  # Little time is left then, and it is the checkpoint's.
             _preview(run, tracker)
         if progress.step % config.checkpoint.every == 0:
             run.save()
@@ -160,18 +182,37 @@ class Draw:
         return t, noise, torch.where(hide < self.config.class_dropout, self.null_class, batch.y)
 
 
-def _count(progress: Progress, moved: bool, batch: Batch, config: TrainConfig) -> None:
+def _count(run: Run, moved: bool, seen: list[tuple[list[str], Tensor]]) -> None:
+    progress = run.progress
     progress.step += 1
     progress.updates += moved
-    progress.consumed = batch.consumed
     progress.skipped = 0 if moved else progress.skipped + 1
-    if not moved:
-        logger.warning("step %d skipped: not finite, with %s", progress.step, ", ".join(batch.keys))
-    if progress.skipped >= config.max_skipped:
+    if moved:
+        return
+    videos = _suspects(run, seen)
+    logger.warning("step %d skipped: not finite, with %s", progress.step, videos)
+    if progress.skipped >= run.config.max_skipped:
         raise ValueError(
-            f"{progress.skipped} steps in a row up to step {progress.step} were not finite, the last with the samples "
-            f"{', '.join(batch.keys)}; look at these, lower engine.lr, or resume from an older checkpoint"
+            f"{progress.skipped} steps in a row up to step {progress.step} were not finite, the last with the videos "
+            f"{videos}; look at these, lower engine.lr, or resume from an older checkpoint"
         )
+
+
+def _suspects(run: Run, seen: list[tuple[list[str], Tensor]]) -> str:
+    """A step's videos whose losses were not finite; all of them, where only the gradient was not. Collective.
+
+    Args:
+        run: the run.
+        seen: keys and losses `(b f)` of each of this rank's micro-batches.
+    """
+    own = [pair for keys, loss in seen for pair in zip(keys, loss.isfinite().all(1).tolist(), strict=True)]
+    everyones: list[list[tuple[str, bool]]] = [[] for _ in range(run.ranks.world_size)]
+    dist.all_gather_object(everyones, own)
+    pairs = [pair for part in everyones for pair in part]
+    keys = [key for key, finite in pairs if not finite] or [key for key, _ in pairs]
+    names = dict(zip(run.shards.keys, run.shards.sources, strict=True))
+    more = f" and {len(keys) - SUSPECTS} more" if len(keys) > SUSPECTS else ""
+    return ", ".join(names[key] for key in keys[:SUSPECTS]) + more
 
 
 class Meter:

@@ -12,8 +12,6 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = datetime.timedelta(hours=1)  # for the slowest rank's disk, and for rank 0, which writes the weights by name
-
 
 class Writer:
     """Runs one collective write at a time, in a thread on a process group of its own.
@@ -22,16 +20,17 @@ class Writer:
         stalled: seconds for which the last write held training up.
     """
 
-    def __init__(self, background: bool) -> None:
+    def __init__(self, background: bool, timeout: int) -> None:
         """Collective.
 
         Args:
             background: write in a thread; else `begin` returns when all is written.
+            timeout: seconds that the others wait for the slowest rank's disk, and for rank 0, which writes more.
         """
         self.background = background
         # Never the group of the gradients: the messages of two threads would meet in it. On the CPU, so that no
         # stream waits either.
-        self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
         self.stalled = 0.0
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None

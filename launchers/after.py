@@ -4,7 +4,8 @@
     after.py end FOLDER MAX_RESTARTS CODE        CODE: what srun returned
 
 It starts again when it was told to stop while Slurm still lets it run (a time limit ahead, a preemption), and when a
-rank failed; not when the user cancelled it, nor when a setting is wrong. Needs nothing but Python, and no second.
+rank failed; not when the user cancelled it, nor when a setting is wrong. Needs nothing but Python, and no second: but
+where Slurm's controller does not answer, it is asked again for some minutes.
 """
 
 import json
@@ -16,6 +17,10 @@ import time
 from os import environ
 from pathlib import Path
 
+PATIENCE = 600.0  # seconds in which Slurm's controller may come back
+SILENT = re.compile(
+    r"contact|timed out|refused|reset by|Zero Bytes|[Cc]ommunication|Transport|standby|temporarily|[Rr]esol|route|down"
+)
 FIRST_CAUSE = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.+)$", re.MULTILINE)
 
 
@@ -24,6 +29,7 @@ class Files:
 
     Attributes:
         error: the sentence of a rank that found a mistake of the user's.
+        cause: the sentence of a rank that knows why all must end, and that another start may help: a disk, a hung rank.
         again: there when the ranks have stopped as they were told and work is left.
         outcome: what became of the job, for who follows it: done, again, cancelled, error or failed, and a sentence.
         progress: names the folder whose newest checkpoint tells how far the job has come.
@@ -35,6 +41,7 @@ class Files:
     def __init__(self, folder: Path, job: str) -> None:
         self.folder, self.job = folder, job
         self.error = folder / f"{job}_error.txt"
+        self.cause = folder / f"{job}_cause.txt"
         self.again = folder / f"{job}_again"
         self.outcome = folder / f"{job}_outcome.txt"
         self.progress = folder / f"{job}_progress.txt"
@@ -47,6 +54,21 @@ class Files:
         return self.folder / f"{self.job}_{rank}_log.out"
 
 
+def ask(*command: str) -> "subprocess.CompletedProcess[str]":
+    """Run a command of Slurm's, again and again while the controller does not answer, which is no verdict."""
+    began, pause = time.monotonic(), 1.0
+    while True:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired:
+            done = subprocess.CompletedProcess(command, 1, "", f"{command[0]} timed out")
+        if done.returncode == 0 or not SILENT.search(done.stderr) or time.monotonic() - began > PATIENCE:
+            return done
+        print(f"{' '.join(done.stderr.split())}: asking again in {pause:.0f} s", flush=True)
+        time.sleep(pause)
+        pause = min(2 * pause, 30.0)
+
+
 def job_id() -> str:
     """This job's number, as the names of its files have it."""
     array = environ.get("SLURM_ARRAY_JOB_ID")
@@ -55,7 +77,7 @@ def job_id() -> str:
 
 def begin(files: Files) -> None:
     """Remove what an earlier start of the job has left."""
-    for path in (files.error, files.again, files.outcome, *files.folder.glob(f"{files.job}_port-*")):
+    for path in (files.error, files.cause, files.again, files.outcome, *files.folder.glob(f"{files.job}_port-*")):
         path.unlink(missing_ok=True)
     _write(files.mark, str(files.log.stat().st_size if files.log.exists() else 0))
 
@@ -80,9 +102,12 @@ def end(files: Files, max_restarts: int, code: int) -> int:
 
 
 def first_cause(files: Files, code: int) -> str:
-    """The rank that failed first and how, from what srun said in the order in which it happened."""
+    """What a rank has found out; else who failed first and how, as srun said it, in the order of time."""
     text = files.log.read_bytes()[int(files.mark.read_text()) :] if files.mark.exists() else b""
     found = FIRST_CAUSE.search(text.decode(errors="replace"))
+    known = files.cause.read_text().strip() if files.cause.exists() else ""
+    if known and (not found or "exit code" in found[3]):  # Else a rank was killed, and the others met the consequences.
+        return f"{known}. The log: {files.log}"
     if not found:
         return f"the ranks ended with exit code {code}"
     node, rank, how = found[1], int(re.split("[,-]", found[2])[0]), found[3]
@@ -121,10 +146,13 @@ def _write(path: Path, text: str) -> None:
 
 
 def _may_go_on() -> bool:
-    """Whether the job is still Slurm's to run: a cancelled one is already completing, as is one out of time."""
-    command = ["scontrol", "show", "job", "-o", environ["SLURM_JOB_ID"]]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    return "JobState=RUNNING" in shown
+    """Whether the job is still Slurm's to run: a cancelled one is already completing, as is one out of time.
+
+    Only Slurm's own word ends a job: where there is none, the job goes on.
+    """
+    shown = ask("scontrol", "show", "job", "-o", environ["SLURM_JOB_ID"])
+    state = re.search(r"JobState=(\w+)", shown.stdout)
+    return state[1] == "RUNNING" if state else "Invalid job id" not in shown.stderr
 
 
 def _finish(files: Files, what: str, sentence: str, code: int) -> int:
@@ -139,14 +167,13 @@ def _again(files: Files, why: str) -> int:
     files.again.unlink(missing_ok=True)
     print(f"{why}: starting job {files.job} again", flush=True)
     _write(files.outcome, "again\n")
-    requeue = subprocess.run(["scontrol", "requeue", files.job], capture_output=True, text=True, timeout=60)
-    if requeue.returncode == 0:
+    requeue = ask("scontrol", "requeue", files.job)
+    if requeue.returncode == 0 or not _may_go_on():  # It was heard at the first time, and its answer lost.
         return 0
     if "SLURM_ARRAY_JOB_ID" in environ:  # Its file would submit the whole array.
         said = " ".join(requeue.stderr.split())
         return _finish(files, "failed", f"Slurm does not requeue this job of an array: {said}", 1)
-    submit = ["sbatch", "--parsable", str(files.folder / f"{files.job}_submission.sh")]
-    submitted = subprocess.run(submit, capture_output=True, text=True, timeout=60)
+    submitted = ask("sbatch", "--parsable", str(files.folder / f"{files.job}_submission.sh"))
     if submitted.returncode:
         said = " ".join(f"{requeue.stderr} {submitted.stderr}".split())
         return _finish(files, "failed", f"Slurm neither requeues nor takes the job again: {said}", 1)

@@ -56,7 +56,7 @@ class Job(ABC):
             Whether there is more to do.
 
         Raises:
-            SystemExit: code 2 for a mistake of the user's, whose sentence goes to the job's error file; 1 for a disk's.
+            SystemExit: code 2 for a mistake of the user's, 1 for a disk or a hung peer; the sentence goes to a file.
         """
         environment = submitit.JobEnvironment()
         environment.paths.result_pickle.unlink(missing_ok=True)  # Left by a requeued job, it would be taken for ours.
@@ -70,12 +70,10 @@ class Job(ABC):
         try:
             again = self.work()
         except ValueError as error:
-            logger.error("error: %s", error)
-            with contextlib.suppress(FileExistsError), files.error.open("x") as file:  # The first rank's counts.
-                file.write(str(error))
+            _note(files.error, error)
             raise SystemExit(2) from None
-        except OSError as error:  # A full disk, which may be empty at the next start.
-            logger.error("error: %s", error)
+        except OSError as error:  # A full disk, which may be empty at the next start; a peer that hangs.
+            _note(files.cause, error)
             raise SystemExit(1) from None
         if again and environment.global_rank == 0:
             files.again.touch()
@@ -104,6 +102,14 @@ def ports(job: str, start: int) -> Iterator[int]:
     """The ports that a job tries, in order: derived from its number and from how often it was started."""
     first = int(job) + 97 * start
     yield from (FIRST_PORT + (first + 31 * attempt) % PORTS for attempt in range(PORTS))
+
+
+def _note(path: Path, error: Exception) -> None:
+    """Say why this rank ends; the first rank's word counts."""
+    sentence = str(error).strip().rpartition("\n")[2]  # That of a process that reads ahead comes with its traceback.
+    logger.error("error: %s", sentence)
+    with contextlib.suppress(OSError), path.open("x") as file:
+        file.write(sentence)
 
 
 def _meet(files: Files, environment: submitit.JobEnvironment) -> int:

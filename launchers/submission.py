@@ -4,22 +4,24 @@ import argparse
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import _make_sbatch_string
 
 from fvdm.distributed import free_port
-from launchers.after import Files
+from launchers.after import Files, ask
 from launchers.job import POLL, Job
 from launchers.resources import ROOT, Resources, array_numbers
 
+GRACE = 15.0  # seconds that the ranks of a job of this machine have to end when one has failed
+AGAIN = "Type the same command again to go on from the newest checkpoint."
 START = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'launchers' / 'start.py'))}"
 
 
@@ -107,15 +109,19 @@ def follow_here(job: "submitit.Job[bool]") -> int:
     """Show the first rank's log until the job ends; the exit code of the whole: 0, 1 (it failed) or 2 (settings)."""
     offset = 0
     log = job.task(0).paths.stdout
+    cause = Files(log.parent, job.job_id).cause
+    process: Any = getattr(job, "_process", None)
     done = False
     while not done:
         try:
             time.sleep(POLL)
             done = job.done()
             offset = _show(log, offset)
+            if cause.exists() and time.time() - cause.stat().st_mtime > GRACE:  # A rank that hangs does not end.
+                for rank in psutil.Process(process.pid).children(recursive=True):
+                    rank.kill()
         except KeyboardInterrupt:
             print("\nstopping after this step, with a checkpoint", flush=True)
-            process: Any = getattr(job, "_process", None)
             process.send_signal(signal.SIGTERM)
     return _verdict(job)
 
@@ -149,13 +155,7 @@ def follow_on_slurm(files: Files) -> int:
 
 
 def _state(job: str) -> str:
-    command = ["squeue", "-h", "-t", "all", "-j", job, "-o", "%T"]
-    for _ in range(5):  # A busy controller is no end of the job.
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        if asked.returncode == 0 or "Invalid job id" in asked.stderr:
-            return asked.stdout.strip()
-        time.sleep(2)
-    return ""
+    return ask("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").stdout.strip()
 
 
 def _show(log: Path, offset: int) -> int:
@@ -170,18 +170,20 @@ def _show(log: Path, offset: int) -> int:
 
 
 def _verdict(job: "submitit.Job[bool]") -> int:
-    """Name the first cause: a user's mistake, then a rank that vanished, then the first rank that raised."""
-    first = job.task(0).paths
-    error = Files(first.folder, job.job_id).error
-    if error.exists():
-        print(f"error: {error.read_text()}", file=sys.stderr, flush=True)
+    """Name the first cause: a user's mistake, what a rank has found out, a rank that vanished, one that raised."""
+    files = Files(job.task(0).paths.folder, job.job_id)
+    if files.error.exists():
+        print(f"error: {files.error.read_text()}", file=sys.stderr, flush=True)
         return 2
+    if files.cause.exists():
+        print(f"error: {files.cause.read_text()}\n{AGAIN}", flush=True)
+        return 1
     raised: list[tuple[float, int]] = []
     for task in range(job.num_tasks):
         paths = job.task(task).paths
         if not paths.result_pickle.exists():
             print(f"error: rank {task} was killed; the others could not go on. Its log: {paths.stdout}", flush=True)
-            print("Type the same command again to go on from the newest checkpoint.", flush=True)
+            print(AGAIN, flush=True)
             return 1
         try:
             job.task(task).result()

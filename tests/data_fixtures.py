@@ -134,9 +134,19 @@ def make_vae(folder: Path) -> Path:
 
 
 def make_shards(
-    folder: Path, lengths: Sequence[int], *, per_shard: int = 3, labels: bool = True, flip: bool = True
+    folder: Path,
+    lengths: Sequence[int],
+    *,
+    per_shard: int = 3,
+    labels: bool = True,
+    flip: bool = True,
+    spoilt: int | None = None,
+    **manifest: object,
 ) -> Path:
-    """Shards of random latents (4, 4, 4) without any encoding; frame i of video v holds v + i / 1000 in its mean."""
+    """Shards of random latents (4, 4, 4) without any encoding; frame i of video v holds v + i / 1000 in its mean.
+
+    The video `spoilt` holds nan instead; `manifest` are other fields of it than those of `manifest_fields`.
+    """
     from data_prep.layouts import Source
     from data_prep.samples import make_sample
     from data_prep.shards import Plan, ShardPlan, Work, finish
@@ -153,11 +163,11 @@ def make_shards(
         for video in range(shard.first, shard.end):
             mean = video + np.arange(lengths[video], dtype=np.float32)[:, None, None, None] / 1000
             moments = np.full((lengths[video], 8, 4, 4), -30, np.float16)
-            moments[:, :4] = mean
+            moments[:, :4] = np.nan if video == spoilt else mean
             mirrored = np.concatenate([-moments[:, :4], moments[:, 4:]], axis=1) if flip else None
             work.keep(shard, video, make_sample(video, sources[video], 25.0, moments, mirrored))
         work.assemble(shard)
-    finish(folder, plan, manifest_fields(flip))
+    finish(folder, plan, manifest_fields(flip) | manifest)
     return folder
 
 

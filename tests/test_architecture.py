@@ -26,7 +26,7 @@ LAYERS = (
     {"timesteps", "attention", "distributed", "config", "ema", "vae", "media", "location", "videos", "i3d"}
     | {"pretrained", "provenance", "protocols", "mlflow_model"},
     {"diffusion", "shards", "matrices"},
-    {"model", "solvers", "guidance", "data", "engine", "checkpoint", "fvd"},
+    {"model", "solvers", "guidance", "data", "engine", "checkpoint", "fvd", "continuity"},
     {"convert", "compilation", "samplers", "tracking", "writer", "distances"},
     {"tasks", "recipe"},
     {"inputs"},

@@ -142,3 +142,30 @@ def test_a_setting_with_an_underscore_at_its_end_is_saved_and_read_back(tmp_path
 def test_a_flat_configuration_has_every_setting_by_its_dotted_name():
     flat = settings.flatten(Outer("x", Inner(kind="b"), ("y",)))
     assert flat == {"name": "x", "inner.rate": 0.5, "inner.kind": "b", "words": ("y",)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("p", "2", "p is 2.0: it must be between 0 and 1"),
+        ("ema_decay", "2", "ema_decay is 2.0"),
+        ("class_dropout", ".nan", "class_dropout is nan"),
+        ("steps", "-5", "steps is -5: it must be at least 1"),
+        ("seed", "-1", "seed is -1"),
+        ("log_every", "0", "log_every is 0"),
+        ("stop_every", "0", "stop_every is 0"),
+        ("max_skipped", "0", "max_skipped is 0"),
+        ("engine.lr", "-1", "engine.lr is -1.0: it must be at least 0"),
+        ("engine.betas", "[0.9, 1.1]", r"engine.betas is \(0.9, 1.1\): it must be between 0 and 1"),
+        ("engine.timeout", "0", "engine.timeout is 0"),
+        ("checkpoint.every", "0", "checkpoint.every is 0"),
+        ("checkpoint.keep_last", "0", "checkpoint.keep_last is 0"),
+        ("previews.num", "0", "previews.num is 0"),
+        ("previews.fps", "0", "previews.fps is 0.0"),
+        ("name", "", "name is empty"),
+    ],
+)
+def test_a_training_setting_out_of_its_range_is_refused_in_one_sentence(name, value, sentence):
+    with pytest.raises(ValueError, match=sentence) as caught:
+        settings.parse(TrainConfig, ["--name", "n", "--data.path", "p", f"--{name}={value}"])
+    assert "\n" not in str(caught.value)

@@ -390,3 +390,26 @@ def test_closing_the_iterator_ends_the_workers(folder, shards):
     while len(psutil.Process().children()) > before and time.monotonic() < deadline:
         time.sleep(0.1)
     assert len(psutil.Process().children()) <= before
+
+
+def test_a_killed_worker_is_told_as_such(folder, shards):
+    """Not as the trouble with a disk or a network that the broken pipe to it would look like."""
+    import multiprocessing
+
+    data = batches(shards, config(folder, workers=1))
+    next(data)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    with pytest.raises(RuntimeError, match=r"DataLoader worker|reads ahead"):
+        list(itertools.islice(data, 100))
+
+
+def test_an_exception_in_the_middle_ends_the_process_though_workers_read_ahead(folder):
+    code = (
+        "from fvdm.data import *; from fvdm.shards import LatentShards\n"
+        f"s = LatentShards({str(folder)!r}); c = DataConfig({str(folder)!r}, batch_size=4, workers=2)\n"
+        "for batch in batches(s, c): raise RuntimeError('in the middle')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == "RuntimeError: in the middle"

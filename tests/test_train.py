@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 
 from fvdm import checkpoint as ckpt
 from fvdm import config as settings
+from fvdm.continuity import changes, identity
 from fvdm.data import batches
 from fvdm.diffusion import Diffusion
 from fvdm.distributed import Ranks, free_port
@@ -48,7 +51,7 @@ def environment(rank, world_size, port):
     return os.environ | {name: str(value) for name, value in (ranks | fixed).items()}
 
 
-def start(world_size, arguments, folder):
+def start(world_size, arguments, folder, **more):
     port = free_port()
     command = [sys.executable, "-m", "fvdm.train", *arguments]
     return [
@@ -59,6 +62,7 @@ def start(world_size, arguments, folder):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            **more,
         )
         for rank in range(world_size)
     ]
@@ -118,15 +122,18 @@ def plain(config, steps):
 
 
 @pytest.mark.slow
-def test_zero_2_on_two_ranks_is_plain_adamw(latents, undisturbed):
+def test_zero_2_on_1_2_and_4_ranks_is_plain_adamw(latents, undisturbed, tmp_path):
     config = settings.parse(TrainConfig, words(latents, undisturbed, "run", "--steps", 8))
     means, weights, average = plain(config, 8)
-    record, slices = state(undisturbed, "run")
-    assert record["step"] == 8
-    assert record["progress"]["consumed"] == 32
-    assert list(losses(undisturbed, "run").values()) == pytest.approx(means, rel=1e-5)
-    assert (slices["master"] - weights).abs().max() < 2e-5
-    assert (slices["ema"] - average).abs().max() < 2e-5
+    for ranks in (1, 4):
+        train(ranks, words(latents, tmp_path, f"on-{ranks}", "--steps", 8), tmp_path)
+    for folder, name in ((tmp_path, "on-1"), (undisturbed, "run"), (tmp_path, "on-4")):
+        record, slices = state(folder, name)
+        assert record["step"] == 8
+        assert record["progress"]["consumed"] == 32
+        assert list(losses(folder, name).values()) == pytest.approx(means, rel=1e-5)
+        assert (slices["master"] - weights).abs().max() < 2e-5
+        assert (slices["ema"] - average).abs().max() < 2e-5
 
 
 @pytest.mark.slow
@@ -161,13 +168,16 @@ def test_accumulated_micro_batches_are_the_whole_batch(latents, undisturbed, tmp
 
 
 @pytest.mark.slow
-def test_bf16_keeps_float32_masters_and_follows_the_float32_losses(latents, undisturbed, tmp_path):
-    train(2, words(latents, tmp_path, "run", "--steps", 8, "--engine.precision", "bf16"), tmp_path)
-    got, wanted = losses(tmp_path, "run"), losses(undisturbed, "run")
-    assert list(got.values()) == pytest.approx(list(wanted.values()), rel=2e-2)
-    _, slices = state(tmp_path, "run")
-    master = slices["master"]
-    assert not torch.equal(master, master.bfloat16().float())
+def test_bf16_keeps_float32_masters_and_on_1_2_and_4_ranks_follows_the_float32_losses(latents, undisturbed, tmp_path):
+    wanted = list(losses(undisturbed, "run").values())
+    for ranks in (1, 2, 4):
+        name = f"on-{ranks}"
+        train(ranks, words(latents, tmp_path, name, "--steps", 8, "--engine.precision", "bf16"), tmp_path)
+        got = list(losses(tmp_path, name).values())
+        assert got == pytest.approx(wanted, rel=1e-3)
+        assert got == pytest.approx(list(losses(tmp_path, "on-1").values()), rel=1e-4)
+        master = state(tmp_path, name)[1]["master"]
+        assert not torch.equal(master, master.bfloat16().float())
 
 
 @pytest.mark.slow
@@ -192,7 +202,49 @@ def test_losses_that_are_not_finite_stop_the_run_and_name_the_samples(latents, t
     assert "3 steps in a row" in output
     assert "lower engine.lr" in output
     assert "Traceback" not in output
-    assert len(re.findall("skipped: not finite, with ", output)) == 3
+    assert len(re.findall("skipped: not finite, with video", output)) == 3
+
+
+@pytest.mark.slow
+def test_the_video_that_is_not_finite_is_named_whatever_rank_and_micro_batch_it_was_in(tmp_path):
+    spoilt = make_shards(tmp_path / "spoilt", [8] * 7, labels=True, spoilt=2)
+    arguments = words(spoilt, tmp_path, "run", "--steps", 7, "--engine.micro_batch", 1)
+    said = train(2, arguments, tmp_path)
+    for output in said:  # Seven steps of four are four epochs of seven.
+        named = re.findall("skipped: not finite, with (.+)", output)
+        assert len(named) == 4, output
+        assert set(named) == {"video2.mp4"}
+
+
+@pytest.mark.slow
+def test_a_run_that_was_told_to_stop_makes_no_preview(latents, tmp_path):
+    hold = partial(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGTERM})  # as launchers/start.py does
+    arguments = words(latents, tmp_path, "run", "--steps", 100_000, "--previews.every", 1, "--stop_every", 100)
+    (process,) = start(1, arguments, tmp_path, preexec_fn=hold)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode in (75, -signal.SIGABRT), output
+    assert "preview" not in output
+    assert state(tmp_path, "run")[0]["step"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "hung"])
+def test_a_rank_that_loses_its_peer_ends_in_seconds_though_it_has_workers(latents, tmp_path, how):
+    """multiprocessing waits at exit for workers, which ignore the signals of a job."""
+    more = ("--steps", 100_000, "--data.workers", 1, "--engine.timeout", 10)
+    first, second = start(2, words(latents, tmp_path, "run", *more), tmp_path)
+    journal = tmp_path / "runs" / "run" / "events.jsonl"
+    wait_until(lambda: journal.exists() and "loss/mean" in journal.read_text())
+    second.send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+    try:
+        output = first.communicate(timeout=90)[0]
+    finally:
+        second.kill()
+        first.kill()
+    assert first.returncode not in (0, -signal.SIGKILL)
+    assert ("rank 1 hung, or the node" in output) == (how == "hung")
+    assert "DataLoader worker" not in output
 
 
 @pytest.mark.slow
@@ -221,6 +273,36 @@ def test_a_run_of_another_model_is_refused(latents, undisturbed):
     (output,) = train(1, words(latents, undisturbed, "run", "--steps", 9, "--model", "T/1"), undisturbed, codes=(2,))
     assert "model of another shape (T/2) than T/1" in output
     assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_the_latents_it_has_learnt_and_tells_of_other_videos(undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "runs" / "run", tmp_path / "runs" / "run")
+    for name, field, sentence in (
+        ("vae", {"vae_identity": "4567"}, "made with the VAE 'none' (4567), not with 0123"),
+        ("size", {"latent_shape": (4, 8, 8)}, "hold latents of shape (4, 8, 8)"),
+    ):
+        other = make_shards(tmp_path / name, [12, 9], **field)
+        arguments = words(other, tmp_path, "run", "--steps", 9)
+        (output,) = train(1, arguments, tmp_path, codes=(2,))
+        assert sentence in output
+        assert "Traceback" not in output
+        with pytest.raises(ValueError, match=re.escape(sentence)):  # before the job waits in a queue
+            check(settings.parse(TrainConfig, arguments), 1)
+    more = make_shards(tmp_path / "more", [12] * 9)
+    (output,) = train(1, words(more, tmp_path, "run", "--steps", 9, "--seed", 1), tmp_path)
+    assert "not those of the unbroken run: seed was 0 and is 1; the videos in more are others" in output
+
+
+def test_a_checkpoint_that_says_nothing_of_its_data_is_still_taken(latents, tmp_path):
+    config = settings.parse(TrainConfig, words(latents, tmp_path, "run"))
+    shards = LatentShards(latents)
+    early = {"settings": settings.plain(config), "network": settings.plain(model_config(config, shards))}
+    assert changes(early, settings.flatten(config), shards) == []
+    assert changes(early | identity(shards), settings.flatten(config), shards) == []
+    early["network"]["size"] = 8
+    with pytest.raises(ValueError, match="hold latents of shape"):
+        changes(early, settings.flatten(config), shards)
 
 
 def wait_until(condition, seconds=180):
@@ -317,3 +399,31 @@ def test_the_launcher_says_what_is_wrong_in_one_sentence(latents, tmp_path):
         assert done.returncode == 2, done.stdout + done.stderr
         assert sentence in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_what_cannot_be_written_is_told_and_not_called_a_kill(latents, tmp_path):
+    (tmp_path / "c.yaml").write_text("name: run\n")
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "checkpoints").touch()  # No folder can be made there.
+    launcher = launch(words(latents, tmp_path, "run", "--steps", 2), tmp_path)
+    output = launcher.communicate(timeout=240)[0]
+    assert launcher.returncode == 1
+    last = output.partition("\nerror: ")[2]
+    assert last.startswith("the last checkpoint, of step 2, could not be written"), output
+    assert "was killed" not in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_a_rank_of_this_machine_that_hangs_is_named_and_ended(latents, tmp_path):
+    (tmp_path / "c.yaml").write_text("name: run\n")
+    launcher = launch(words(latents, tmp_path, "run", "--steps", 10**6, "--engine.timeout", 10), tmp_path)
+    journal = tmp_path / "runs" / "run" / "events.jsonl"
+    wait_until(lambda: journal.exists() and "loss/mean" in journal.read_text())
+    ranks = ranks_of(launcher)
+    ranks[1].suspend()
+    output = launcher.communicate(timeout=120)[0]
+    assert launcher.returncode == 1
+    assert "error: rank 1 hung" in output
+    assert not any(rank.is_running() for rank in ranks)

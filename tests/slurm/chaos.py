@@ -1,9 +1,10 @@
 """One training on four nodes of a real Slurm, and everything that goes wrong on clusters: `make chaos`.
 
-Random events hit a training: a rank killed -9, a node's slurmd killed, the signals of time limits and of preemption, a
-requeue, a full disk, a corrupt newest checkpoint. It must end by itself at the planned step with the losses, to the
-last bit, of a training that nothing hit; as one MLflow run; with no process and no partial file left.
-With SLURM_TEST_NET=net the nodes have networks of their own, and are cut off as well.
+Events hit a training: a rank killed -9 or hung, a node's slurmd killed, Slurm's controller away, the signals of time
+limits and of preemption, a requeue, a full disk, a corrupt newest checkpoint, a node cut off. It must end by itself at
+the planned step with the losses, to the last bit, of a training that nothing hit; as one MLflow run; with no process
+and no partial file left. A seed fixes which events come when; only those that have happened count.
+A full disk needs root, to mount a small one; a node is cut off where root may make network namespaces.
 """
 
 import argparse
@@ -16,38 +17,75 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+import psutil
 
 from fvdm import checkpoint as ckpt
 from tests.data_fixtures import make_shards
-from tests.slurm.cluster import Cluster, ranks
+from tests.slurm.cluster import Cluster, can_cut, ranks
 from tests.test_train import losses, words
 
 NODES = 4
-BETWEEN = 60  # steps from one event to the next, some five seconds
-EVERY = 25  # steps between checkpoints
+EVERY = 10  # steps between checkpoints
+BETWEEN = 30  # steps from one event to the next, some five seconds
+AT_START = 0.25  # share of the events that come while the job starts again
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", ""}
+# What has tests of its own in test_training, and what has not.
+SIGNALS = ("kill_rank", "time_limit", "preemption")
+OTHERS = ("kill_slurmd", "requeue", "corrupt", "outage", "hang")
+
+
+class Refused(Exception):
+    """There was nothing to hit, or Slurm did not take it: the event has not happened."""
+
+
+class Event(NamedTuple):
+    """Something that will go wrong.
+
+    Attributes:
+        kind: a method of `Chaos`.
+        step: it waits for this step of the training.
+        delay: or it comes so many seconds after the event before, while the job starts again.
+        seed: of what it draws itself.
+    """
+
+    kind: str
+    step: int
+    delay: float | None
+    seed: int
+
+
+def schedule(kinds: Sequence[str], events: int, seed: int) -> list[Event]:
+    """What happens when: a function of its arguments, in which no kind comes again before all others have come."""
+    draw = random.Random(seed)
+    drawn: list[Event] = []
+    bag: list[str] = []
+    for number in range(events):
+        bag = bag or draw.sample(kinds, len(kinds))
+        delay = draw.uniform(0, 12) if number and draw.random() < AT_START else None
+        step = (number + 1) * BETWEEN - draw.randint(0, 10)
+        drawn.append(Event(bag.pop(), step, delay, draw.getrandbits(32)))
+    return drawn
 
 
 class Chaos:
     """A training under attack."""
 
-    def __init__(self, cluster: Cluster, folder: Path, events: int, seed: int) -> None:
+    def __init__(self, cluster: Cluster, folder: Path, events: list[Event]) -> None:
         self.cluster, self.folder, self.events = cluster, folder.resolve(), events
-        self.random = random.Random(seed)
-        self.steps = (events + 1) * BETWEEN
+        self.steps = (len(events) + 1) * BETWEEN
         self.run = self.folder / "runs" / "run"
-        self.kinds = [self.kill_rank, self.kill_slurmd, self.time_limit, self.preemption, self.requeue, self.corrupt]
-        self.kinds += [self.fill_disk] if os.path.ismount(self.folder / "runs") else []
-        self.kinds += [self.partition] if os.environ.get("SLURM_TEST_NET") == "net" else []
         self.job = ""
 
     def start(self, latents: Path) -> None:
         """Submit the training."""
-        more = ["--steps", self.steps, "--checkpoint.every", EVERY, "--engine.timeout", 60]
-        more += ["--previews.every", 200, "--previews.steps", 3]
+        more = ["--steps", self.steps, "--checkpoint.every", EVERY, "--engine.timeout", 40]
+        more += ["--data.workers", 1, "--previews.every", 100, "--previews.steps", 3]
         # Slow enough that a disk may be full for some seconds and the end is still far.
-        more += ["--data.batch_size", 4 * NODES, "--engine.micro_batch", 1]
+        more += ["--data.batch_size", 8 * NODES, "--engine.micro_batch", 1]
         options = ["--nodes", NODES, "--cpus-per-task", 1, "--time", 60, "--max-restarts", 50, "--config", "c.yaml"]
         (self.folder / "c.yaml").write_text("name: run\n")
         arguments = [*options, *words(latents, self.folder, "run", *more)]
@@ -67,63 +105,98 @@ class Chaos:
         found = re.findall(r'"step": (\d+)', journal.read_text(errors="replace")) if journal.exists() else []
         return max(map(int, found), default=0)
 
-    def kill_rank(self) -> str:
+    def kill_rank(self, draw: random.Random) -> str:
         """Like the kernel's out-of-memory killer."""
-        while not (alive := ranks(self.run / "jobs")):
-            assert self.watch(), "the job has ended"
-        victim = self.random.choice(alive)
-        with contextlib.suppress(Exception):
-            victim.kill()
-        return f"of {len(alive)}"
+        self.rank(draw).kill()
+        return ""
 
-    def kill_slurmd(self) -> str:
+    def hang(self, draw: random.Random) -> str:
+        """A rank that is there and does nothing more."""
+        self.rank(draw).suspend()
+        return ""
+
+    def rank(self, draw: random.Random) -> psutil.Process:
+        """One of the ranks."""
+        alive = ranks(self.run / "jobs")
+        if not alive:
+            raise Refused("there is no rank")
+        return draw.choice(alive)
+
+    def node(self, draw: random.Random) -> str:
+        """One of the job's nodes."""
+        listed = self.cluster.job(self.job).get("NodeList", "")
+        if not listed.startswith("node"):
+            raise Refused("the job has no nodes")
+        return draw.choice(self.cluster.run("scontrol", "show", "hostnames", listed).stdout.split())
+
+    def kill_slurmd(self, draw: random.Random) -> str:
         """A node that Slurm no longer hears; it comes back later."""
-        node = f"node{self.random.randint(1, NODES)}"
+        node = self.node(draw)
         self.cluster("kill", node)
-        time.sleep(self.random.uniform(1, 20))
+        time.sleep(draw.uniform(1, 20))
         self.cluster("start", node)
         return node
 
-    def partition(self) -> str:
+    def partition(self, draw: random.Random) -> str:
         """A node that nobody reaches for a while, its ranks alive."""
-        node = f"node{self.random.randint(1, NODES)}"
+        node = self.node(draw)
         self.cluster("cut", node)
-        time.sleep(self.random.uniform(5, 30))
+        time.sleep(draw.uniform(5, 30))
         self.cluster("mend", node)
         return node
 
-    def time_limit(self) -> str:
+    def outage(self, draw: random.Random) -> str:
+        """Slurm's controller is away when a rank fails, and comes back."""
+        victim = self.rank(draw)
+        self.cluster("kill", "slurmctld")
+        victim.kill()
+        time.sleep(draw.uniform(5, 20))
+        self.cluster("start", "slurmctld")
+        return ""
+
+    def time_limit(self, draw: random.Random) -> str:
         """The signal that Slurm sends ahead of a time limit."""
-        return self.cluster.run("scancel", "--signal=USR2", self.job).stderr
+        return self.tell("scancel", "--signal=USR2")
 
-    def preemption(self) -> str:
+    def preemption(self, draw: random.Random) -> str:
         """The signal that Slurm sends when a more important job wants the nodes."""
-        return self.cluster.run("scancel", "--signal=TERM", self.job).stderr
+        return self.tell("scancel", "--signal=TERM")
 
-    def requeue(self) -> str:
+    def requeue(self, draw: random.Random) -> str:
         """An administrator's requeue: the ranks get no time to save."""
-        return self.cluster.run("scontrol", "requeue", self.job).stderr
+        return self.tell("scontrol", "requeue")
 
-    def corrupt(self) -> str:
+    def tell(self, *command: str) -> str:
+        """Tell Slurm something about the job while it runs."""
+        if self.cluster.state(self.job) != "RUNNING":
+            raise Refused("the job does not run")
+        done = self.cluster.run(*command, self.job)
+        if done.returncode or done.stderr.strip():
+            raise Refused(done.stderr)
+        return ""
+
+    def corrupt(self, draw: random.Random) -> str:
         """A bit flips in the newest checkpoint, and then the training needs it."""
         found = ckpt.checkpoints(self.run / "checkpoints")
         if not found:
-            return self.kill_rank()
-        path = self.random.choice(sorted(found[-1].iterdir()))
-        with contextlib.suppress(OSError), path.open("rb+") as file:  # It may just be pruned.
-            file.seek(self.random.randrange(path.stat().st_size))
+            raise Refused("there is no checkpoint")
+        victim = self.rank(draw)
+        path = draw.choice(sorted(found[-1].iterdir()))
+        with path.open("rb+") as file:
+            file.seek(draw.randrange(path.stat().st_size))
             byte = file.read(1)
             file.seek(-1, os.SEEK_CUR)
             file.write(bytes([byte[0] ^ 1]))
-        return f"{path.parent.name}/{path.name} {self.kill_rank()}"
+        victim.kill()
+        return f"{path.parent.name}/{path.name}"
 
-    def fill_disk(self) -> str:
+    def fill_disk(self, draw: random.Random) -> str:
         """No byte is free for some seconds."""
         ballast = self.folder / "runs" / "ballast"
         with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
             while file.write(bytes(1 << 16)):
                 pass
-        time.sleep(self.random.uniform(2, 8))
+        time.sleep(draw.uniform(2, 8))
         ballast.unlink()
         return ""
 
@@ -137,25 +210,33 @@ class Chaos:
         time.sleep(0.5)
         return state not in ENDED
 
-    def attack(self) -> int:
-        """Hit the training until it ends; how many events there were."""
-        done, startup = 0, False
+    def attack(self) -> list[str]:
+        """Hit the training until it ends; the kinds of the events that have happened."""
+        done: list[str] = []
+        for event in self.events:
+            if event.delay is not None:
+                time.sleep(event.delay)
+            while event.delay is None and self.step() < event.step:
+                if not self.watch():
+                    return done
+            at, detail = self.step(), None
+            while detail is None:
+                try:
+                    detail = getattr(self, event.kind)(random.Random(event.seed))
+                except (Refused, psutil.Error, OSError):  # Tried again: a rank may just end, a file just be pruned.
+                    if not self.watch():
+                        return done
+            done.append(event.kind)
+            print(f"event {len(done):2d} at step {at:3d}: {event.kind} {detail}", flush=True)
         while self.watch():
-            if done == self.events or not (startup or self.step() >= (done + 1) * BETWEEN - self.random.randint(0, 20)):
-                continue
-            if startup:
-                time.sleep(self.random.uniform(0, 12))
-            event, at = self.random.choice(self.kinds), self.step()
-            detail = " ".join(event().split())
-            done += 1
-            startup = self.random.random() < 0.25  # the next comes while the job starts again
-            print(f"event {done:2d} at step {at:3d}: {event.__name__} {detail}", flush=True)
+            pass
         return done
 
-    def check(self, done: int) -> None:
+    def check(self, done: list[str]) -> None:
         """All that must be true at the end."""
         log = (self.run / "jobs" / f"{self.job}_0_log.out").read_text(errors="replace")[-3000:]
-        assert done == self.events, f"the training ended after {done} events\n{log}"
+        planned = [event.kind for event in self.events]
+        assert done == planned, f"the training ended after {done}, before {planned[len(done) :]}\n{log}"
         newest = ckpt.newest(self.run / "checkpoints")
         assert newest is not None
         assert ckpt.read_state(newest)["step"] == self.steps, log
@@ -178,23 +259,27 @@ class Chaos:
         assert {m.step: m.value for m in history} == wanted
 
 
-def chaos(folder: Path, events: int, seed: int) -> None:
-    """Train under `events` random events in `folder`, on a cluster of its own, and check the end."""
+def chaos(folder: Path, events: int, seed: int, kinds: Sequence[str] = SIGNALS + OTHERS) -> None:
+    """Train under `events` events (0: one of each kind) in `folder`, on a cluster of its own, and check the end."""
     latents = make_shards(folder / "latents", [12, 9, 10, 30, 8, 11, 6], labels=True)
     (folder / "runs").mkdir()
     # Before the nodes start: they have mounts of their own, copied from the machine's.
     mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder / "runs")]
     mounted = subprocess.run(mount).returncode == 0
-    if not mounted:
-        print("no small disk can be mounted here (not root): the disk will not fill up")
-    cluster = Cluster(NODES + 1, "chaos", 18000)
+    cut = can_cut()
+    kinds = [*kinds, *(["fill_disk"] if mounted else []), *(["partition"] if cut else [])]
+    for possible, reason in ((mounted, "no small disk can be mounted: none will be full"), (cut, "no node is cut off")):
+        if not possible:
+            print(f"{reason} (this needs root)")
+    drawn = schedule(kinds, events or len(kinds), seed)
+    cluster = Cluster(NODES + 1, "chaos", 18000, "net" if cut else "")
     try:
-        training = Chaos(cluster, folder, events, seed)
+        training = Chaos(cluster, folder, drawn)
         began = time.monotonic()
         training.start(latents)
         training.check(training.attack())
         minutes = (time.monotonic() - began) / 60
-        print(f"{events} events, {training.steps} steps, the losses of the undisturbed training: {minutes:.1f} minutes")
+        print(f"{len(drawn)} events, {training.steps} steps, the losses of the undisturbed training: {minutes:.1f} min")
     finally:
         cluster("down")
         if mounted:

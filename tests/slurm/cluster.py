@@ -23,11 +23,28 @@ def installed() -> bool:
     return all(shutil.which(name, path=PATH) for name in NEEDED)
 
 
-class Cluster:
-    """A running cluster; its environment is that of the clients."""
+def can_cut() -> bool:
+    """Whether nodes may have networks of their own here, and be cut off: root may make them, but not everywhere."""
+    links = "ip link add probe0 type bridge && ip link add probe1 type veth peer name probe2"
+    probe = f"unshare --net sh -c '{links}' && ip netns add slurm-probe && ip netns del slurm-probe"
+    done = subprocess.run(["sh", "-c", probe], env=os.environ | {"PATH": PATH}, capture_output=True)
+    return done.returncode == 0
 
-    def __init__(self, nodes: int, name: str = "test", port: int = 17000) -> None:
-        self.env = os.environ | QUIET | {"SLURM_TEST_DIR": f"/tmp/slurm-{name}", "SLURM_TEST_PORT": str(port)}
+
+class Cluster:
+    """A running cluster; its environment is that of the clients.
+
+    Args:
+        nodes: number of nodes.
+        name: of its folder.
+        port: its first.
+        net: how far the nodes are apart, see cluster.sh.
+    """
+
+    def __init__(self, nodes: int, name: str = "test", port: int = 17000, net: str = "") -> None:
+        own = {"SLURM_TEST_DIR": f"/tmp/slurm-{name}", "SLURM_TEST_PORT": str(port)}
+        own |= {"SLURM_TEST_NET": net} if net else {}
+        self.env = os.environ | QUIET | own
         self("up", str(nodes))
         exported = self("env")
         self.env["PATH"] = PATH
@@ -49,8 +66,12 @@ class Cluster:
 
     def job(self, number: str) -> dict[str, str]:
         """What `scontrol show job` says, by name; empty when the job is forgotten."""
-        shown = self.run("scontrol", "show", "job", "-o", number).stdout
-        return dict(re.findall(r"(\S+?)=(\S*)", shown))
+        for _ in range(10):  # A busy controller has forgotten nothing.
+            shown = self.run("scontrol", "show", "job", "-o", number)
+            if shown.returncode == 0 or "Invalid job id" in shown.stderr:
+                break
+            time.sleep(1)
+        return dict(re.findall(r"(\S+?)=(\S*)", shown.stdout))
 
     def state(self, number: str) -> str:
         """PENDING, RUNNING, COMPLETED, ..."""
@@ -72,9 +93,9 @@ class Cluster:
 
 
 def ranks(folder: Path) -> list[psutil.Process]:
-    """The rank processes of jobs whose files lie in `folder`, by rank."""
+    """The rank processes of jobs whose files lie in `folder`, by rank; not the processes that read ahead for them."""
     found = []
-    for process in psutil.process_iter(["cmdline", "status"]):
+    for process in psutil.process_iter(["cmdline", "status", "ppid"]):
         line = process.info["cmdline"] or [""]
         mine = "submitit.core._submit" in line and str(folder) in " ".join(line) and not line[0].endswith("srun")
         if mine and process.info["status"] != psutil.STATUS_ZOMBIE:
@@ -86,4 +107,5 @@ def ranks(folder: Path) -> list[psutil.Process]:
         except psutil.Error:
             return -1
 
-    return sorted(found, key=rank)
+    pids = {process.pid for process in found}
+    return sorted((process for process in found if process.info["ppid"] not in pids), key=rank)

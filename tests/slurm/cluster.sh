@@ -6,9 +6,9 @@
 #   cluster.sh down         stop everything, kill what jobs left behind, remove the folder
 #   cluster.sh status       daemons with their memory, sinfo, squeue; exit 0 only if all nodes are up
 #   cluster.sh env          prints the export lines a client needs:  eval "$(cluster.sh env)"
-#   cluster.sh kill NODE    kill -9 that node's slurmd only (tasks go on running)
+#   cluster.sh kill NODE    kill -9 that node's slurmd only (tasks go on running); slurmctld is a NODE here
 #   cluster.sh crash NODE   kill -9 everything of that node: slurmd, slurmstepd and tasks
-#   cluster.sh start NODE   start that node's slurmd again
+#   cluster.sh start NODE   start that node's slurmd, or slurmctld, again
 #   cluster.sh cut|mend NODE  (SLURM_TEST_NET=net only) take the node's network down / up
 #
 # Settings, all from the environment:
@@ -217,6 +217,11 @@ start_node() {
     esac
 }
 
+start_ctld() {
+    quiet slurmctld slurmctld -f "$CONF" || die "slurmctld: $(tail -n 5 "$DIR/log/slurmctld.log" "$DIR/log/slurmctld.out" 2>&1)"
+    await 20 ctld_answers_or_died && ctld_answers || die "slurmctld does not answer: $(tail -n 5 "$DIR/log/slurmctld.log")"
+}
+
 # poll COMMAND every 50 ms for at most SECONDS
 await() {
     local end=$((SECONDS + $1)); shift
@@ -247,8 +252,7 @@ up() {
     net_up "$n"
     quiet munged munged --num-threads=4 --socket="$DIR/munge/socket" --key-file="$DIR/munge/key" \
         --pid-file="$DIR/run/munged.pid" --log-file="$DIR/log/munged.log" --seed-file="$DIR/munge/seed" || die "munged: $(cat "$DIR/log/munged.out")"
-    quiet slurmctld slurmctld -f "$CONF" || die "slurmctld: $(tail -n 5 "$DIR/log/slurmctld.log" "$DIR/log/slurmctld.out" 2>&1)"
-    await 20 ctld_answers_or_died && ctld_answers || die "slurmctld does not answer: $(tail -n 5 "$DIR/log/slurmctld.log")"
+    start_ctld
     for ((i = 1; i <= n; i++)); do start_node "node$i" || die "slurmd node$i: $(tail -n 5 "$DIR/log/node$i.log" "$DIR/log/node$i.out" 2>&1)"; done
     await 30 nodes_up "$n" || die "nodes not up: $(sinfo -N; tail -n 5 "$DIR"/log/node1.log)"
     log "up: $n nodes ($NET) in $(awk -v a="$t0" -v b="$EPOCHREALTIME" 'BEGIN{printf "%.2f", b-a}') s; SLURM_CONF=$CONF"
@@ -310,7 +314,7 @@ case ${1:-} in
     env) echo "export SLURM_CONF=$CONF"; [ ! -x "$DIR/bin/sacct" ] || echo "export PATH=$DIR/bin:\$PATH" ;;
     kill) kill -KILL "$(cat "$DIR/run/${2:?node}.pid")" ;;
     crash) left=$(node_procs "${2:?node}"); [ -z "$left" ] || kill -KILL $left ;;
-    start) start_node "${2:?node}" ;;
+    start) [ "${2:?node}" = slurmctld ] && start_ctld || start_node "$2" ;;
     cut) ip link set "v${PORT}n${2#node}" down ;;
     mend) ip link set "v${PORT}n${2#node}" up ;;
     *) sed -n '2,21s/^# \{0,1\}//p' "$0"; exit 2 ;;

@@ -11,7 +11,7 @@ import torch
 
 from fvdm import checkpoint as ckpt
 from tests.data_fixtures import make_shards
-from tests.slurm.chaos import ENDED, chaos
+from tests.slurm.chaos import ENDED, OTHERS, SIGNALS, chaos, schedule
 from tests.slurm.cluster import MISSING, ROOT, installed, ranks
 from tests.test_train import losses, state, wait_until, words
 
@@ -23,12 +23,15 @@ def latents(tmp_path_factory):
     return make_shards(tmp_path_factory.mktemp("latents"), [12, 9, 10, 30, 8, 11, 6], labels=True)
 
 
-def submit(cluster, folder, latents, *more, name="run", options=(), config="c.yaml"):
+def submit(cluster, folder, latents, *more, name="run", options=()):
     """Submit a small training from `folder`; what the launcher printed, and the job's number."""
     (folder / "c.yaml").write_text("name: run\n")
+    return submit_as_it_is(cluster, folder, "c.yaml", options, words(latents, folder, name, *more))
+
+
+def submit_as_it_is(cluster, folder, config, options, words):
     fixed = ["--cluster", "slurm", "--cpus-per-task", 1, "--time", 60, "--config", config]
-    script = "launchers/slurm_train.py"
-    done = cluster.run(script, *fixed, *options, *words(latents, folder, name, *more), cwd=folder)
+    done = cluster.run("launchers/slurm_train.py", *fixed, *options, *words, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, re.findall(r"(?:^job|cancel with: scancel) (\d+)", done.stdout, re.MULTILINE)[0]
 
@@ -52,7 +55,10 @@ def until_training(folder, steps=1, run="run"):
 
 
 def test_four_nodes_run_one_training_that_a_time_limit_does_not_end(cluster, latents, tmp_path):
-    printed, job = submit(cluster, tmp_path, latents, "--steps", 400, options=["--nodes", 4])
+    """With the shipped configuration, its loader's processes included."""
+    own = ["--name", "run", "--data.path", latents, "--data.frames", 8, "--steps", 100]
+    own += ["--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    printed, job = submit_as_it_is(cluster, tmp_path, ROOT / "configs/demo.yaml", ["--nodes", 4], own)
     assert f"cancel with: scancel {job}" in printed
     cluster.wait(job, {"RUNNING"})
     facts = cluster.job(job)
@@ -65,7 +71,7 @@ def test_four_nodes_run_one_training_that_a_time_limit_does_not_end(cluster, lat
     assert len(set(re.findall(r"hostname=(node\d)", text))) == 4
     assert "stopped in time, with a checkpoint" in text
     assert "resuming run from step" in text
-    assert max(losses(tmp_path, "run")) == 400
+    assert max(losses(tmp_path, "run")) == 100
     assert outcome(tmp_path, job) == ["done"]
     record, _ = state(tmp_path, "run")
     assert record["world_size"] == 4
@@ -148,10 +154,21 @@ def test_an_array_is_a_sweep_and_any_script_runs_in_the_same_way(cluster, latent
     assert not torch.equal(first, second)
 
 
+@pytest.mark.timeout(1200)
 def test_a_short_chaos(tmp_path):
+    """Every kind of event once that has no test above."""
     if not installed():
         pytest.skip(MISSING)
-    chaos(tmp_path, events=3, seed=7)
+    chaos(tmp_path, events=0, seed=7, kinds=OTHERS)
+
+
+def test_a_seed_fixes_what_happens_when_and_every_kind_comes():
+    drawn = schedule(SIGNALS + OTHERS, 30, 7)
+    assert drawn == schedule(SIGNALS + OTHERS, 30, 7) != schedule(SIGNALS + OTHERS, 30, 8)
+    kinds = [event.kind for event in drawn]
+    assert len(kinds) == 30
+    for first in range(0, 24, 8):
+        assert set(kinds[first : first + 8]) == {*SIGNALS, *OTHERS}
 
 
 @pytest.mark.parametrize("name", ["ffs_xl", "sky_xl", "ucf101_xl", "taichi_xl"])

@@ -1,0 +1,122 @@
+"""How long a checkpoint holds training up, written beside it (from a copy) and with training waiting for the disk.
+
+    torchrun --nproc-per-node 2 benchmarks/checkpoint_stall.py --model S/2
+
+Takes optimizer steps on random latents, saves as a run does, and logs to MLflow: the time of a step without a
+checkpoint, that for which training stands still, and by how much the checkpoint and the steps after it take longer in
+all than these steps without it.
+"""
+
+import argparse
+import logging
+import shutil
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fvdm import checkpoint as ckpt
+from fvdm.config import fail
+from fvdm.diffusion import Diffusion
+from fvdm.distributed import Ranks, from_environment, seed_everything
+from fvdm.ema import EMA
+from fvdm.engine import Engine, EngineConfig, initialise
+from fvdm.model import VideoDiT, preset
+from fvdm.timesteps import sample_timesteps
+from fvdm.tracking import Tracker, TrackingConfig
+from fvdm.writer import Writer
+
+
+class Trained:
+    """A model in training, and its checkpoints."""
+
+    def __init__(self, options: argparse.Namespace, ranks: Ranks) -> None:
+        """Collective."""
+        config = replace(preset(options.model), size=options.size, frames=options.frames)
+        settings = EngineConfig(clip_from=0)
+        self.device = initialise(settings.timeout)
+        self.engine = Engine(VideoDiT(config).to(self.device), settings, ranks.world_size, ranks)
+        self.ema, self.ranks, self.out = EMA(self.engine.masters), ranks, options.out
+        self.shape = (1, config.frames, config.channels, config.size, config.size)
+        self.taken = 0
+
+    def step(self) -> float:
+        """Take an optimizer step; its seconds."""
+        began = time.monotonic()
+        x_0 = torch.randn(self.shape, device=self.device)
+        t = sample_timesteps(x_0.shape[:2], 0.2).to(self.device)
+        self.engine.backward(Diffusion().training_losses(self.engine, x_0, t, None).mean())
+        self.engine.step(self.taken, 10**6)
+        self.ema.update()
+        self.taken += 1
+        return time.monotonic() - began
+
+    def save(self, writer: Writer) -> None:
+        """Begin a checkpoint, as `fvdm.run` does."""
+        state = {"names": self.engine.names, "settings": {}}
+        begin, rank, world_size = self.engine.slice.start, self.ranks.rank, self.ranks.world_size
+
+        def write(slices: dict[str, Tensor]) -> None:
+            ckpt.save(self.out / "checkpoints", self.taken, slices, begin, state, rank, world_size, writer.barrier)
+
+        own = slice(len(self.engine.slice))
+        writer.begin(self.engine.state() | {"ema": self.ema.shards[0][own]}, write)
+
+
+def measure(trained: Trained, steps: int, rounds: int) -> dict[str, float]:
+    """Medians over the rounds, in seconds; both ways take turns. Collective."""
+    writers = {"background": Writer(True, 600), "waiting": Writer(False, 600)}
+    for _ in range(2):
+        trained.step()
+    found: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        usual = statistics.median(trained.step() for _ in range(steps))
+        found.setdefault("step", []).append(usual)
+        for name, writer in writers.items():
+            dist.barrier()
+            began = time.monotonic()
+            trained.save(writer)
+            found.setdefault(f"{name}_stalled", []).append(writer.stalled)
+            for _ in range(steps):
+                trained.step()
+            writer.wait()
+            found.setdefault(f"{name}_costs", []).append(time.monotonic() - began - steps * usual)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def main() -> None:
+    """Measure, print, and log to MLflow."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="S/2", help="size and patch")
+    parser.add_argument("--size", type=int, default=16, help="side of the latent frames")
+    parser.add_argument("--frames", type=int, default=16, help="frames of a clip")
+    parser.add_argument("--steps", type=int, default=5, help="steps without a checkpoint, and after each")
+    parser.add_argument("--rounds", type=int, default=3, help="checkpoints of either kind")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/checkpoint_stall"), help="the run's folder")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    seed_everything(0)
+    try:
+        ranks = from_environment()
+        trained = Trained(options, ranks)
+        figures = measure(trained, options.steps, options.rounds)
+        figures["rank_gb"] = 16 * len(trained.engine.slice) / 1e9
+    except ValueError as error:
+        fail(error)
+    trained.engine.close()
+    if ranks.is_main:
+        shutil.rmtree(options.out / "checkpoints")
+        for name, value in figures.items():
+            print(f"{name:20s} {value:.3f}")
+        name = f"checkpoint_stall {options.model} x{ranks.world_size}"
+        tracker = Tracker(options.out, TrackingConfig(experiment="benchmarks"), name, vars(options), {"kind": "speed"})
+        tracker.metrics(figures, 0)
+        tracker.close()
+
+
+if __name__ == "__main__":
+    main()
