@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.measure import clip_features, ranks
 from benchmarks.reporting import Data, Report, send
-from benchmarks.sources import Sampled, Samples, Source, device, open_source
+from benchmarks.sources import Sampled, Samples, Shards, Source, device, open_source
 from fvdm import fvd
 from fvdm.checkpoint import write_text
 from fvdm.config import fail
@@ -80,6 +80,11 @@ class Measurement:
                 f"apart; give --size {min(self.real.size, self.fake.size)}, or encode at one size"
             )
 
+    @property
+    def usable(self) -> int:
+        """Real videos that are long enough."""
+        return sum(length >= (self.options.frames - 1) * self.stride + 1 for length in self.real.lengths)
+
     def clips(self, draw: int) -> tuple[list[Clip], list[Clip]]:
         """Real and generated clips of the draw-th repetition; a checkpoint makes new ones for each.
 
@@ -90,8 +95,7 @@ class Measurement:
         fake = select_fake(self.how, self.fake.lengths, frames, self.wanted)
         most = self.options.clips
         if self.how.equal:
-            usable = sum(length >= (frames - 1) * self.stride + 1 for length in self.real.lengths)
-            most = min(len(fake), usable)
+            most = min(len(fake), self.usable)
             fake = select_fake(self.how, self.fake.lengths, frames, most)
         if self.fake.generated:
             fake = [Clip(draw * self.wanted + clip.video, clip.frames) for clip in fake]
@@ -117,7 +121,7 @@ class Measurement:
         """All that the number depends on."""
         options, how = self.options, self.how
         sides = {"real": self.real.describe(), "fake": self.fake.describe()}
-        size = self.fake.size
+        size, shards = self.fake.size, self.real if isinstance(self.real, Shards) else None
         departed = departures(
             how,
             clips=(len(real), len(fake)),
@@ -125,10 +129,15 @@ class Measurement:
             size=size,
             stride=self.stride,
             usual=self.usual,
+            videos=self.usable,
+            repeats=self.repeats,
+            seed=self.seed,
+            split=shards.split if shards else "",
+            decoded=shards is not None,
         )
         return {
             "protocol": f"{how.name}: {how.source}",
-            "departs from it": "; ".join(departed) or "nowhere",
+            "departs from it": "; ".join(departed) or f"nowhere, if the real videos are the split {how.split}",
             **{f"{side} {key}": value for side, entries in sides.items() for key, value in entries.items()},
             "data set": options.dataset or "not named",
             "real clips": f"{len(real)}, one a video, {how.order} order, offset {how.offset}",
