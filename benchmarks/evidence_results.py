@@ -253,8 +253,10 @@ class Results:
         found = {}
         for name in self.tables:
             job = self.jobs[name]
-            itself = job.task == "generate" and job.method == self.config.reference
-            row = self.row([job], [measure for measure in MEASURES if not (itself and measure in ("fvd", "kvd"))])
+            # Plain generation has no truth to be at a distance from, and the real clips none from themselves.
+            without = {"distance"} if job.task == "generate" else set()
+            without |= {"fvd", "kvd"} if without and job.method == self.config.reference else set()
+            row = self.row([job], [measure for measure in MEASURES if measure not in without])
             found[name] = {measure: row[measure] for measure in MEASURES if measure in row}
             if job.method == "loss":
                 table = self._neighbours([job])

@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +197,10 @@ def measure(options: argparse.Namespace, group: Ranks, known: dict[str, np.ndarr
 def numbers(
     tables: Sequence[tuple[np.ndarray, np.ndarray]], ddof: int, draws: int = 100, seed: int = 0
 ) -> dict[str, Any]:
-    """All distances of real and generated features.
+    """All distances of real and generated features, each the mean over the repetitions.
+
+    The interval lies around that mean and is as wide as one repetition's: the repetitions share their videos, so that
+    their mean is surer than one of them, but nobody knows by how much.
 
     Args:
         tables: real `(n 400)` and generated `(m 400)` of each repetition.
@@ -208,7 +211,6 @@ def numbers(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         values = [fvd.frechet_distance(real, fake, ddof=ddof) for real, fake in tables]
-    real, fake = tables[0]
     result: dict[str, Any] = {
         "fvd": float(np.mean(values)),
         "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
@@ -217,12 +219,19 @@ def numbers(
         "kvd": float(np.mean([kernel_distance(real, fake) for real, fake in tables])),
     }
     if draws:
-        result["low"], result["high"] = bootstrap(real, fake, ddof=ddof, draws=draws, seed=seed)
-    if min(len(real), len(fake)) >= 16:
-        result["infinity"], result["infinity_error"] = extrapolate(real, fake, ddof=ddof, seed=seed)
-    if len(real) >= 4:
-        result["floor"] = floor(real, fake, ddof=ddof)
+        result["low"], result["high"] = mean(bootstrap(*pair, ddof=ddof, draws=draws, seed=seed) for pair in tables)
+    if min(map(len, tables[0])) >= 16:
+        ends = mean(extrapolate(*pair, ddof=ddof, seed=seed) for pair in tables)
+        result["infinity"], result["infinity_error"] = ends
+    if len(tables[0][0]) >= 4:
+        floors = [floor(*pair, ddof=ddof) for pair in tables]
+        result["floor"] = dict(zip(floors[0], mean(found.values() for found in floors), strict=True))
     return result
+
+
+def mean(rows: Iterable[Iterable[float]]) -> list[float]:
+    """The means of columns."""
+    return [float(value) for value in np.mean([list(row) for row in rows], axis=0)]
 
 
 def lines(result: dict[str, Any]) -> list[str]:
