@@ -1,6 +1,6 @@
-"""The example checkpoint: the p = 0.2 arm on digits of a finished evidence run, small enough to ship.
+"""A checkpoint small enough to ship: the averaged weights of a run, as float16, and what one must know to sample.
 
-python benchmarks/evidence_example.py --run runs/evidence-cpu-2h/runs/digits_XS-4_p0.2_s0 --out fvdm/weights/example
+python benchmarks/evidence_example.py --run runs/demo --out fvdm/weights/example
 """
 
 import argparse

@@ -32,7 +32,7 @@ from fvdm.tasks import draw, draw_stream, place
 from fvdm.timesteps import spaced
 from fvdm.vae import VAE, load_vae
 
-EXAMPLE = Path(__file__).parent / "weights" / "example"  # a small model of moving digits; docs/evidence.md
+EXAMPLE = Path(__file__).parent / "weights" / "example"  # the model of `make demo`; docs/examples/README.md
 
 
 @dataclass(frozen=True)

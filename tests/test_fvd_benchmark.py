@@ -78,7 +78,7 @@ def test_the_same_command_gives_the_same_digits_and_a_card(clips, tmp_path, monk
         "short",
         "sha256 af5c50f0",
         "stride",
-        "mpeg4",
+        "h264",
         "frame folders of .png",
         "n - 0",
         "note:",
@@ -117,6 +117,22 @@ def test_any_number_of_ranks_gives_the_same_digits(clips, tmp_path, monkeypatch)
     (clips / "real" / "broken.mp4").unlink()
     assert [code for *_, code in done] == [2, 2]
     assert all("broken.mp4" in error for _, error, _ in done)
+
+
+@pytest.mark.slow
+def test_so_does_a_checkpoint_that_is_sampled(clips, tmp_path):
+    """Seven videos in chunks of two, so that ranks have shares of their own size."""
+    run = make_run(tmp_path / "run")
+    shared = ["--real", str(clips / "real"), "--fake", str(run), *QUICK, "--clips", "7", "--steps", "2"]
+    found = {}
+    for world_size in (1, 2, 4):
+        out = tmp_path / str(world_size)
+        done = torchrun(world_size, [*shared, "--out", str(out), "--run", str(out)], tmp_path)
+        assert [code for *_, code in done] == [0] * world_size, done
+        found[world_size] = json.loads((out / "fvd.json").read_text())
+    assert found[1] == found[2] == found[4]
+    assert found[1]["clips"] == 7
+    assert found[1]["card"]["fake steps"] == "2"
 
 
 def test_a_checkpoint_is_sampled_in_any_order_of_chunks(tmp_path):
