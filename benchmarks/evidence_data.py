@@ -40,6 +40,18 @@ def folders(words: Sequence[str], sets: Mapping[str, SetConfig]) -> dict[str, Pa
     return found
 
 
+def made_of(data: Path, sets: Mapping[str, SetConfig]) -> list[str]:
+    """The words of the command line that name what the clips in a folder were made of."""
+    videos, digits = [], []
+    for name, config in sets.items():
+        record = data / name / ("split.txt" if config.kind == "videos" else "digits.txt")
+        if record.exists():
+            path = record.read_text().splitlines()[0].removeprefix("videos ")
+            videos += [f"{name}={path}"] if config.kind == "videos" else []
+            digits += [path] if config.kind == "digits" else []
+    return [*(["--videos", *videos] if videos else []), *(["--digits", digits[0]] if digits else [])]
+
+
 def prepare(name: str, config: SetConfig, out: Path, videos: Path | None, digits: str) -> None:
     """Make, or split, the videos of a set into `out/train` and `out/test`, and encode both; what is there stays.
 
@@ -56,6 +68,8 @@ def prepare(name: str, config: SetConfig, out: Path, videos: Path | None, digits
     out.mkdir(parents=True, exist_ok=True)
     if config.kind == "digits":
         digits = digits or os.environ.get(DIGITS, "")
+        if digits:
+            write_text(out / "digits.txt", f"{Path(digits).resolve()}\n")
         shared = ["--size", str(config.size), *(["--digits", digits] if digits else [])]
         _make_digits(out / "train", ["--clips", str(config.clips_made), "--frames", str(2 * config.frames), *shared])
         frames = str(max(config.length, config.frames))

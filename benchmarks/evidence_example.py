@@ -1,4 +1,4 @@
-"""The example checkpoint: the averaged weights of the demo's run, small enough to ship. docs/examples shows it.
+"""A checkpoint small enough to ship: the averaged weights of a run, as float16, and what one must know to sample.
 
 python benchmarks/evidence_example.py --run runs/demo --out fvdm/weights/example
 """

@@ -36,21 +36,29 @@ SHOWN = 4  # clips of a measurement that are kept for the eye
 SHORT = 16  # frames of the windows at both ends of a long video
 
 
-def windows(config: SetConfig, lengths: list[int], frames: int, clips: int) -> list[Clip]:
+def windows(config: SetConfig, lengths: list[int], frames: int, clips: int, stride: int = 0) -> list[Clip]:
     """Real clips: by the set's protocol where that is published, else windows spread over every video.
+
+    Args:
+        config: of the set.
+        lengths: frames of its videos.
+        frames: of a clip.
+        clips: most of them.
+        stride: every so-many-th frame; 0 is the interval of the training.
 
     Raises:
         ValueError: if fewer than two videos are long enough.
     """
-    if config.protocol != "even":
-        return select_real(protocol(config.protocol), lengths, frames, config.interval, clips)
-    span = (frames - 1) * config.interval + 1
+    stride = stride or config.interval
+    if config.published:
+        return select_real(protocol(config.protocol), lengths, frames, stride, clips)
+    span = (frames - 1) * stride + 1
     usable = [video for video, length in enumerate(lengths) if length >= span]
     found = []
     for video in usable:
         for window in range(config.windows):
             begin = window * (lengths[video] - span) // max(1, config.windows - 1)
-            found.append(Clip(video, tuple(range(begin, begin + span, config.interval))))
+            found.append(Clip(video, tuple(range(begin, begin + span, stride))))
     if len(usable) < 2:
         raise ValueError(f"{len(usable)} videos have {span} frames; give longer ones, or lower the set's interval")
     count = min(clips, len(found))
@@ -92,8 +100,25 @@ class Bench:
 
     def clips(self, job: Job) -> list[Clip]:
         """The real clips that belong to it: what is measured, what is given, or what is compared with."""
-        split = "train" if job.method == "train" else "test"
-        return windows(self.config, self.sources[split].lengths, self.frames(job), job.clips)
+        # A protocol has a stride of its own for what FVD compares with; a truth runs as the model was trained.
+        stride = self.stride if job.task == "generate" else self.config.interval
+        return windows(self.config, self.sources[self.split(job)].lengths, self.frames(job), job.clips, stride)
+
+    def split(self, job: Job) -> str:
+        """The split that its real clips are of: what generated clips are compared with, else what was held out."""
+        if job.method == "sampled":
+            return self.config.reference
+        return "train" if job.method == "train" else "test"
+
+    @property
+    def stride(self) -> int:
+        """Of the real clips that FVD compares generated ones with."""
+        config = self.config
+        return protocol(config.protocol).stride_on(self.name) if config.published else config.interval
+
+    def own_truth(self, job: Job) -> bool:
+        """Whether its truth are other clips than those of generate/test."""
+        return job.task == "long" or self.config.published
 
     def count(self, job: Job) -> int:
         """How many clips it has; fewer than asked for where there are fewer real ones."""
@@ -140,11 +165,14 @@ class Bench:
         if job.method == "sampled":
             return self._score(job, self._sample(job, seeds), None, [])
         real = [self.clips(job)[k] for k in numbers]
-        truth = self.sources["train" if job.method == "train" else "test"].read(real)
+        truth = self.sources[self.split(job)].read(real)
         if job.method == "loss":
             trained = self.trained(job)
             latents = trained.vae.encode_mean(truth)
-            return {"table": neighbour_table(trained.model, trained.diffusion, latents, FIRST_SEED + numbers.start)}
+            classes = trained.model.config.num_classes
+            hidden = torch.full((len(latents),), classes, device=latents.device) if classes else None
+            table = neighbour_table(trained.model, trained.diffusion, latents, seeds.start, hidden)
+            return {"table": table.cpu().numpy()}
         if job.method in ("train", "test"):
             return self._score(job, truth, None, real)
         return self._score(job, self._draw(job, truth, seeds), truth, real)
@@ -178,12 +206,9 @@ class Bench:
             new = drawn(self.frames(job), given_frames(job.task, config.frames))
             result["psnr"] = psnr(video[:, new], truth[:, new]).numpy()
         if config.i3d:
-            result["features"] = fvd.features(
-                self.net, video[:, :SHORT], resize=protocol(config.protocol).resize
-            ).numpy()
-            if job.task == "long":
-                last = fvd.features(self.net, video[:, -SHORT:], resize=protocol(config.protocol).resize)
-                result["features_last"] = last.numpy()
+            result |= self._features(job, video, "features")
+            if truth is not None and self.own_truth(job):
+                result |= self._features(job, truth, "truth_features")
         if config.kind == "digits":
             where = centres(video)
             result["residual"] = path_residual(where[:, : config.frames], config.size)
@@ -193,6 +218,12 @@ class Bench:
                 flown = np.array([[self.paths[names[clip.video]][f] for f in clip.frames] for clip in real])
                 result["motion"] = distance_from_path(where[:, new], flown[:, new])
         return result
+
+    def _features(self, job: Job, video: Tensor, name: str) -> dict[str, np.ndarray]:
+        """What the detector makes of clips; of long ones at both ends."""
+        ends = {name: video[:, :SHORT]} | ({f"{name}_last": video[:, -SHORT:]} if job.task == "long" else {})
+        resize = protocol(self.config.protocol).resize
+        return {key: fvd.features(self.net, part, resize=resize).cpu().numpy() for key, part in ends.items()}
 
 
 @contextmanager

@@ -68,6 +68,11 @@ class SetConfig:
     long_clips: int = 16
     guidance: float = 1.0
 
+    @property
+    def published(self) -> bool:
+        """Whether FVD follows a published protocol, which has its own stride and counts."""
+        return self.protocol != "even"
+
 
 @dataclass(frozen=True)
 class Budget:

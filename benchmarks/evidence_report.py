@@ -1,19 +1,22 @@
 """What benchmarks/evidence.py leaves: tables, figures and videos, and an MLflow run for every number."""
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks import evidence_text as text
+from benchmarks.evidence_claims import collect
 from benchmarks.evidence_measure import Bench
 from benchmarks.evidence_plan import Arm, Job, jobs
-from benchmarks.evidence_results import collect
+from benchmarks.evidence_results import MEASURES
 from benchmarks.evidence_shown import side_by_side
 from benchmarks.evidence_stages import EXPERIMENT, Evidence
-from benchmarks.reporting import Report, machine, send
+from benchmarks.reporting import Data, Report, machine, send
 from fvdm.checkpoint import write_text
 from fvdm.provenance import git_commit
 from fvdm.tracking import Tracker, TrackingConfig, run_of
@@ -28,7 +31,9 @@ def _parent(whole: Evidence, metrics: dict[str, float], files: Sequence[Path], i
         {"budget": whole.name, "sets": " ".join(whole.budget.sets)},
         {"kind": "evidence", "command": whole.again} | machine(),
     )
-    tracker.metrics(metrics, 0)
+    tracker.retag({"command": whole.again})
+    if metrics:
+        tracker.metrics(metrics, 0)
     for name, path in images.items():
         tracker.artifact(path, "figures")
         tracker.image(path, f"figures/{name}", 0)
@@ -47,10 +52,10 @@ def report(whole: Evidence) -> Path:
     sets = collect(list(whole.benches.values()), print)
     parent = _parent(whole, {}, [], {})
     runs = {arm.name: run_of(whole.out / "runs" / arm.name) for arm in whole.arms()}
-    runs |= _send_jobs(whole, parent)
+    runs |= _send_jobs(whole, sets, parent)
     results: dict[str, Any] = {
         "budget": whole.name,
-        "command": whole.again,
+        "command": whole.shown,
         "commit": git_commit(),
         "machine": f"{len(os.sched_getaffinity(0))} CPU cores, GPU: {machine()['gpu']}",
         "workers": whole.budget.workers,
@@ -75,7 +80,7 @@ def report(whole: Evidence) -> Path:
     beside = Path(whole.options.docs).stem if whole.options.docs else "figures"
     links = {name: f"{beside}/{path.name}" for name, path in images.items() if name in own}
     write_text(tables, text.render(results, links))
-    _parent(whole, _claimed(results), [tables, whole.out / "results.json", *videos], images)
+    _parent(whole, _whole(results), [tables, whole.out / "results.json", *videos], images)
     return tables
 
 
@@ -92,47 +97,79 @@ def _training(whole: Evidence, arm: Arm) -> dict[str, Any]:
     }
 
 
-def _send_jobs(whole: Evidence, parent: str) -> dict[str, str]:
-    """A run for every measurement that is done, once; their ids by name."""
+def _send_jobs(whole: Evidence, sets: Mapping[str, Any], parent: str) -> dict[str, str]:
+    """A run for every measurement that is done, brought up to date where its numbers are others; their ids by name."""
     runs = {}
     for name, bench in whole.benches.items():
         for job in jobs(name, bench.config):
             record = bench.folder(job) / "run.json"
-            if bench.done(job) and not record.exists():
-                run = _send(whole, bench, job, parent)
-                if run:
-                    write_text(record, json.dumps({"run_id": run}))
-            runs[job.name] = json.loads(record.read_text())["run_id"] if record.exists() else ""
+            known = json.loads(record.read_text()) if record.exists() else {}
+            if bench.done(job):
+                found = _told(whole, bench, job, sets[name]["measurements"][job.name])
+                digest = hashlib.sha256(repr((found.metrics, found.tags, found.data)).encode()).hexdigest()
+                if known.get("sent") != digest:
+                    known = _send(whole, bench, job, found, parent, known.get("run_id", "")) | {"sent": digest}
+                    if known["run_id"]:
+                        write_text(record, json.dumps(known))
+            runs[job.name] = known.get("run_id", "")
     return runs
 
 
-def _send(whole: Evidence, bench: Bench, job: Job, parent: str) -> str:
-    table = bench.read(job)
-    means = {
-        f"{job.task}/{name}": float(value.mean())
-        for name, value in table.items()
-        if not name.startswith("shown") and "features" not in name and name != "table"
-    }
-    found = Report(
+def _send(whole: Evidence, bench: Bench, job: Job, found: Report, parent: str, before: str) -> dict[str, str]:
+    tracking = TrackingConfig(experiment=EXPERIMENT, system_metrics=False)
+    files = [] if before else bench.parts(job)
+    found = replace(found, files=files)
+    return {"run_id": send(found, whole.out, parent=parent, renew=before, tracking=tracking)}
+
+
+def _told(whole: Evidence, bench: Bench, job: Job, numbers: Mapping[str, Sequence[float]]) -> Report:
+    """What the run of a measurement shows: its numbers with their intervals, its data, and its command."""
+    metrics = {f"{job.task}/{name}": value for name, value in spread(numbers).items()}
+    metrics[f"{job.task}/seconds"] = float(bench.read(job)["seconds"].sum())
+    return Report(
         "evidence",
         job.name,
-        [(0, means)],
+        [(0, metrics)],
         {"clips": bench.count(job), "sampler": job.sampler, "method": job.method, "task": job.task},
         {"command": f"{whole.again} --only '{job.name}'", "checkpoint": job.arm.name if job.arm else "none"},
-        bench.parts(job),
+        data=list(_data(bench, job)),
     )
-    tracking = TrackingConfig(experiment=EXPERIMENT, system_metrics=False)
-    return send(found, whole.out, parent=parent, tracking=tracking)
 
 
-def _claimed(results: dict[str, Any]) -> dict[str, float]:
-    """The differences behind the claims, as metrics."""
+def spread(numbers: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Values and the ends of their intervals, each under a name of its own."""
     return {
-        f"claims/{name} {row['claim']} {measure}"[:240]: found["difference"][0]
-        for name, entry in results["sets"].items()
-        for row in entry["comparisons"]
-        for measure, found in row["measures"].items()
+        f"{name}{end}": float(value[k])
+        for name, value in numbers.items()
+        for k, end in enumerate(("", "_low_95", "_high_95"))
     }
+
+
+def _data(bench: Bench, job: Job) -> Iterator[Data]:
+    """The clips behind a measurement, and those that its model was trained on."""
+    role = {"sampled": "reference", "test": "measured", "train": "measured"}.get(job.method, "truth")
+    if role != "reference" or bench.config.i3d:
+        split = bench.split(job)
+        taken = [(bench.sources[split].names[clip.video], clip.frames[0]) for clip in bench.clips(job)]
+        yield Data(f"{bench.name} {split}", bench.sources[split].path, role, taken)
+    if job.arm:
+        yield Data(f"{bench.name} trained on", str(bench.out / "data" / bench.name / "latents-train"), "training")
+
+
+def _whole(results: Mapping[str, Any]) -> dict[str, float]:
+    """What the parent shows: the differences behind the claims, lines over several seeds, and gains in long videos."""
+    found: dict[str, Sequence[float]] = {}
+    for name, entry in results["sets"].items():
+        for row in entry["comparisons"]:
+            found |= {f"claims/{name} {row['claim']} {m}": one["difference"] for m, one in row["measures"].items()}
+        for task, rows in entry["tasks"].items():
+            for row in (row for row in rows if len(row["jobs"]) > 1):
+                found |= {f"tables/{name} {task} {text.who(row)} {m}": row[m] for m in MEASURES if m in row}
+        for measure in (m for m in ("motion", "psnr") if m in entry["drift"]):
+            for part in entry["drift"][measure]["eighths"]:
+                first, last = (entry["drift"]["frames"][end] for end in part["part"])
+                found |= {f"drift/{name} {measure} gain, {first} to {last}": part["gain"]} if "gain" in part else {}
+    return spread({name[:230]: value for name, value in found.items()})
 
 
 def publish(out: Path, document: Path) -> None:

@@ -1,42 +1,23 @@
-"""From the measured clips of benchmarks/evidence.py to numbers with intervals, comparisons and verdicts."""
+"""From the measured clips of benchmarks/evidence.py to numbers, each with its interval."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from benchmarks.evidence_measure import Bench
 from benchmarks.evidence_plan import SCALAR, Arm, Job, arms, base_p, jobs
-from benchmarks.evidence_scores import LEVELS, OWN, Statistic, difference, fvd_mean, interval, mean_of
+from benchmarks.evidence_scores import LEVELS, OWN, Statistic, difference, fvd_mean, interval, kvd_of, mean_of
 from benchmarks.scores import drawn
-from fvdm.distances import kernel_distance
 from fvdm.matrices import given_frames
-from fvdm.protocols import protocol
+from fvdm.protocols import departures, protocol
 
 DRAWS = 200  # resamplings behind an interval
-AS_GOOD = 0.1  # two distances within this share of each other count as "about as good"
+MANY = 2000  # of means, which are cheap
+EIGHTHS = 8  # parts of a long video
 LOWER = {"fvd": True, "distance": True, "motion": True, "residual": True, "psnr": False}
+MEASURES = ("fvd", "kvd", "residual", "motion", "psnr", "distance", "residual_last", "fvd_last")
 Numbers = dict[str, Any]
-
-
-class Claim(NamedTuple):
-    """What the paper says of two arms, as it can be measured here.
-
-    Attributes:
-        name: for people.
-        paper: what the paper reports.
-        better: the measurements, one a training seed, that it says win.
-        worse: those that it says lose, of the same seeds.
-        measures: the deciding one first; chosen before anything was measured.
-        same: the claim is that both are about as good.
-    """
-
-    name: str
-    paper: str
-    better: list[Job]
-    worse: list[Job]
-    measures: tuple[str, ...]
-    same: bool = False
 
 
 class Results:
@@ -52,40 +33,62 @@ class Results:
         """Features of real clips of a split, where they are measured."""
         return self.tables.get(f"{self.bench.name}/generate/{split}", {}).get("features")
 
+    def reference(self, measured: Sequence[Job], end: str = "") -> np.ndarray | None:
+        """Features of the real clips that FVD compares these with, where they are measured."""
+        first = measured[0]
+        if first.task == "generate":
+            return self.real(self.config.reference)
+        if self.bench.own_truth(first):
+            return self.tables.get(first.name, {}).get(f"truth_features{end}")
+        return self.real("test")
+
+    def apart(self, measured: Sequence[Job]) -> int:
+        """Real clips of a published protocol, all of which count however many are generated; else 0: one each."""
+        reference = self.reference(measured)
+        published = measured[0].task == "generate" and self.config.published
+        return len(reference) if published and reference is not None else 0
+
     def statistic(self, measured: Sequence[Job], measure: str) -> Statistic | None:
         """A measure, averaged over trainings, as a function of which clips; None where it is not measured."""
         tables = [self.tables[job.name] for job in measured if job.name in self.tables]
         if not tables or len(tables) < len(measured):
             return None
-        if measure in ("fvd", "distance", "fvd_last"):
-            reference = self.real("test" if measured[0].task != "generate" else self.config.reference)
-            column = "features_last" if measure == "fvd_last" else "features"
-            if reference is None or column not in tables[0]:
-                return None
-            fakes = [table[column] for table in tables]
-            if measure == "distance":
-                short = min(len(reference), len(fakes[0]))
-                return mean_of([np.linalg.norm(fake[:short] - reference[:short], axis=1) for fake in fakes])
+        if measure not in ("fvd", "kvd", "distance", "fvd_last"):
+            return mean_of([table[measure] for table in tables]) if measure in tables[0] else None
+        end = "_last" if measure == "fvd_last" else ""
+        reference = self.reference(measured, end)
+        if reference is None or f"features{end}" not in tables[0]:
+            return None
+        fakes = [table[f"features{end}"] for table in tables]
+        if not self.apart(measured):
             short = min(len(reference), *(len(fake) for fake in fakes))
-            return fvd_mean(reference[:short], [fake[:short] for fake in fakes], self.ddof)
-        return mean_of([table[measure] for table in tables]) if measure in tables[0] else None
+            reference, fakes = reference[:short], [fake[:short] for fake in fakes]
+        if measure == "distance":
+            return mean_of([np.linalg.norm(fake - reference, axis=1) for fake in fakes])
+        return kvd_of(reference, fakes) if measure == "kvd" else fvd_mean(reference, fakes, self.ddof)
 
     def clips(self, measured: Sequence[Job]) -> int:
-        """Clips behind a number."""
+        """Clips behind a number: where each has a real one, no more than there are of these."""
         count = min(self.bench.count(job) for job in measured)
-        reference = self.real("test")
-        return count if reference is None or measured[0].task == "long" else min(count, len(reference))
+        reference = self.reference(measured)
+        return count if reference is None or self.apart(measured) else min(count, len(reference))
+
+    def interval(self, statistic: Statistic, measured: Sequence[Job], draws: int = DRAWS) -> list[float]:
+        """Value, and the ends of its interval, of a statistic of these clips."""
+        return list(interval(statistic, self.clips(measured), draws, real=self.apart(measured)))
 
     def number(self, measured: Sequence[Job], measure: str) -> list[float] | None:
         """Value, and the ends of its interval; None where it is not measured."""
         statistic = self.statistic(measured, measure)
-        return None if statistic is None else list(interval(statistic, self.clips(measured), DRAWS))
+        return None if statistic is None else self.interval(statistic, measured)
 
     def row(self, measured: Sequence[Job], measures: Sequence[str]) -> Numbers:
         """A line of a table: what it is of, and its numbers."""
         first = measured[0]
         found: Numbers = {"method": first.method, "sampler": first.sampler, "clips": self.clips(measured)}
         found["jobs"] = [job.name for job in measured]
+        if self.apart(measured) and "fvd" in measures:
+            found["real"] = self.apart(measured)
         if first.arm:
             found |= {
                 "model": first.arm.model,
@@ -117,21 +120,17 @@ class Results:
         rows = []
         floor = self.find_real("train" if self.config.reference == "test" else "test")
         if floor:
-            rows.append(self.row([floor], ["fvd", "residual"]))
+            rows.append(self.row([floor], ["fvd", "kvd", "residual"]))
         for arm in arms(self.bench.name, self.config):
             job = self.find(arm, "generate", first)
             if job:
-                rows.append(self.row([job], ["fvd", "residual"]) | self._kernel(job))
+                rows.append(self.row([job], ["fvd", "kvd", "residual"]))
         return rows
 
     def find_real(self, split: str) -> Job | None:
         """The measurement of real clips of a split."""
         name = f"{self.bench.name}/generate/{split}"
         return self.jobs[name] if name in self.tables else None
-
-    def _kernel(self, job: Job) -> Numbers:
-        reference, fake = self.real(self.config.reference), self.tables[job.name].get("features")
-        return {} if reference is None or fake is None else {"kvd": kernel_distance(reference, fake)}
 
     def samplers(self) -> list[Numbers]:
         """The samplers on one training, with the seconds of a clip."""
@@ -156,147 +155,133 @@ class Results:
         return found
 
     def drift(self) -> Numbers:
-        """Scores of long videos over their frames: measure -> method -> means of every frame."""
+        """Scores of long videos over their frames: curves for the eye, and eighths with intervals."""
         found: Numbers = {}
         new = drawn(self.config.length, given_frames("long", self.config.frames))
-        for p in self.config.p:
-            group = self.group(self.config.model, p, "long")
-            for measure in ("motion", "psnr"):
-                tables = [self.tables[job.name][measure] for job in group if measure in self.tables[job.name]]
-                if tables:
-                    curve = np.mean(tables, axis=(0, 1)).round(4).tolist()
-                    found.setdefault(measure, {})[f"p = {p:g}, {group[0].method}"] = curve
-        return {"frames": new} | found if found else {}
+        groups = {p: group for p in self.config.p if (group := self.group(self.config.model, p, "long"))}
+        for measure in ("motion", "psnr"):
+            shown = {p: group for p, group in groups.items() if measure in self.tables[group[0].name]}
+            if shown:
+                found[measure] = {
+                    "curves": {_method(group): self._curve(group, measure) for group in shown.values()},
+                    "eighths": [
+                        self._part(shown, measure, part) for part in np.array_split(np.arange(len(new)), EIGHTHS)
+                    ],
+                }
+        return (
+            {"frames": new, "jobs": [job.name for group in groups.values() for job in group]} | found if found else {}
+        )
+
+    def _curve(self, group: Sequence[Job], measure: str) -> list[float]:
+        tables = [self.tables[job.name][measure] for job in group]
+        return np.mean(tables, axis=(0, 1)).round(4).tolist()
+
+    def _part(self, groups: dict[float, list[Job]], measure: str, part: np.ndarray) -> Numbers:
+        """One eighth of the frames: each method's mean, and how much the base p is ahead of the scalar arm."""
+
+        def over(group: Sequence[Job]) -> Statistic:
+            return mean_of([self.tables[job.name][measure][:, part] for job in group])
+
+        means = {_method(group): self.interval(over(group), group, MANY) for group in groups.values()}
+        scalar, best = groups.get(SCALAR), groups.get(base_p(self.config))
+        found: Numbers = {"part": [int(part[0]), int(part[-1])], "methods": means}
+        if scalar and best:
+            pair = (over(scalar), over(best)) if LOWER[measure] else (over(best), over(scalar))
+            found["gain"] = self.interval(difference(*pair), best, MANY)
+        return found
 
     def validation(self) -> Numbers:
         """What a cleaner neighbour is worth: p -> tables by own (rows) and smallest neighbour's timestep (columns)."""
         found: Numbers = {}
+        names: list[str] = []
         for p in self.config.p:
             group = self.group(self.config.model, p, "validation")
             if group:
-                mean = np.mean([self.tables[job.name]["table"] for job in group], axis=(0, 1))
-                names = ("error", "copied", "share")
-                found[f"{p:g}"] = {name: mean[:, :, k].round(5).tolist() for k, name in enumerate(names)}
-        return {"own": list(OWN), "neighbour": list(LEVELS), "p": found} if found else {}
+                found[f"{p:g}"] = self._neighbours(group)
+                names += [job.name for job in group]
+        return {"own": list(OWN), "neighbour": list(LEVELS), "p": found, "jobs": names} if found else {}
 
-    def claims(self) -> Iterator[Claim]:
-        """The paper's claims that this set can speak of."""
-        c, best = self.config, base_p(self.config)
-        plain = ("fvd",) if c.i3d else ("residual",)
-        first = c.samplers[0]
+    def _neighbours(self, group: Sequence[Job]) -> Numbers:
+        """Tables of one arm, and how far its estimate of a frame of noise beside a clean one beats the copy of that."""
+        tables = [self.tables[job.name]["table"] for job in group]  # (b own neighbour 3)
 
-        def of(p: float, task: str = "generate", model: str = "") -> list[Job]:
-            return self.group(model or c.model, p, task, first)
+        def of(own: int, least: int, kind: int) -> Statistic:
+            return mean_of([table[:, own, least, kind] for table in tables])
 
-        yield Claim(
-            f"p = {best:g} beats p = 0, plain generation", "FVD 74.31 against 82.28", of(best), of(SCALAR), plain
+        def rows(kind: int) -> list[list[list[float]]]:
+            return [[self.interval(of(i, j, kind), group, MANY) for j in range(len(LEVELS))] for i in range(len(OWN))]
+
+        noise = len(OWN) - 1
+        ahead = difference(of(noise, 0, 1), of(noise, 0, 0))
+        found: Numbers = {"error": rows(0), "share": rows(2), "copied": self.interval(of(noise, 0, 1), group, MANY)}
+        return found | {"ahead_of_copy": self.interval(ahead, group, MANY)}
+
+    def card(self) -> Numbers:
+        """How FVD is measured, and where that departs from its protocol; empty where it is not measured."""
+        config, how = self.config, protocol(self.config.protocol)
+        real = self.real(config.reference)
+        if real is None:
+            return {}
+        source = self.bench.sources[config.reference]
+        span = (config.frames - 1) * self.bench.stride + 1
+        departed = departures(
+            how,
+            clips=(len(real), config.clips),
+            frames=config.frames,
+            size=config.size,
+            stride=self.bench.stride,
+            usual=how.stride_on(self.bench.name),
+            videos=sum(length >= span for length in source.lengths),
+            repeats=1,
+            seed=how.seed,
+            split=config.reference,
         )
-        for p in c.p:
-            if p not in (SCALAR, best):
-                yield Claim(
-                    f"p = {best:g} beats p = {p:g}, plain generation", "0.2 is the best p", of(best), of(p), plain
-                )
-        for model in c.models:
-            name = f"bigger is better: {c.model} beats {model}"
-            yield Claim(name, "S to XL: FVD falls with size", of(best), of(best, model=model), plain)
-        base = Arm(self.bench.name, c.model, best, c.seeds[0])
-        one = {sampler: job for sampler in c.samplers if (job := self.find(base, "generate", sampler))}
+        return {
+            "protocol": f"{how.name}: {how.source}",
+            "departs from it": departed + ([] if config.published else [f"{config.windows} windows of each video"]),
+            "real clips": f"{len(real)} of the split {config.reference}, which has {len(source.names)} videos",
+            "generated clips": config.clips,
+            "frames": config.frames,
+            "stride": f"real {self.bench.stride}, generated 1",
+            "resolution": f"{config.size} pixels",
+            "covariance": f"divided by n - {how.ddof}",
+            "codec": source.describe()["codec"],
+        }
 
-        def by(sampler: str) -> list[Job]:
-            return [one[sampler]] if sampler in one else []
-
-        if {"ddim:50", "ddpm:250"} <= set(c.samplers):
-            words = ("DDIM-50 is about as good as DDPM-250", "nearly equal FVD")
-            yield Claim(*words, by("ddim:50"), by("ddpm:250"), plain, same=True)
-        if {"ddim:50", "ddim:10"} <= set(c.samplers):
-            yield Claim("DDIM-10 is clearly worse than DDIM-50", "clearly worse", by("ddim:50"), by("ddim:10"), plain)
-        for task in c.tasks:
-            deciding = ("motion" if task != "image-to-video" else "residual", "psnr") if c.kind == "digits" else ()
-            name = f"{task}: a timestep per frame (p = {best:g}) beats the scalar arm with replacement"
-            measures = deciding or ("fvd", "distance", "psnr")
-            yield Claim(name, "zero-shot, no number against a baseline", of(best, task), of(SCALAR, task), measures)
-
-    def comparisons(self) -> list[Numbers]:
-        """Each claim with its numbers and its verdict."""
-        return [self.compare(claim) for claim in self.claims()]
-
-    def compare(self, claim: Claim) -> Numbers:
-        """Numbers of a claim; differences are positive where the paper is right."""
-        found: Numbers = {"claim": claim.name, "paper": claim.paper, "set": self.bench.name, "measures": {}}
-        for measure in claim.measures:
-            better, worse = (self.statistic(side, measure) for side in (claim.better, claim.worse))
-            if better is None or worse is None:
-                continue
-            pair = (worse, better) if LOWER[measure] else (better, worse)
-            clips = self.clips(claim.better)
-            value, low, high = interval(difference(*pair), clips, DRAWS)
-            everything = np.arange(clips)
-            numbers: Numbers = {"difference": [value, low, high], "clips": clips}
-            numbers |= {"better": better(everything), "worse": worse(everything)}
-            numbers["by_seed"] = [
-                self._one(a, b, measure, clips) for a, b in zip(claim.better, claim.worse, strict=False)
-            ]
-            found["measures"][measure] = numbers
-        found["jobs"] = [job.name for job in (*claim.better, *claim.worse)]
-        found["verdict"] = verdict(claim, found["measures"], missing=self._missing(claim))
+    def measurements(self) -> dict[str, dict[str, list[float]]]:
+        """The numbers of every single measurement, by its name: what its MLflow run shows."""
+        found = {}
+        for name in self.tables:
+            job = self.jobs[name]
+            # Plain generation has no truth to be at a distance from, and the real clips none from themselves.
+            without = {"distance"} if job.task == "generate" else set()
+            without |= {"fvd", "kvd"} if without and job.method == self.config.reference else set()
+            row = self.row([job], [measure for measure in MEASURES if measure not in without])
+            found[name] = {measure: row[measure] for measure in MEASURES if measure in row}
+            if job.method == "loss":
+                table = self._neighbours([job])
+                found[name] = {kind: table[kind] for kind in ("copied", "ahead_of_copy")} | {
+                    f"{kind} {own} beside {least}": table[kind][i][j]
+                    for kind in ("error", "share")
+                    for i, own in enumerate(OWN)
+                    for j, least in enumerate(LEVELS)
+                }
         return found
 
-    def _missing(self, claim: Claim) -> bool:
-        """Whether trainings of the other seeds are still to come."""
-        seeds = {job.arm.seed for job in claim.better if job.arm}
-        one_training = {job.arm for job in (*claim.better, *claim.worse)}
-        return len(one_training) > 1 and seeds != set(self.config.seeds)
-
-    def _one(self, better: Job, worse: Job, measure: str, clips: int) -> float:
-        a, b = self.statistic([better], measure), self.statistic([worse], measure)
-        assert a is not None
-        assert b is not None
-        value = difference(b, a)(np.arange(clips))
-        return value if LOWER[measure] else -value
-
     def all(self) -> Numbers:
-        """Everything, as JSON holds it."""
+        """All tables, as JSON holds them."""
         return {
+            "card": self.card(),
             "generation": self.generation(),
             "samplers": self.samplers(),
             "tasks": self.tasks(),
             "drift": self.drift(),
             "validation": self.validation(),
-            "comparisons": self.comparisons(),
+            "measurements": self.measurements(),
             "seconds": {name: float(table["seconds"].sum()) for name, table in self.tables.items()},
         }
 
 
-def verdict(claim: Claim, measures: Numbers, missing: bool = False) -> str:
-    """Reproduced, not reproduced, or not measured yet; by the deciding measure alone.
-
-    A difference counts if its interval leaves out 0 and every training seed agrees on its sign.
-
-    Args:
-        claim: what is claimed.
-        measures: its numbers.
-        missing: some training seeds have not run yet.
-    """
-    deciding = next((measures[name] for name in claim.measures[:1] if name in measures), None)
-    if deciding is None:
-        return "not run yet"
-    if missing:
-        return f"open: {len(deciding['by_seed'])} training seed has run, and one does not settle it"
-    value, low, high = deciding["difference"]
-    if claim.same:
-        near = abs(value) <= AS_GOOD * max(deciding["better"], deciding["worse"])
-        return "reproduced" if near or low <= 0 <= high else "not reproduced"
-    if low > 0 and all(one > 0 for one in deciding["by_seed"]):
-        return "reproduced"
-    if high < 0 and all(one < 0 for one in deciding["by_seed"]):
-        return "not reproduced: the other way round"
-    return "not reproduced: no difference that these clips and seeds can show"
-
-
-def collect(benches: Sequence[Bench], say: Callable[[str], None]) -> dict[str, Numbers]:
-    """The numbers of every set."""
-    found = {}
-    for bench in benches:
-        say(f"{bench.name}: numbers and intervals")
-        found[bench.name] = Results(bench).all()
-    return found
+def _method(group: Sequence[Job]) -> str:
+    assert group[0].arm
+    return f"p = {group[0].arm.p:g}, {group[0].method}"

@@ -1,6 +1,7 @@
 """Scores of benchmarks/evidence.py: where a digit flies, what a cleaner neighbour is worth, and intervals. Pure."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -8,13 +9,27 @@ from torch import Tensor
 
 from data_prep.moving_digits import SPEEDS
 from fvdm.diffusion import Diffusion, Model
-from fvdm.distances import quiet
+from fvdm.distances import kernel_distance, quiet
 from fvdm.fvd import frechet_distance
 
 DARK = 48  # brightness, 0 to 255, below which a pixel is no digit but what the VAE leaves of black
 LEVELS = (0, 250, 500, 750)  # timesteps of the smallest neighbour
 OWN = (250, 500, 750, 1000)  # timesteps of the frame itself
-Statistic = Callable[[np.ndarray], float]
+
+
+class Draw(NamedTuple):
+    """Which clips a statistic is taken of, `(n)` indices.
+
+    Attributes:
+        clips: of what is measured; everything that belongs to a clip moves with its index.
+        real: of the real clips that it is compared with: the same, unless these are another number of other clips.
+    """
+
+    clips: np.ndarray
+    real: np.ndarray
+
+
+Statistic = Callable[[Draw], float]
 
 
 def centres(video: Tensor) -> np.ndarray:
@@ -43,7 +58,8 @@ def path_residual(where: np.ndarray, size: int) -> np.ndarray:
 
     Such a path is straight, of one speed between those of the slowest and the fastest digit, and bounces off the walls:
     each axis is a triangle wave. All starts and speeds are tried, on a grid so fine that a perfect path leaves a tenth
-    of a pixel or two. A digit that stands still has flown no such path.
+    of a pixel or two. A digit that stands still has flown no such path, but is nearer to a slow one than a digit that
+    flies astray: the residual rewards standing still, so a frozen frame belongs beside it.
 
     Args:
         where: centres `(b f 2)`.
@@ -67,7 +83,7 @@ def path_residual(where: np.ndarray, size: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def neighbour_table(model: Model, diffusion: Diffusion, x_0: Tensor, seed: int) -> np.ndarray:
+def neighbour_table(model: Model, diffusion: Diffusion, x_0: Tensor, seed: int, y: Tensor | None = None) -> Tensor:
     """What a frame's estimate is worth, by its own timestep and that of its cleanest neighbour.
 
     One frame of each clip stands at its own timestep, the frame after it at the smallest, all others above that.
@@ -76,70 +92,88 @@ def neighbour_table(model: Model, diffusion: Diffusion, x_0: Tensor, seed: int) 
         model: the denoiser.
         diffusion: its noise process.
         x_0: clean latents `(b f c h w)`, f > 2.
-        seed: of the frames, timesteps and noise: equal seeds compare models.
+        seed: of the frames, timesteps and noise, drawn on the CPU: equal seeds compare models, on any device.
+        y: classes `(b)` of a class-conditional model; the null class hides them.
 
     Returns:
-        float64 `(b own smallest 3)`: mean squared error of the estimate of the clean frame; that of the neighbour,
-        if it were copied; and the share of the way from the truth to the neighbour that the estimate lies on (1 is
-        a copy, 0 is none).
+        float64 `(b own smallest 3)`, where the latents are: mean squared error of the estimate of the clean frame; that
+        of the neighbour, if it were copied; and the share of the way from the truth to the neighbour that the estimate
+        lies on (1 is a copy, 0 is none).
     """
     b, f = x_0.shape[:2]
     generator = torch.Generator().manual_seed(seed)
     rows = torch.arange(b)
     frame = torch.randint(0, f - 1, (b,), generator=generator)
-    noise = torch.randn(x_0.shape, generator=generator)
-    share = torch.rand((b, f), generator=generator)
+    noise = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+    share = torch.rand((b, f), generator=generator).to(x_0.device)
+    rows, frame = rows.to(x_0.device), frame.to(x_0.device)
     truth, neighbour = x_0[rows, frame], x_0[rows, frame + 1]
     way = neighbour - truth
     copied = way.square().flatten(1).mean(1)
-    table = np.zeros((b, len(OWN), len(LEVELS), 3))
-    for i, own in enumerate(OWN):
-        for j, least in enumerate(LEVELS):
+    cells = []
+    for own in OWN:
+        for least in LEVELS:
             t = (least + share * (diffusion.num_timesteps - least)).round().long()
             t[rows, frame], t[rows, frame + 1] = own, least
             x_t = diffusion.q_sample(x_0, t, noise)
-            estimate = diffusion.predict(model(x_t, t, None), x_t, t).x_0[rows, frame]
+            estimate = diffusion.predict(model(x_t, t, y), x_t, t).x_0[rows, frame]
             off = estimate - truth
             along = (off * way).flatten(1).sum(1) / way.square().flatten(1).sum(1).clamp(min=1e-6)
-            table[:, i, j] = torch.stack([off.square().flatten(1).mean(1), copied, along], dim=1).double().numpy()
-    return table
+            cells.append(torch.stack([off.square().flatten(1).mean(1), copied, along], dim=1).double())
+    return torch.stack(cells, dim=1).unflatten(1, (len(OWN), len(LEVELS)))
 
 
-def interval(statistic: Statistic, clips: int, draws: int, seed: int = 0) -> tuple[float, float, float]:
+def interval(statistic: Statistic, clips: int, draws: int, seed: int = 0, real: int = 0) -> tuple[float, float, float]:
     """A number, and where it lies with 95 % if other clips had been drawn (bootstrap).
 
     Drawing with replacement shifts a Fréchet distance, so the spread is laid around the number, as in
     `fvdm.distances.bootstrap`.
 
     Args:
-        statistic: indices of clips `(n)` -> the number; everything that belongs to a clip moves with its index.
+        statistic: which clips -> the number.
         clips: how many there are.
         draws: resamplings.
         seed: of these.
+        real: how many real clips they are compared with, drawn apart; 0 where each clip has its own.
     """
     rng = np.random.default_rng(seed)
-    value = statistic(np.arange(clips))
-    values = np.array([statistic(rng.integers(0, clips, clips)) for _ in range(draws)])
+
+    def again() -> Draw:
+        index = rng.integers(0, clips, clips)
+        return Draw(index, rng.integers(0, real, real) if real else index)
+
+    value = statistic(everything(clips, real))
+    values = np.array([statistic(again()) for _ in range(draws)])
     low, high = value + np.quantile(values, [0.025, 0.975]) - values.mean()
     return value, float(low), float(high)
 
 
-def fvd_mean(real: np.ndarray, fakes: Sequence[np.ndarray], ddof: int = 0) -> Statistic:
-    """Mean Fréchet distance of several trainings' clips `(n 400)` from real ones, for `interval`."""
+def everything(clips: int, real: int = 0) -> Draw:
+    """All clips once, for a statistic itself; see `interval`."""
+    return Draw(np.arange(clips), np.arange(real or clips))
 
-    def statistic(index: np.ndarray) -> float:
+
+def fvd_mean(real: np.ndarray, fakes: Sequence[np.ndarray], ddof: int = 0) -> Statistic:
+    """Mean Fréchet distance of several trainings' clips `(n 400)` from real ones `(m 400)`, for `interval`."""
+
+    def statistic(draw: Draw) -> float:
         with quiet():
-            return float(np.mean([frechet_distance(real[index], fake[index], ddof=ddof) for fake in fakes]))
+            return float(np.mean([frechet_distance(real[draw.real], fake[draw.clips], ddof=ddof) for fake in fakes]))
 
     return statistic
 
 
+def kvd_of(real: np.ndarray, fakes: Sequence[np.ndarray]) -> Statistic:
+    """Mean kernel distance of several trainings' clips from real ones, for `interval`."""
+    return lambda draw: float(np.mean([kernel_distance(real[draw.real], fake[draw.clips]) for fake in fakes]))
+
+
 def difference(a: Statistic, b: Statistic) -> Statistic:
     """`a - b` on the same clips."""
-    return lambda index: a(index) - b(index)
+    return lambda draw: a(draw) - b(draw)
 
 
 def mean_of(tables: Sequence[np.ndarray]) -> Statistic:
     """Mean of several trainings' scores of clips `(n ...)`, for `interval`."""
     rows = np.stack([table.reshape(len(table), -1).mean(1) for table in tables]).mean(0)
-    return lambda index: float(rows[index].mean())
+    return lambda draw: float(rows[draw.clips].mean())

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,10 +11,13 @@ from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from benchmarks.ablation import queued
-from benchmarks.evidence_data import VIDEOS, folders, prepare, smoke_videos
+from benchmarks.evidence_data import VIDEOS, folders, made_of, prepare, smoke_videos
 from benchmarks.evidence_measure import Bench
 from benchmarks.evidence_plan import ROOT, SCALAR, Arm, Budget, Job, arms, base_p, jobs, rank
+from benchmarks.sources import device
 from fvdm.checkpoint import STEP
 
 EXPERIMENT = "evidence"
@@ -60,7 +64,9 @@ class Evidence:
         """
         missing = [arm for arm in wanted if not self.checkpoint(arm).exists() and not queued(f"fvdm-{arm.name}")]
         print(f"trainings: {len(wanted) - len(missing)} of {len(wanted)} done or in the queue", flush=True)
-        with ThreadPoolExecutor(self.budget.workers) as pool:
+        # A training that takes every GPU shares none; on Slurm this only submits.
+        alone = self.budget.gpus == -1 and torch.cuda.is_available()
+        with ThreadPoolExecutor(1 if alone else self.budget.workers) as pool:
             codes = list(pool.map(self._train, missing))
         for arm, code in zip(missing, codes, strict=True):
             if code:
@@ -148,6 +154,8 @@ class Evidence:
 
     def work(self) -> None:
         """One process that measures: every part that no other has."""
+        if torch.cuda.is_available():
+            torch.cuda.set_device(device())  # A model goes to the current GPU.
         for bench, job in self.open_jobs():
             bench.work(job)
             if bench.done(job):
@@ -155,7 +163,13 @@ class Evidence:
 
     @property
     def again(self) -> str:
-        """The command that does all of this."""
+        """The command that does all of this here."""
+        words = [*made_of(self.out / "data", self.budget.sets), "--out", str(self.out)]
+        return f"{self.shown} {shlex.join(words)}"
+
+    @property
+    def shown(self) -> str:
+        """The command without what is this machine's alone."""
         return f"python benchmarks/evidence.py --budget {self.name}"
 
     def arms(self) -> list[Arm]:

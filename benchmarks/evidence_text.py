@@ -1,7 +1,6 @@
 """The tables of benchmarks/evidence.py as Markdown, from its results.json, and its figures."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +55,22 @@ def lines(rows: Sequence[Numbers], runs: Numbers, first: str = "") -> str:
     body = []
     for row in rows:
         seeds = ", ".join(map(str, row.get("seeds", []))) or "-"
-        ids = ", ".join(f"`{runs[name][:8]}`" for name in row["jobs"] if runs.get(name))
         what = f"{row['sampler'].replace(':', ', ')} steps" if first == "sampler" else who(row)
-        body.append([what, seeds, str(row["clips"]), *(number(row.get(name), name) for name in shown), ids or "-"])
+        clips = f"{row['clips']}" + (f" against {row['real']} real" if "real" in row else "")
+        ids = run_ids(row["jobs"], runs)
+        body.append([what, seeds, clips, *(number(row.get(name), name) for name in shown), ids or "-"])
     return table(head, body)
+
+
+def run_ids(jobs: Sequence[str], runs: Numbers) -> str:
+    """The short ids of the MLflow runs of some measurements."""
+    return ", ".join(f"`{runs[name][:8]}`" for name in jobs if runs.get(name))
+
+
+def card(found: Numbers) -> str:
+    """How FVD is measured, as a list."""
+    told = {key: "; ".join(value) or "nowhere" if isinstance(value, list) else value for key, value in found.items()}
+    return "FVD here:\n\n" + "\n".join(f"- {key}: {value}" for key, value in told.items()) + "\n"
 
 
 def claims(results: Numbers) -> str:
@@ -70,8 +81,9 @@ def claims(results: Numbers) -> str:
             told, seeds = [], []
             for measure, found in row["measures"].items():
                 label, digits = MEASURES[measure]
+                still = f" (frozen {found['still']:.{digits}f})" if "still" in found else ""
                 told.append(
-                    f"{label} {found['better']:.{digits}f} against {found['worse']:.{digits}f}: "
+                    f"{label} {found['better']:.{digits}f} against {found['worse']:.{digits}f}{still}: "
                     f"{number(found['difference'], measure)}"
                 )
                 seeds.append(", ".join(f"{one:.{digits}f}" for one in found["by_seed"]))
@@ -93,7 +105,7 @@ NOT_HERE = (
 )
 
 
-def validation(found: Numbers) -> str:
+def validation(found: Numbers, runs: Numbers) -> str:
     """Error of a frame's estimate by its own timestep and the smallest neighbour's, and how much of it is a copy."""
     parts = []
     for key, title in (("error", "mean squared error of the estimated frame"), ("share", "share of a copy")):
@@ -101,15 +113,31 @@ def validation(found: Numbers) -> str:
         body = []
         for p, tables in found["p"].items():
             for own, row in zip(found["own"], tables[key], strict=True):
-                body.append([p, str(own), *(f"{value:.3f}" for value in row)])
+                body.append([p, str(own), *(_three(value) for value in row)])
         parts.append(f"{title.capitalize()}:\n\n{table(head, body)}")
-    copied = next(iter(found["p"].values()))["copied"][0][0]
-    return "\n".join(parts) + f"\nCopying the neighbour as it is would err by {copied:.3f}.\n"
+    copied = _three(next(iter(found["p"].values()))["copied"])
+    head = [
+        "p",
+        "error of a frame of noise beside a clean one",
+        "share of a copy",
+        "smaller than the error of a copy by",
+    ]
+    body = [
+        [p, *map(_three, (t["error"][-1][0], t["share"][-1][0], t["ahead_of_copy"]))] for p, t in found["p"].items()
+    ]
+    parts.append(f"Copying the clean neighbour as it is would err by {copied}. Against that:\n\n{table(head, body)}")
+    return "\n".join(parts) + f"\nMLflow runs: {run_ids(found['jobs'], runs) or '-'}\n"
+
+
+def _three(value: Sequence[float]) -> str:
+    return f"{value[0]:.3f} [{value[1]:.3f}, {value[2]:.3f}]"
 
 
 def section(name: str, entry: Numbers, runs: Numbers, pictures: Mapping[str, str]) -> Iterator[str]:
     """The part about one set."""
     yield f"### {name}: plain generation\n"
+    if entry["card"]:
+        yield card(entry["card"])
     yield lines(entry["generation"], runs)
     yield from _pictures(pictures, f"{name}_generation", f"{name}_generate")
     if entry["samplers"]:
@@ -123,25 +151,25 @@ def section(name: str, entry: Numbers, runs: Numbers, pictures: Mapping[str, str
             yield from _pictures(pictures, f"{name}_{task}", f"{name}_{task}_numbers")
     if entry["drift"]:
         yield f"### {name}: drift over the length\n"
-        yield _drift(entry["drift"])
+        yield _drift(entry["drift"], runs)
         yield from _pictures(pictures, f"{name}_drift")
     if entry["validation"]:
         yield f"### {name}: what a cleaner neighbour is worth\n"
-        yield validation(entry["validation"])
+        yield validation(entry["validation"], runs)
         yield from _pictures(pictures, f"{name}_validation")
 
 
-def _drift(found: Numbers) -> str:
-    """Means over eighths of the video."""
-    frames = found["frames"]
-    edges = [len(frames) * k // 8 for k in range(9)]
-    head = ["measure", "method", *(f"{frames[a]} to {frames[b - 1]}" for a, b in pairwise(edges))]
+def _drift(found: Numbers, runs: Numbers) -> str:
+    """Means over eighths of the video, and how much the paper's arm is ahead in each."""
     body = []
-    for measure in ("motion", "psnr"):
-        for method, curve in found.get(measure, {}).items():
-            means = [sum(curve[a:b]) / (b - a) for a, b in pairwise(edges)]
-            body.append([MEASURES[measure][0], method, *(f"{value:.2f}" for value in means)])
-    return table(head, body)
+    for measure in (name for name in ("motion", "psnr") if name in found):
+        for part in found[measure]["eighths"]:
+            first, last = (found["frames"][end] for end in part["part"])
+            values = [number(value, measure) for value in (*part["methods"].values(), part.get("gain"))]
+            body.append([MEASURES[measure][0], f"{first} to {last}", *values])
+    methods = list(found["motion" if "motion" in found else "psnr"]["curves"])
+    rows = table(["measure", "frames", *methods, "gain of a timestep per frame"], body)
+    return f"{rows}\nMLflow runs: {run_ids(found['jobs'], runs) or '-'}\n"
 
 
 def _pictures(pictures: Mapping[str, str], *names: str) -> Iterator[str]:
@@ -170,12 +198,15 @@ def render(results: Numbers, pictures: Mapping[str, str]) -> str:
         parts += [f"## {name}\n", *section(name, entry, runs, pictures)]
     parts += [
         "## Cost, runs and commands\n",
-        f"Budget `{results['budget']}` on {results['machine']}, commit `{results['commit'][:12]}`. Trainings took "
+        f"Budget `{results['budget']}` on {results['machine']}; tables of commit `{results['commit'][:12]}`, and each "
+        "run names the commit that measured. Trainings took "
         f"{trained:.0f} and measurements {measured:.0f} minutes of one process; {results['workers']} went side by "
-        f"side. All runs are below the MLflow run `{results['parent']}`, which also has the figures and the videos.\n",
+        f"side. All runs are below the MLflow run `{results['parent']}`, which also has the figures, the videos, the "
+        "differences behind the claims, and the lines over several seeds.\n",
         cost(results, runs),
         f"Each measurement is done again by `{results['command']} --only NAME` after its folder in "
-        "`measured/` is removed. The names, by the run:\n",
+        "`measured/` is removed; the tag `command` of a run has all words, the folders of the clips among them. The "
+        "names, by the run:\n",
         table(["MLflow run", "name"], [[f"`{run}`", f"`{name}`"] for name, run in runs.items() if run]),
         END,
     ]
@@ -227,14 +258,16 @@ def _lines(name: str, entry: Numbers, out: Path) -> dict[str, Path]:
     if measure:
         series = {
             method: list(zip(map(float, drift["frames"]), curve, strict=True))
-            for method, curve in drift[measure].items()
+            for method, curve in drift[measure]["curves"].items()
         }
         path = out / f"{name}_drift.png"
         images[f"{name}_drift"] = curves(series, path, f"{name}: long video", "frame", MEASURES[measure][0])
     found = entry["validation"]
     if found:
         series = {
-            f"p = {p}, own t = {own}": list(zip(map(float, found["neighbour"]), row, strict=True))
+            f"p = {p}, own t = {own}": [
+                (float(at), value) for at, (value, *_) in zip(found["neighbour"], row, strict=True)
+            ]
             for p, tables in found["p"].items()
             for own, row in zip(found["own"], tables["error"], strict=True)
             if own in (500, 1000)

@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.measure import clip_features, ranks
 from benchmarks.reporting import Data, Report, send
-from benchmarks.sources import Sampled, Samples, Source, device, open_source
+from benchmarks.sources import Sampled, Samples, Shards, Source, device, open_source
 from fvdm import fvd
 from fvdm.checkpoint import write_text
 from fvdm.config import fail
@@ -80,6 +80,11 @@ class Measurement:
                 f"apart; give --size {min(self.real.size, self.fake.size)}, or encode at one size"
             )
 
+    @property
+    def usable(self) -> int:
+        """Real videos that are long enough."""
+        return sum(length >= (self.options.frames - 1) * self.stride + 1 for length in self.real.lengths)
+
     def clips(self, draw: int) -> tuple[list[Clip], list[Clip]]:
         """Real and generated clips of the draw-th repetition; a checkpoint makes new ones for each.
 
@@ -90,8 +95,7 @@ class Measurement:
         fake = select_fake(self.how, self.fake.lengths, frames, self.wanted)
         most = self.options.clips
         if self.how.equal:
-            usable = sum(length >= (frames - 1) * self.stride + 1 for length in self.real.lengths)
-            most = min(len(fake), usable)
+            most = min(len(fake), self.usable)
             fake = select_fake(self.how, self.fake.lengths, frames, most)
         if self.fake.generated:
             fake = [Clip(draw * self.wanted + clip.video, clip.frames) for clip in fake]
@@ -117,7 +121,7 @@ class Measurement:
         """All that the number depends on."""
         options, how = self.options, self.how
         sides = {"real": self.real.describe(), "fake": self.fake.describe()}
-        size = self.fake.size
+        size, shards = self.fake.size, self.real if isinstance(self.real, Shards) else None
         departed = departures(
             how,
             clips=(len(real), len(fake)),
@@ -125,10 +129,15 @@ class Measurement:
             size=size,
             stride=self.stride,
             usual=self.usual,
+            videos=self.usable,
+            repeats=self.repeats,
+            seed=self.seed,
+            split=shards.split if shards else "",
+            decoded=shards is not None,
         )
         return {
             "protocol": f"{how.name}: {how.source}",
-            "departs from it": "; ".join(departed) or "nowhere",
+            "departs from it": "; ".join(departed) or f"nowhere, if the real videos are the split {how.split}",
             **{f"{side} {key}": value for side, entries in sides.items() for key, value in entries.items()},
             "data set": options.dataset or "not named",
             "real clips": f"{len(real)}, one a video, {how.order} order, offset {how.offset}",
@@ -188,7 +197,10 @@ def measure(options: argparse.Namespace, group: Ranks, known: dict[str, np.ndarr
 def numbers(
     tables: Sequence[tuple[np.ndarray, np.ndarray]], ddof: int, draws: int = 100, seed: int = 0
 ) -> dict[str, Any]:
-    """All distances of real and generated features.
+    """All distances of real and generated features, each the mean over the repetitions.
+
+    The interval lies around that mean and is as wide as one repetition's: the repetitions share their videos, so that
+    their mean is surer than one of them, but nobody knows by how much.
 
     Args:
         tables: real `(n 400)` and generated `(m 400)` of each repetition.
@@ -199,7 +211,6 @@ def numbers(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         values = [fvd.frechet_distance(real, fake, ddof=ddof) for real, fake in tables]
-    real, fake = tables[0]
     result: dict[str, Any] = {
         "fvd": float(np.mean(values)),
         "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
@@ -208,12 +219,19 @@ def numbers(
         "kvd": float(np.mean([kernel_distance(real, fake) for real, fake in tables])),
     }
     if draws:
-        result["low"], result["high"] = bootstrap(real, fake, ddof=ddof, draws=draws, seed=seed)
-    if min(len(real), len(fake)) >= 16:
-        result["infinity"], result["infinity_error"] = extrapolate(real, fake, ddof=ddof, seed=seed)
-    if len(real) >= 4:
-        result["floor"] = floor(real, fake, ddof=ddof)
+        result["low"], result["high"] = mean(bootstrap(*pair, ddof=ddof, draws=draws, seed=seed) for pair in tables)
+    if min(map(len, tables[0])) >= 16:
+        ends = mean(extrapolate(*pair, ddof=ddof, seed=seed) for pair in tables)
+        result["infinity"], result["infinity_error"] = ends
+    if len(tables[0][0]) >= 4:
+        floors = [floor(*pair, ddof=ddof) for pair in tables]
+        result["floor"] = dict(zip(floors[0], mean(found.values() for found in floors), strict=True))
     return result
+
+
+def mean(rows: Iterable[Iterable[float]]) -> list[float]:
+    """The means of columns."""
+    return [float(value) for value in np.mean([list(row) for row in rows], axis=0)]
 
 
 def lines(result: dict[str, Any]) -> list[str]:

@@ -64,7 +64,15 @@ def machine() -> dict[str, str]:
     return {"host": platform.node(), "gpu": gpu, "torch": torch.__version__}
 
 
-def send(report: Report, out: Path, *, into: str = "", parent: str = "", tracking: TrackingConfig | None = None) -> str:
+def send(
+    report: Report,
+    out: Path,
+    *,
+    into: str = "",
+    parent: str = "",
+    renew: str = "",
+    tracking: TrackingConfig | None = None,
+) -> str:
     """Report a benchmark as an MLflow run of its own, or into the run of the model that was measured.
 
     Args:
@@ -72,6 +80,7 @@ def send(report: Report, out: Path, *, into: str = "", parent: str = "", trackin
         out: folder of the benchmark, where the journal of this report is kept.
         into: id of a training run that gets it all instead.
         parent: id of the run that this one is a child of.
+        renew: id of this report's own run of an earlier time, which is brought up to date with its tags.
         tracking: where to; the database of this folder when not given.
 
     Returns:
@@ -81,7 +90,9 @@ def send(report: Report, out: Path, *, into: str = "", parent: str = "", trackin
     tags = {"kind": report.kind} | machine() | dict(report.tags)
     tags |= {"mlflow.parentRunId": parent} if parent else {}
     folder = out / ".tracking" / f"{report.kind}-{time.time_ns()}"
-    tracker = Tracker(folder, tracking, report.name, dict(report.params), tags, into=into)
+    tracker = Tracker(folder, tracking, report.name, dict(report.params), tags, into=into or renew)
+    if renew:
+        tracker.retag(dict(report.tags))
     for step, values in report.metrics:
         tracker.metrics(dict(values), step)
     for path in report.files:

@@ -117,13 +117,12 @@ class Files:
 
     def describe(self) -> dict[str, str]:
         """What the card says of it."""
-        suffixes = sorted({Path(name).suffix.lower() or "frame folders" for name in self.names})
         crop = "shorter side, then centre" if self.how.resize == "shorter-side" else "centre square, then scaled"
         return {
             "data": str(Path(self.path).resolve()),
             "split": "as the folder has it",
             "videos": str(len(self.names)),
-            "codec": ", ".join(suffixes),
+            "codec": ", ".join(sorted({codec_of(os.path.join(self.path, name)) for name in self.names})),
             "first resize": f"to {self.size} x {self.size}: {crop}; bilinear, no antialias",
         }
 
@@ -148,6 +147,22 @@ def count_frames(path: str, order: str = "natural") -> int:
         return len(packets)
     how = replace(PAPER["ffs"], min_frames=1)
     return next(part.frames for part in read_video(path, 8, how, CHUNK) if isinstance(part, Info))
+
+
+def codec_of(path: str) -> str:
+    """What the pictures of a video went through, such as h264; of a frame folder, the kinds of its files.
+
+    Raises:
+        ValueError: if the file is no video.
+    """
+    if os.path.isdir(path):
+        kinds = {Path(file).suffix.lower() for file in frame_files(path, "natural")}
+        return f"frame folders of {' and '.join(sorted(kinds))}"
+    try:
+        with av.open(path) as container:
+            return str(container.streams.video[0].codec.canonical_name)
+    except (av.error.FFmpegError, IndexError, OSError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
 
 
 class Shards:

@@ -129,7 +129,20 @@ def select_fake(how: Protocol, lengths: Sequence[int], frames: int, clips: int =
     return [Clip(video, _frames(0, frames, 1)) for video in usable[:count]]
 
 
-def departures(how: Protocol, *, clips: tuple[int, int], frames: int, size: int, stride: int, usual: int) -> list[str]:
+def departures(
+    how: Protocol,
+    *,
+    clips: tuple[int, int],
+    frames: int,
+    size: int,
+    stride: int,
+    usual: int,
+    videos: int,
+    repeats: int,
+    seed: int,
+    split: str = "",
+    decoded: bool = False,
+) -> list[str]:
     """Where a measurement differs from its protocol, each in a few words; empty where it does not.
 
     Args:
@@ -139,13 +152,31 @@ def departures(how: Protocol, *, clips: tuple[int, int], frames: int, size: int,
         size: side of the videos, in pixels.
         stride: of the real clips.
         usual: the protocol's stride for these data.
+        videos: real videos that are long enough.
+        repeats: draws of the clips.
+        seed: of order and offsets.
+        split: of the real videos; empty where nothing tells.
+        decoded: the real clips are what a VAE made of their latents.
     """
-    found = [f"{clips[1]} generated clips, not {how.fake}"] if clips[1] != how.fake else []
-    if clips[0] < 2048 and how.real >= 2048:
-        found.append(f"{clips[0]} real clips: as many as there are videos, or as were asked for")
+    found = [] if how.equal else _counts(how, clips, videos)
+    if how.equal and clips[0] != clips[1]:
+        found.append(f"{clips[0]} real and {clips[1]} generated clips, not as many of both")
     found += [f"clips of {frames} frames, not of {' or '.join(map(str, LENGTHS))}"] if frames not in LENGTHS else []
     found += [f"videos of {size} pixels, not {RESOLUTION}"] if size != RESOLUTION else []
     found += [f"stride {stride}, not {usual}"] if stride != usual else []
+    found += [f"{repeats} draw(s), not {how.repeats}"] if repeats != how.repeats else []
+    found += [f"seed {seed}, not {how.seed}"] if seed != how.seed else []
+    found += [f"the split {split}, not {how.split}"] if split not in ("", how.split) else []
+    return found + (["real clips decoded from latents, not read from videos"] if decoded else [])
+
+
+def _counts(how: Protocol, clips: tuple[int, int], videos: int) -> list[str]:
+    real, fake = clips
+    found = [f"{fake} generated clips, not {how.fake}"] if fake != how.fake else []
+    if real != min(how.real or videos, videos):
+        found.append(f"{real} real clips, not {how.real or f'all {videos}'}")
+    elif real < how.real:
+        found.append(f"{real} real clips, as many as there are videos, not {how.real}")
     return found
 
 

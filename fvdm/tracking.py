@@ -136,6 +136,10 @@ class Tracker:
         """Report a trained model: log it to the run, and register it; a model that is there already is left alone."""
         self._write({"model": vars(model)})
 
+    def retag(self, tags: dict[str, str]) -> None:
+        """Report tags of a run that began earlier; they take the place of those of that name."""
+        self._write({"tags": tags})
+
     def adopt(self, run_id: str) -> None:
         """Show another run, of the same experiment, below this one."""
         self._write({"adopt": run_id})
@@ -261,7 +265,7 @@ class Tracker:
             self._monitor.start()
 
     def _deliver(self, client: Any, run_id: str, events: list[dict[str, Any]], own: bool) -> None:
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric, RunTag
 
         metrics = [
             Metric(key, value, event["time"], event["step"])
@@ -277,6 +281,8 @@ class Tracker:
                     client.set_terminated(run_id, event["status"])
             elif "dataset" in event:
                 client.log_inputs(run_id, [_dataset(**event["dataset"])])
+            elif "tags" in event:
+                client.log_batch(run_id, tags=[RunTag(name, value) for name, value in event["tags"].items()])
             elif "adopt" in event:
                 _adopt(client, event["adopt"], run_id)
             elif "model" in event:

@@ -86,7 +86,8 @@ def test_table_1_holds_what_was_measured_and_what_has_a_source(tmp_path, monkeyp
     for k in range(2):
         write_video(tmp_path / "real" / f"{k}.mp4", cut(k, 12))
     published = tmp_path / "published.csv"
-    published.write_text("method,dataset,fvd,protocol,source\nA,sky,12.5,styleganv,paper A\nA,ffs,9,own,paper A\n")
+    rows = ["A,sky,9,12.5,styleganv,paper A", "A,ffs,9,9,own,paper A", "A,ffs,128,99,own,paper A"]
+    published.write_text("\n".join(["method,dataset,frames,fvd,protocol,source", *rows]) + "\n")
     words = ["--real", "ffs=real", "--runs", f"ffs={run}", "--published", str(published)]
     words += ["--clips", "2", "--frames", "9", "--steps", "1", "--out", "out"]
     monkeypatch.setattr(
@@ -103,10 +104,19 @@ def test_table_1_holds_what_was_measured_and_what_has_a_source(tmp_path, monkeyp
 
 
 def test_numbers_without_a_source_are_refused(tmp_path):
-    assert table1.read_published(table1.PUBLISHED) is not None
+    shipped = table1.read_published(table1.PUBLISHED)
+    assert {"FVDM", "Latte", "AR-Diffusion", "Diffusion Forcing"} <= {entry.method for entry in shipped}
+    assert all(entry.source.startswith(("first hand", "second hand")) for entry in shipped)
+    keys = [(entry.method, entry.dataset, entry.frames) for entry in shipped]
+    assert len(set(keys)) == len(keys)
     path = tmp_path / "published.csv"
-    for row in ("A,ffs,9,styleganv,", "A,ffs,nine,styleganv,x", "A,mars,9,styleganv,x"):
-        path.write_text(f"method,dataset,fvd,protocol,source\n{row}\n")
+    for row in (
+        "A,ffs,16,9,styleganv,",
+        "A,ffs,16,nine,styleganv,x",
+        "A,ffs,,9,styleganv,x",
+        "A,mars,16,9,styleganv,x",
+    ):
+        path.write_text(f"method,dataset,frames,fvd,protocol,source\n{row}\n")
         with pytest.raises(ValueError, match="line 2"):
             table1.read_published(path)
     with pytest.raises(ValueError, match="ffs=PATH"):

@@ -23,6 +23,7 @@ from tests.data_fixtures import cut, write_frames, write_video
 from tests.test_generate import make_run
 
 ROOT = Path(__file__).parent.parent
+few = pytest.mark.filterwarnings("ignore:the Fréchet distance")
 QUICK = ["--frames", "9", "--size", "32", "--bootstrap", "4", "--chunk", "2"]
 
 
@@ -77,7 +78,8 @@ def test_the_same_command_gives_the_same_digits_and_a_card(clips, tmp_path, monk
         "short",
         "sha256 af5c50f0",
         "stride",
-        "codec",
+        "h264",
+        "frame folders of .png",
         "n - 0",
         "note:",
     ):
@@ -115,6 +117,22 @@ def test_any_number_of_ranks_gives_the_same_digits(clips, tmp_path, monkeypatch)
     (clips / "real" / "broken.mp4").unlink()
     assert [code for *_, code in done] == [2, 2]
     assert all("broken.mp4" in error for _, error, _ in done)
+
+
+@pytest.mark.slow
+def test_so_does_a_checkpoint_that_is_sampled(clips, tmp_path):
+    """Seven videos in chunks of two, so that ranks have shares of their own size."""
+    run = make_run(tmp_path / "run")
+    shared = ["--real", str(clips / "real"), "--fake", str(run), *QUICK, "--clips", "7", "--steps", "2"]
+    found = {}
+    for world_size in (1, 2, 4):
+        out = tmp_path / str(world_size)
+        done = torchrun(world_size, [*shared, "--out", str(out), "--run", str(out)], tmp_path)
+        assert [code for *_, code in done] == [0] * world_size, done
+        found[world_size] = json.loads((out / "fvd.json").read_text())
+    assert found[1] == found[2] == found[4]
+    assert found[1]["clips"] == 7
+    assert found[1]["card"]["fake steps"] == "2"
 
 
 def test_a_checkpoint_is_sampled_in_any_order_of_chunks(tmp_path):
@@ -177,6 +195,22 @@ def test_numbers_equal_an_independent_computation(n):
     assert result["values"][1] == pytest.approx(0, abs=1e-6)
     assert result["fvd"] == pytest.approx(expected / 2, rel=1e-6)
     assert result["std"] == pytest.approx(expected / 2**0.5, rel=1e-6)
+
+
+@few
+def test_what_stands_beside_the_mean_of_draws_is_of_all_of_them():
+    """The first draw is far off: an interval, an extrapolation or a floor of it alone would miss the mean."""
+    rng = np.random.default_rng(0)
+    near = [(rng.normal(size=(40, 6)), rng.normal(size=(40, 6)) + 1) for _ in range(3)]
+    far = (rng.normal(size=(40, 6)), rng.normal(size=(40, 6)) + 4)
+    result = benchmark.numbers([far, *near], ddof=1, draws=50)
+    assert result["low"] < result["fvd"] < result["high"]
+    one = benchmark.numbers([far], ddof=1, draws=50)
+    assert one["low"] > result["fvd"]
+    alone = [benchmark.numbers([pair], ddof=1, draws=0) for pair in (far, *near)]
+    assert result["infinity"] == pytest.approx(np.mean([each["infinity"] for each in alone]))
+    for name, value in result["floor"].items():
+        assert value == pytest.approx(np.mean([each["floor"][name] for each in alone]))
 
 
 def test_few_clips_give_finite_numbers_and_a_warning():

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.sources import Files, count_frames, open_source
+from benchmarks.sources import Files, codec_of, count_frames, open_source
 from fvdm.protocols import LENGTHS, PROTOCOLS, Clip, departures, protocol, select_fake, select_real
 from tests.data_fixtures import carried, make_shards, real_frames, write_frames, write_video
 
@@ -17,6 +17,16 @@ TAKEN = {  # (video, first frame, stride) of the first four real clips of 16 fra
     "videogpt": [(3, 27, 1), (0, 31, 1), (2, 0, 1), (5, 0, 1)],
     "cdfvd": [(3, 27, 1), (0, 31, 1), (2, 0, 1), (5, 0, 1)],
     "even": [(0, 0, 1), (2, 0, 1), (4, 0, 1), (6, 0, 1)],
+}
+
+
+OF_FACTS = {  # real clips (0: all), generated, stride, Taichi's; order, resize, ddof, seed, split, repeats
+    "styleganv": (2048, 2048, 1, 1, "sorted", "short-side", 0, 0, "train", 1),
+    "latte": (2048, 2048, 3, 6, "random", "short-side", 0, 0, "train", 1),
+    "tats": (2048, 2048, 1, 4, "random", "direct", 1, 0, "train", 1),
+    "videogpt": (256, 256, 1, 1, "random", "short-side", 1, 0, "test", 4),
+    "cdfvd": (0, 2048, 1, 1, "random", "direct", 0, 42, "train", 1),
+    "even": (2048, 2048, 1, 1, "even", "direct", 0, 0, "train", 1),
 }
 
 
@@ -34,13 +44,40 @@ def test_each_protocol_takes_these_very_clips(name):
     assert all(clip.frames == tuple(range(16)) for clip in fake)
 
 
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_each_protocol_is_what_was_published(name):
+    how = protocol(name)
+    strides = (how.stride_on("ffs"), how.stride_on("taichi"))
+    told = (how.order, how.resize, how.ddof, how.seed, how.split, how.repeats)
+    assert (how.real, how.fake, *strides, *told) == OF_FACTS[name]
+    lengths = [400] * 3000
+    for frames in LENGTHS:
+        real, fake = select_real(how, lengths, frames), select_fake(how, lengths, frames)
+        assert (len(real), len(fake)) == (how.real or 3000, how.fake)
+        assert {span(clip)[2] for clip in real} == {how.stride}
+        assert {clip.frames for clip in fake} == {tuple(range(frames))}
+        first = {clip.frames[0] for clip in real}
+        assert (first == {0}) == (how.offset == "first")
+
+
 @pytest.fixture(scope="module")
 def numbered(tmp_path_factory):
-    """Videos as frame folders and files; the brightness of a frame is twice its number."""
-    root = tmp_path_factory.mktemp("numbered")
-    for k, length in enumerate((50, 12, 60, 30)):
-        frames = np.repeat(np.arange(length, dtype=np.uint8)[:, None, None, None] * 2, 3, axis=3)
-        frames = np.broadcast_to(frames, (length, 32, 48, 3))
+    """Videos as frame folders and files, whose colours say the numbers of their frames."""
+    return number_frames(tmp_path_factory.mktemp("numbered"), (50, 12, 60, 30))
+
+
+@pytest.fixture(scope="module")
+def numbered_long(tmp_path_factory):
+    """The same, long enough for 128 frames of every protocol."""
+    return number_frames(tmp_path_factory.mktemp("numbered"), (400, 128, 385, 390))
+
+
+def number_frames(root, lengths):
+    """Write videos; the red of a frame is its number, modulo 250, and the green what is left."""
+    for k, length in enumerate(lengths):
+        numbers = np.arange(length)
+        colours = np.stack([numbers % 250, numbers // 250, 0 * numbers], axis=1).astype(np.uint8)
+        frames = np.broadcast_to(colours[:, None, None], (length, 32, 48, 3))
         if k % 2:
             write_video(root / f"v{k}.avi", frames, "rawvideo", "bgr24")
         else:
@@ -54,14 +91,29 @@ def test_the_frames_read_are_those_the_protocol_took(numbered, name, frames):
     source = Files(str(numbered), 16)
     assert source.lengths == [50, 12, 60, 30]
     for seed in (0, 1):
-        for clips in (
-            select_real(protocol(name), source.lengths, frames, seed=seed),
-            select_fake(protocol(name), source.lengths, frames),
-        ):
-            video = source.read(clips)
-            assert video.shape == (len(clips), frames, 3, 16, 16)
-            seen = video.float().mean(dim=(2, 3, 4)).div(2).round().int().tolist()
-            assert seen == [list(clip.frames) for clip in clips]
+        check_frames(source, select_real(protocol(name), source.lengths, frames, seed=seed), frames)
+        check_frames(source, select_fake(protocol(name), source.lengths, frames), frames)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_so_are_the_frames_of_long_clips(numbered_long, name):
+    how, source = protocol(name), Files(str(numbered_long), 16)
+    assert source.lengths == [400, 128, 385, 390]
+    real = select_real(how, source.lengths, 128, seed=1)
+    check_frames(source, real, 128)
+    assert {clip.video for clip in real} == ({0, 2, 3} if name == "latte" else {0, 1, 2, 3})
+    assert {span(clip)[2] for clip in real} == {how.stride}
+    fake = select_fake(how, source.lengths, 128)
+    check_frames(source, fake, 128)
+    assert [clip.frames for clip in fake] == [tuple(range(128))] * 4
+
+
+def check_frames(source, clips, frames):
+    """What is read says the numbers of the frames that were taken."""
+    video = source.read(clips)
+    assert video.shape == (len(clips), frames, 3, 16, 16)
+    red, green, _ = video.float().mean(dim=(3, 4)).round().int().unbind(2)
+    assert (red + 250 * green).tolist() == [list(clip.frames) for clip in clips]
 
 
 @given(
@@ -101,13 +153,39 @@ def test_strides_of_data_sets():
     assert span(select_real(protocol("latte"), [91, 100], 16, stride=6, seed=0)[0])[2] == 6
 
 
-def test_departures_are_named():
-    how = protocol("latte")
-    exact = {"clips": (2048, 2048), "frames": 16, "size": 256, "stride": 3, "usual": 3}
-    assert departures(how, **exact) == []
-    for changed in ({"clips": (2048, 64)}, {"clips": (64, 2048)}, {"frames": 9}, {"size": 64}, {"stride": 1}):
-        assert len(departures(how, **(exact | changed))) == 1
-    assert departures(how, **(exact | {"frames": 128})) == []
+def exact(name, **changed):
+    """What `departures` is told of a measurement that follows a protocol to the letter, of 3000 videos."""
+    how = protocol(name)
+    told = {"clips": (how.real or 3000, how.fake), "frames": 16, "size": 256, "videos": 3000, "decoded": False}
+    told |= {"stride": how.stride, "usual": how.stride, "repeats": how.repeats, "seed": how.seed, "split": how.split}
+    return departures(how, **(told | changed))
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_departures_are_named(name):
+    assert exact(name) == exact(name, frames=128) == exact(name, split="") == []
+    how = protocol(name)
+    fewer = {"clips": ((how.real or 3000) - 1, how.fake)}
+    for changed in (
+        fewer,
+        {"clips": (how.real or 3000, 40)},
+        {"frames": 9},
+        {"size": 64},
+        {"stride": how.stride + 1},
+        {"repeats": how.repeats + 1},
+        {"seed": how.seed + 1},
+        {"split": "other"},
+        {"decoded": True},
+    ):
+        assert len(exact(name, **changed)) == 1, changed
+
+
+def test_departures_in_the_number_of_real_clips_are_told_by_the_protocol():
+    assert exact("videogpt", clips=(40, 256), videos=40) == ["40 real clips, as many as there are videos, not 256"]
+    assert exact("videogpt", clips=(40, 256)) == ["40 real clips, not 256"]
+    assert exact("cdfvd", clips=(100, 2048)) == ["100 real clips, not all 3000"]
+    assert exact("cdfvd", clips=(100, 2048), videos=100) == []
+    assert exact("even", clips=(50, 50), videos=60) == []
 
 
 def test_an_unknown_protocol_lists_the_known():
@@ -139,6 +217,7 @@ def test_counted_frames_are_those_that_are_read(tmp_path, kind):
         path = write_video(tmp_path / f"v.{suffix}", frames, codec, pix_fmt, times=times, **options)
         expected = 28 if kind == "uneven" else 23
     assert count_frames(str(path)) == expected
+    assert codec_of(str(path)) == {"gif": "gif", "vp8": "vp8"}.get(kind, "h264")
     source = Files(str(path.parent), 16, path.name)
     assert source.read([Clip(0, (0, expected - 1))]).shape == (1, 2, 3, 16, 16)
     with pytest.raises(ValueError, match="ends at frame"):

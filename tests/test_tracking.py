@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +13,9 @@ import pytest
 
 from fvdm import tracking
 from fvdm.distributed import free_port
-from fvdm.tracking import Tracker, TrackingConfig
+from fvdm.tracking import Tracker, TrackingConfig, run_of
+from tests.data_fixtures import make_shards
+from tests.test_train import environment, losses, wait_until, words
 
 QUIET = {"experiment": "tests", "system_metrics": False}
 
@@ -153,6 +156,17 @@ def test_a_folder_reports_into_the_run_that_is_named(client, config, tmp_path):
     assert history(client, owners[1].run_id, "fvd") == [(1, 1.0)]
 
 
+def test_a_report_renews_an_earlier_run_with_its_tags(client, config, tmp_path):
+    first = Tracker(tmp_path / "run", config, "run", tags={"command": "old", "kept": "yes"})
+    first.close()
+    again = Tracker(tmp_path / "again", config, "run", into=first.run_id)
+    again.retag({"command": "new"})
+    again.close()
+    tags = client.get_run(first.run_id).data.tags
+    assert (tags["command"], tags["kept"]) == ("new", "yes")
+    assert again.run_id == first.run_id
+
+
 def test_a_journal_that_a_kill_cut_short_loses_that_event_only(client, config, tmp_path):
     first = Tracker(tmp_path / "run", config, "run")
     first.metrics({"loss": 1.0}, 1)
@@ -177,7 +191,7 @@ class Server:
         self.process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
-        for _ in range(300):
+        for _ in range(900):
             try:
                 urllib.request.urlopen(f"{self.uri}/health", timeout=1)
                 return
@@ -217,6 +231,53 @@ def test_a_server_that_goes_away_loses_nothing(tmp_path, monkeypatch, caplog):
         assert sorted(got) == [(step, float(step)) for step in range(50)]
         assert "does not answer" in caplog.text
     finally:
+        server.kill()
+
+
+@pytest.mark.slow
+def test_a_training_whose_server_is_killed_in_its_middle_loses_no_metric(tmp_path):
+    from mlflow.tracking import MlflowClient
+
+    server, journal = Server(tmp_path), tmp_path / "runs" / "run" / "events.jsonl"
+    latents = make_shards(tmp_path / "latents", [12, 9, 10, 30, 8, 11, 6], labels=True)
+
+    def steps():
+        return len(losses(tmp_path, "run")) if journal.exists() else 0
+
+    def sent():
+        return json.loads((journal.parent / "tracking.json").read_text())["sent"]
+
+    server.start()
+    command = [sys.executable, "-m", "fvdm.train", *words(latents, tmp_path, "run", "--steps", 100000)]
+    command += ["--tracking.uri", server.uri]
+    shared = {"env": environment(0, 1, free_port()), "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    training = subprocess.Popen(command, cwd=tmp_path, **shared)
+    try:
+        wait_until(lambda: run_of(journal.parent) != "" and steps() > 3)
+        server.kill()
+        away = steps()
+        wait_until(lambda: steps() > away + 5)
+        assert training.poll() is None, "the training went on without the server"
+        server.start()
+        back, written_by_then = steps(), journal.stat().st_size
+        wait_until(lambda: steps() > back + 5 and sent() > written_by_then)
+        training.send_signal(signal.SIGTERM)
+        assert training.wait(timeout=120) in (75, -signal.SIGABRT)
+        # What a slow server had not taken when the run ended, the next start of the run sends.
+        last = max(losses(tmp_path, "run"))
+        again = subprocess.run([*command, "--steps", str(last + 1)], cwd=tmp_path, **shared, timeout=240)
+        assert again.returncode in (0, -signal.SIGABRT)
+        events = [json.loads(line) for line in journal.read_text().splitlines()]
+        written: dict[str, list[tuple[int, float]]] = {}
+        for event in events:
+            for key, value in event.get("metrics", {}).items():
+                written.setdefault(key, []).append((event["step"], value))
+        assert len(written["loss/mean"]) > back + 5
+        client = MlflowClient(server.uri)
+        for key, values in written.items():
+            assert sorted(history(client, run_of(journal.parent), key)) == sorted(values), key
+    finally:
+        training.kill()
         server.kill()
 
 
