@@ -64,7 +64,7 @@ def plan(options: argparse.Namespace, words: list[str]) -> tuple[list[Training],
         config = settings.parse(TrainConfig, own)
         try:
             check(config, resources.world_size)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             if not options.dry_run:
                 raise
             print(f"note: as it is now, this would be refused: {error}", file=sys.stderr)
@@ -91,7 +91,7 @@ def main() -> None:
         words = ["--config", str(DEFAULT_CONFIG), *words]
     try:
         code = launch(*plan(options, words), options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         settings.fail(error)
     raise SystemExit(code)
 
