@@ -25,6 +25,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -189,15 +190,13 @@ def matrix_rate(precision: str, device: torch.device) -> float:
     return 2 * n**3 / best
 
 
-def _own_peak(name: str, config: ModelConfig, precision: str, batch: int, queue: Any) -> None:
+def _own_peak(name: str, config: ModelConfig, precision: str, batch: int) -> float:
     """In a process of its own: bytes that two steps add to what the process holds before."""
-    if name in OURS:
-        keep_freed_memory()
     subject = Subject(name, config, precision, batch, torch.device("cpu"))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     subject.step()
     subject.step()
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024.0)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024.0
 
 
 def peak_memory(name: str, config: ModelConfig, precision: str, batch: int, device: torch.device) -> float:
@@ -209,13 +208,8 @@ def peak_memory(name: str, config: ModelConfig, precision: str, batch: int, devi
         subject.step()
         subject.step()
         return float(torch.cuda.max_memory_allocated() - before)
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_own_peak, args=(name, config, precision, batch, queue))
-    process.start()
-    peak: float = queue.get(timeout=3600)
-    process.join()
-    return peak
+    with _open_process(ours=name in OURS) as process:
+        return process.submit(_own_peak, name, config, precision, batch).result()
 
 
 def parity(config: ModelConfig, device: torch.device) -> dict[str, float]:
@@ -311,6 +305,8 @@ def main() -> None:
             tracker.close()
     except ValueError as error:
         fail(error)
+    except BrokenProcessPool:
+        fail("a process with networks was killed: is there memory for all? Name fewer, or take a smaller --batch")
 
 
 if __name__ == "__main__":
