@@ -33,9 +33,9 @@ EVERY = 10  # steps between checkpoints
 BETWEEN = 30  # steps from one event to the next, some five seconds
 AT_START = 0.25  # share of the events that come while the job starts again
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", ""}
-# What has tests of its own in test_training, and what has not.
-SIGNALS = ("kill_rank", "time_limit", "preemption")
-OTHERS = ("kill_slurmd", "requeue", "corrupt", "outage", "hang")
+# What has no test of its own in test_training and does not take long, and the others.
+SHORT = ("kill_slurmd", "corrupt", "outage", "hang", "fill_disk")
+KINDS = (*SHORT, "kill_rank", "time_limit", "preemption", "requeue", "partition")
 
 
 class Refused(Exception):
@@ -259,19 +259,18 @@ class Chaos:
         assert {m.step: m.value for m in history} == wanted
 
 
-def chaos(folder: Path, events: int, seed: int, kinds: Sequence[str] = SIGNALS + OTHERS) -> None:
+def chaos(folder: Path, events: int, seed: int, kinds: Sequence[str] = KINDS) -> None:
     """Train under `events` events (0: one of each kind) in `folder`, on a cluster of its own, and check the end."""
     latents = make_shards(folder / "latents", [12, 9, 10, 30, 8, 11, 6], labels=True)
     (folder / "runs").mkdir()
     # Before the nodes start: they have mounts of their own, copied from the machine's.
     mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder / "runs")]
     mounted = subprocess.run(mount).returncode == 0
-    cut = can_cut()
-    kinds = [*kinds, *(["fill_disk"] if mounted else []), *(["partition"] if cut else [])]
-    for possible, reason in ((mounted, "no small disk can be mounted: none will be full"), (cut, "no node is cut off")):
-        if not possible:
-            print(f"{reason} (this needs root)")
-    drawn = schedule(kinds, events or len(kinds), seed)
+    cut = "partition" in kinds and can_cut()
+    possible = [kind for kind in kinds if {"fill_disk": mounted, "partition": cut}.get(kind, True)]
+    if missing := set(kinds) - set(possible):
+        print(f"not possible here, as it needs root: {', '.join(sorted(missing))}")
+    drawn = schedule(possible, events or len(possible), seed)
     cluster = Cluster(NODES + 1, "chaos", 18000, "net" if cut else "")
     try:
         training = Chaos(cluster, folder, drawn)
