@@ -11,7 +11,6 @@ Subjects: `fvdm` in each precision (weights in that precision, as the engine tra
 the same network with the setting compile, `diffusers` (its LatteTransformer3DModel of the same width and depth, where
 diffusers has one), and `--peer FILE.py:CLASS`, built as `Class(width=, depth=, heads=, patch=, channels=, size=,
 frames=)` and called with `x (b f c h w), t (b f)`. Others than ours run in float32, and in bfloat16 under autocast.
-Ours run in a process that is set up as our training sets itself up, the others in one that nothing was done to.
 """
 
 import argparse
@@ -37,7 +36,6 @@ from fvdm.attention import Backend
 from fvdm.compilation import compile_blocks
 from fvdm.config import fail
 from fvdm.ema import EMA
-from fvdm.memory import keep_freed_memory
 from fvdm.model import ModelConfig, VideoDiT, preset
 from fvdm.plan import flops
 from fvdm.tracking import Tracker, TrackingConfig
@@ -160,23 +158,6 @@ class Subject:
             torch.cuda.synchronize()
 
 
-_subjects: dict[tuple[str, str], Subject] = {}  # of this process, by name and precision
-
-
-def _open_process(ours: bool) -> ProcessPoolExecutor:
-    """A process where subjects live; for ours, with what a training does to its own."""
-    setup = keep_freed_memory if ours else None
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), setup)
-
-
-def _build(name: str, config: ModelConfig, precision: str, batch: int, device: torch.device) -> None:
-    _subjects[name, precision] = Subject(name, config, precision, batch, device)
-
-
-def _seconds(name: str, precision: str, kind: str) -> float:
-    return _subjects[name, precision].seconds(kind)
-
-
 def matrix_rate(precision: str, device: torch.device) -> float:
     """FLOP/s of a large matrix product, the best of some."""
     n = 8192 if device.type == "cuda" else 1024
@@ -208,7 +189,7 @@ def peak_memory(name: str, config: ModelConfig, precision: str, batch: int, devi
         subject.step()
         subject.step()
         return float(torch.cuda.max_memory_allocated() - before)
-    with _open_process(ours=name in OURS) as process:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(_own_peak, name, config, precision, batch).result()
 
 
@@ -239,15 +220,13 @@ def measure(config: ModelConfig, options: argparse.Namespace, device: torch.devi
     ours = OURS if options.compile else OURS[:1]
     names = [*ours, *(["diffusers"] if options.diffusers else []), *options.peer]
     pairs = [(name, precision) for name in names for precision in options.precisions]
+    subjects = {pair: Subject(pair[0], config, pair[1], options.batch, device) for pair in pairs}
+    rates = {precision: matrix_rate(precision, device) for precision in options.precisions}
     times: dict[tuple[str, str, str], list[float]] = {}
-    with _open_process(ours=True) as own_process, _open_process(ours=False) as other_process:
-        processes = {name: own_process if name in ours else other_process for name in names}
-        for name, precision in pairs:
-            processes[name].submit(_build, name, config, precision, options.batch, device).result()
-        rates = {p: own_process.submit(matrix_rate, p, device).result() for p in options.precisions}
-        for round_ in range(options.rounds + 1):
-            for (name, precision), kind in itertools.product(pairs, options.kinds):
-                seconds = processes[name].submit(_seconds, name, precision, kind).result()
+    for round_ in range(options.rounds + 1):
+        for (name, precision), subject in subjects.items():
+            for kind in options.kinds:
+                seconds = subject.seconds(kind)
                 if round_:  # The first warms up.
                     times.setdefault((name, precision, kind), []).append(seconds)
     results: dict[str, float] = {f"matrix rate {p}, TFLOP/s": rate / 1e12 for p, rate in rates.items()}
@@ -260,6 +239,7 @@ def measure(config: ModelConfig, options: argparse.Namespace, device: torch.devi
         for own in ours[: ours.index(name)] if name in ours else ours:
             rounds = zip(values, times[own, precision, kind], strict=True)
             results[f"{label} / {own}"] = statistics.median(value / other for value, other in rounds)
+    del subjects
     if options.parity:
         results |= parity(config, device)
     if options.memory:
@@ -306,7 +286,7 @@ def main() -> None:
     except ValueError as error:
         fail(error)
     except BrokenProcessPool:
-        fail("a process with networks was killed: is there memory for all? Name fewer, or take a smaller --batch")
+        fail("a process that measures memory was killed: there is too little of it; take a smaller --batch")
 
 
 if __name__ == "__main__":

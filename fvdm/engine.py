@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from fvdm.config import in_range
 from fvdm.distributed import Ranks
-from fvdm.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,6 @@ def initialise(timeout: int) -> torch.device:
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        keep_freed_memory()
     else:
         import os
 

@@ -26,7 +26,6 @@ from fvdm.distributed import Ranks, from_environment
 from fvdm.inputs import choose, read_frames, read_source
 from fvdm.matrices import Plan, text
 from fvdm.media import FORMATS, GIF_RATE, gif_interval, spread, tile, write, write_strips
-from fvdm.memory import keep_freed_memory
 from fvdm.pipeline import Trained, encode_given, generate, length_of, load, make_frames, make_plan, stream
 from fvdm.recipe import Recipe
 from fvdm.tracking import Tracker, TrackingConfig, run_of
@@ -287,7 +286,6 @@ def run(config: GenerateConfig, ranks: Ranks) -> None:
 def main() -> None:
     """Command line."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    keep_freed_memory()
     try:
         config = settings.parse(GenerateConfig, description=__doc__)
         ranks = from_environment() if "RANK" in os.environ else Ranks()

@@ -33,9 +33,9 @@ EVERY = 10  # steps between checkpoints
 BETWEEN = 30  # steps from one event to the next, some five seconds
 AT_START = 0.25  # share of the events that come while the job starts again
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", ""}
-# What has no test of its own in test_training and does not take long, and the others.
-SHORT = ("kill_slurmd", "corrupt", "outage", "hang", "fill_disk")
-KINDS = (*SHORT, "kill_rank", "time_limit", "preemption", "requeue", "partition")
+# What has no test of its own and does not take long, and the others.
+SHORT = ("kill_slurmd", "corrupt", "fill_disk")
+KINDS = (*SHORT, "outage", "hang", "kill_rank", "time_limit", "preemption", "requeue", "partition")
 
 
 class Refused(Exception):
