@@ -207,8 +207,17 @@ class Chaos:
         if state in ENDED and outcome.exists() and re.match(r"again \d+", outcome.read_text()):
             self.job = outcome.read_text().split()[1]
             return True
+        if state == "PENDING":
+            self.resume_nodes()
         time.sleep(0.5)
         return state not in ENDED
+
+    def resume_nodes(self) -> None:
+        """What an administrator does: Slurm drains nodes whose word of a job's end it missed while it was away."""
+        for line in self.cluster.run("sinfo", "-h", "-N", "-o", "%n %T").stdout.splitlines():
+            node, state = line.split()
+            if state.startswith("drained"):
+                self.cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
 
     def attack(self) -> list[str]:
         """Hit the training until it ends; the kinds of the events that have happened."""
