@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.reporting import conclude
 from fvdm import checkpoint as ckpt
 from fvdm.config import fail
 from fvdm.diffusion import Diffusion
@@ -27,7 +28,6 @@ from fvdm.ema import EMA
 from fvdm.engine import Engine, EngineConfig, initialise
 from fvdm.model import VideoDiT, preset
 from fvdm.timesteps import sample_timesteps
-from fvdm.tracking import Tracker, TrackingConfig
 from fvdm.writer import Writer
 
 
@@ -101,6 +101,8 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     seed_everything(0)
     try:
+        if (options.out / "checkpoints").exists():  # They are removed at the end.
+            raise ValueError(f"--out {options.out} holds checkpoints already; name another folder, or remove them")
         ranks = from_environment()
         trained = Trained(options, ranks)
         figures = measure(trained, options.steps, options.rounds)
@@ -110,12 +112,8 @@ def main() -> None:
     trained.engine.close()
     if ranks.is_main:
         shutil.rmtree(options.out / "checkpoints")
-        for name, value in figures.items():
-            print(f"{name:20s} {value:.3f}")
         name = f"checkpoint_stall {options.model} x{ranks.world_size}"
-        tracker = Tracker(options.out, TrackingConfig(experiment="benchmarks"), name, vars(options), {"kind": "speed"})
-        tracker.metrics(figures, 0)
-        tracker.close()
+        conclude(figures, options.out, name, vars(options), "speed")
 
 
 if __name__ == "__main__":

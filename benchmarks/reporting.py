@@ -105,3 +105,20 @@ def send(
         tracker.dataset(entry.name, entry.path, digest, entry.role, len(entry.clips))
     tracker.close()
     return tracker.run_id or ""
+
+
+def conclude(figures: Mapping[str, float], out: Path, name: str, params: Mapping[str, Any], kind: str) -> None:
+    """Print figures, and report them as an MLflow run; for a benchmark that knows no more than numbers.
+
+    Args:
+        figures: by name.
+        out: folder of the journal.
+        name: the run's name in MLflow.
+        params: settings of the benchmark.
+        kind: of the figures; the tag `kind`.
+    """
+    for label, value in figures.items():
+        print(f"{label:24s} {value:.3f}")
+    tracker = Tracker(out, TrackingConfig(experiment=EXPERIMENT), name, dict(params), {"kind": kind})
+    tracker.metrics(dict(figures), 0)
+    tracker.close()

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from benchmarks.reporting import conclude
 from fvdm.config import fail
 from fvdm.distributed import Ranks, from_environment, seed_everything
 from fvdm.engine import Engine, EngineConfig, initialise
 from fvdm.model import VideoDiT, preset
 from fvdm.plan import parameters, wire_bytes
-from fvdm.tracking import Tracker, TrackingConfig
 
 ACKNOWLEDGED = 120  # where Linux's struct tcp_info has tcpi_bytes_acked, 64 bits
 
@@ -97,12 +97,8 @@ def main() -> None:
     except ValueError as error:
         fail(error)
     if ranks.is_main:
-        for name, value in figures.items():
-            print(f"{name:24s} {value:.3f}")
         name = f"train_comm {options.model} x{figures['ranks']:.0f}"
-        tracker = Tracker(options.out, TrackingConfig(experiment="benchmarks"), name, vars(options), {"kind": "wire"})
-        tracker.metrics(figures, 0)
-        tracker.close()
+        conclude(figures, options.out, name, vars(options), "wire")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from benchmarks.reporting import conclude
 from fvdm.config import fail
 from fvdm.diffusion import Diffusion
 from fvdm.distributed import Ranks, from_environment, seed_everything
@@ -23,7 +24,6 @@ from fvdm.engine import Engine, EngineConfig, initialise
 from fvdm.model import VideoDiT, preset
 from fvdm.plan import memory, parameters
 from fvdm.timesteps import sample_timesteps
-from fvdm.tracking import Tracker, TrackingConfig
 
 
 def peak(device: torch.device) -> float:
@@ -100,12 +100,8 @@ def main() -> None:
     except ValueError as error:
         fail(error)
     if ranks.is_main:
-        for name, value in figures.items():
-            print(f"{name:24s} {value:.3f}")
         name = f"train_memory {options.model} x{figures['ranks']:.0f}"
-        tracker = Tracker(options.out, TrackingConfig(experiment="benchmarks"), name, vars(options), {"kind": "memory"})
-        tracker.metrics(figures, 0)
-        tracker.close()
+        conclude(figures, options.out, name, vars(options), "memory")
 
 
 if __name__ == "__main__":

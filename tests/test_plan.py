@@ -119,3 +119,23 @@ def test_a_step_sends_the_bytes_that_were_planned(tmp_path):
     done = subprocess.run([*command, *more], cwd=tmp_path, env=hidden, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert 0.9 < float(re.findall(r"measured_over_predicted\s+([\d.]+)", done.stdout)[0]) < 1.1
+
+
+@pytest.mark.slow
+def test_what_a_checkpoint_costs_is_measured_and_no_run_is_touched(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "benchmarks/checkpoint_stall.py"), "--model", "T/2", "--size", "8", "--frames", "4"]
+    command += ["--steps", "1", "--rounds", "1", "--out", str(tmp_path / "out")]
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=hidden, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines() if line.count(" ") > 4}
+    assert figures["rank_gb"] > 0
+    events = [json.loads(line) for line in (tmp_path / "out/events.jsonl").read_text().splitlines()]
+    assert any(figures.keys() <= event.get("metrics", {}).keys() for event in events)
+    kept = tmp_path / "out/checkpoints/step-00000001"
+    kept.mkdir(parents=True)
+    done = subprocess.run(command, cwd=tmp_path, env=hidden, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "holds checkpoints already" in done.stderr
+    assert kept.exists()
