@@ -120,10 +120,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(b f n d) -> (b f n d)`."""
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Residual tokens `(b f n d)`, their frames' shift and scale `(b f 1 d)` `-> (b f n d)`."""
         _, f, n, _ = x.shape
-        qkv = self.qkv(x)  # (b f n 3d)
+        qkv = modulated(self.qkv, x, shift, scale)  # (b f n 3d)
         if self.axis == "space":
             q, k, v = rearrange(qkv, "b f n (h three e) -> three (b f) n h e", h=self.heads, three=3)
             return self.proj(rearrange(attention(q, k, v, self.backend), "(b f) n h e -> b f n (h e)", f=f))
@@ -131,34 +131,44 @@ class Attention(nn.Module):
         return self.proj(rearrange(attention(q, k, v, self.backend), "b f (n h) e -> b f n (h e)", n=n))
 
 
-class Modulate(torch.autograd.Function):
-    """`layer_norm(x) (1 + scale) + shift`, which keeps `x` for the backward pass and makes its norm again there."""
+class ModulatedLinear(torch.autograd.Function):
+    """`linear(layer_norm(x) (1 + scale) + shift)`, which keeps `x` alone for the backward pass.
+
+    The norm and the modulated tokens are made again there: two cheap passes in place of two tensors of the size of `x`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """Tokens `(b f n d)`, shift and scale `(b f 1 d)`."""
-        normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)
-        ctx.save_for_backward(x, scale, mean, rstd)
-        return torch.addcmul(shift, normed, 1 + scale, out=normed)
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Tokens `(b f n d)`, shift and scale `(b f 1 d)`, weight `(e d)`, bias `(e)` `-> (b f n e)`."""
+        ctx.save_for_backward(x, shift, scale, weight)
+        tokens = torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)[0]
+        return F.linear(torch.addcmul(shift, tokens, 1 + scale, out=tokens), weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of tokens, shift and scale."""
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of all five."""
         (gradient,) = gradients
-        x, scale, mean, rstd = ctx.saved_tensors
-        normed = torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)[0]
-        to_scale = normed.mul_(gradient).sum(2, keepdim=True)
-        scaled = torch.mul(gradient, 1 + scale, out=normed)
+        x, shift, scale, weight = ctx.saved_tensors
+        normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)
+        tokens = torch.addcmul(shift, normed, 1 + scale)
+        rows = gradient.flatten(0, 2)
+        to_weight = rows.T @ tokens.flatten(0, 2)
+        to_tokens = torch.mm(rows, weight, out=tokens.view(-1, x.shape[-1])).view_as(x)
+        to_scale = normed.mul_(to_tokens).sum(2, keepdim=True)
+        scaled = torch.mul(to_tokens, 1 + scale, out=normed)
         mask = [True, False, False]
         to_x = torch.ops.aten.native_layer_norm_backward(scaled, x, x.shape[-1:], mean, rstd, None, None, mask)[0]
-        return to_x, gradient.sum(2, keepdim=True), to_scale
+        return to_x, to_tokens.sum(2, keepdim=True), to_scale, to_weight, rows.sum(0)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Normalise tokens `(b f n d)` and move them by their frame's `(b f 1 d)` shift and scale."""
-    if torch.compiler.is_compiling():  # A compiler finds by itself what need not be kept.
-        return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
-    return Modulate.apply(x, shift, scale)
+def modulated(linear: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """A linear layer of tokens `(b f n d)`, normalised and moved by their frame's `(b f 1 d)` shift and scale."""
+    # What wraps the layer (LoRA), looks into it (hooks) or casts it (autocast) goes before memory, and a compiler finds
+    # by itself what need not be kept.
+    plain = type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or not plain:
+        return linear(torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale))
+    return ModulatedLinear.apply(x, shift, scale, linear.weight, linear.bias)
 
 
 class GELU(nn.Module):
@@ -183,8 +193,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Tokens `x (b f n d)`, activated condition `c (b f d)` `-> (b f n d)`."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(c).unsqueeze(2).chunk(6, dim=-1)
-        x = torch.addcmul(x, gate_1, self.attn(modulate(x, shift_1, scale_1)))
-        return torch.addcmul(x, gate_2, self.mlp(modulate(x, shift_2, scale_2)))
+        x = torch.addcmul(x, gate_1, self.attn(x, shift_1, scale_1))
+        up, activation, down = self.mlp
+        return torch.addcmul(x, gate_2, down(activation(modulated(up, x, shift_2, scale_2))))
 
 
 class VideoDiT(Pretrained, nn.Module):
@@ -248,7 +259,7 @@ class VideoDiT(Pretrained, nn.Module):
                 x = x + self.time[: x.shape[1], None].to(x.dtype)
             x = self._run(i, block, x, c)
         shift, scale = self.final_modulation(c).unsqueeze(2).chunk(2, dim=-1)
-        return unpatchify(self.final_layer(modulate(x, shift, scale)), self.config.patch)
+        return unpatchify(modulated(self.final_layer, x, shift, scale), self.config.patch)
 
     def _run(self, i: int, block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
         every = self.config.recompute

@@ -69,12 +69,11 @@ def tokens(model: ModelConfig) -> int:
 def activation_bytes(model: ModelConfig, micro_batch: int, precision: str = "bf16") -> float:
     """What the forward pass of `micro_batch` clips keeps; one of every `model.recompute` blocks keeps its input alone.
 
-    A block keeps 18 d numbers for each token: for attention the residual, the modulated tokens, q, k, v, the attended
-    and the projected tokens (7 d); for the MLP the first two again, the hidden layer before and after GELU, and its
-    output (11 d).
+    A block keeps 16 d numbers for each token: for attention the residual, q, k, v, the attended and the projected
+    tokens (6 d); for the MLP the residual, the hidden layer before and after GELU, and its output (10 d).
     """
     size = 2 if precision == "bf16" else 4
-    per_block = 18 * model.width * size + 4 * model.heads  # attention also keeps a float32 for each head
+    per_block = 16 * model.width * size + 4 * model.heads  # attention also keeps a float32 for each head
     whole = [True] * model.depth
     if model.recompute:
         whole = [i % model.recompute != 0 for i in range(model.depth)]

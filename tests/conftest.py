@@ -1,5 +1,25 @@
 import os
 
+import pytest
+
 os.environ.setdefault("MLFLOW_ENABLE_TELEMETRY", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # The workers share the cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory):
+    """Seven short videos' latents, to train on."""
+    from tests.data_fixtures import make_shards  # Not above: it loads torch, which reads the number of threads then.
+
+    return make_shards(tmp_path_factory.mktemp("latents"), [12, 9, 10, 30, 8, 11, 6], labels=True)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(latents, tmp_path_factory):
+    """Eight steps of a training on two ranks, in one go."""
+    from tests.trainings import train, words
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train(2, words(latents, folder, "run", "--steps", 8), folder)
+    return folder

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fvdm.engine import EngineConfig
 from fvdm.model import VideoDiT, preset
 from fvdm.plan import activation_bytes, flops, largest_micro_batch, memory, parameters, wire_bytes
-from tests.test_train import ROOT
+from tests.trainings import ROOT
 
 ENGINE = EngineConfig()
 

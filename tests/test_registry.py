@@ -20,7 +20,7 @@ from fvdm.train import TrainConfig
 from tests.data_fixtures import make_shards, real_frames, write_video
 from tests.test_generate import FRAMES, SIDE, make_run
 from tests.test_tracking import QUIET, Server
-from tests.test_train import train, words
+from tests.trainings import train, words
 
 ROOT = Path(__file__).parent.parent
 FRESH = """

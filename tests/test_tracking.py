@@ -15,7 +15,7 @@ from fvdm import tracking
 from fvdm.distributed import free_port
 from fvdm.tracking import Tracker, TrackingConfig, run_of
 from tests.data_fixtures import make_shards
-from tests.test_train import environment, losses, wait_until, words
+from tests.trainings import environment, losses, wait_until, words
 
 QUIET = {"experiment": "tests", "system_metrics": False}
 

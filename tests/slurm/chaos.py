@@ -26,7 +26,7 @@ import psutil
 from fvdm import checkpoint as ckpt
 from tests.data_fixtures import make_shards
 from tests.slurm.cluster import Cluster, can_cut, ranks
-from tests.test_train import losses, words
+from tests.trainings import losses, words
 
 NODES = 4
 EVERY = 10  # steps between checkpoints

@@ -13,7 +13,7 @@ from fvdm import checkpoint as ckpt
 from tests.data_fixtures import make_shards
 from tests.slurm.chaos import ENDED, KINDS, SHORT, chaos, schedule
 from tests.slurm.cluster import MISSING, ROOT, installed, ranks
-from tests.test_train import losses, state, wait_until, words
+from tests.trainings import losses, state, wait_until, words
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,95 @@
+"""Trainings as tests start them: real processes over gloo, a tiny network, latents that cost nothing to make."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from fvdm import checkpoint as ckpt
+from fvdm.distributed import free_port
+
+ROOT = Path(__file__).parent.parent
+WORDS = ["--model", "T/2", "--data.frames", "6", "--data.interval", "1", "--data.batch_size", "4"]
+WORDS += ["--data.workers", "0", "--engine.lr", "1e-3", "--engine.clip_from", "0", "--ema_decay", "0.9"]
+WORDS += ["--engine.precision", "fp32", "--engine.timeout", "60", "--log_every", "1", "--stop_every", "1"]
+WORDS += ["--checkpoint.every", "1000", "--previews.every", "0", "--tracking.system_metrics", "false"]
+
+
+def words(latents, folder, name, *more):
+    base = ["--name", name, "--data.path", str(latents), "--runs", str(folder / "runs")]
+    return [*base, "--tracking.uri", f"sqlite:///{folder}/mlflow.db", *WORDS, *map(str, more)]
+
+
+def environment(rank, world_size, port):
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    fixed = {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | {name: str(value) for name, value in (ranks | fixed).items()}
+
+
+def start(world_size, arguments, folder, **more):
+    port = free_port()
+    command = [sys.executable, "-m", "fvdm.train", *arguments]
+    return [
+        subprocess.Popen(
+            command,
+            env=environment(rank, world_size, port),
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            **more,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def train(world_size, arguments, folder, codes=(0,)):
+    processes = start(world_size, arguments, folder)
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        # Some gloo processes abort at exit, after everything is done.
+        assert process.returncode in (*codes, -signal.SIGABRT), output
+    return outputs
+
+
+def state(folder, name):
+    newest = ckpt.newest(folder / "runs" / name / "checkpoints")
+    total = sum(torch.Size(shape).numel() for shape in ckpt.read_state(newest)["names"].values())
+    return ckpt.read_state(newest), {s: ckpt.read_slice(newest, s, range(total)) for s in ckpt.SLICES}
+
+
+def losses(folder, name):
+    events = [json.loads(line) for line in (folder / "runs" / name / "events.jsonl").read_text().splitlines()]
+    return {e["step"]: e["metrics"]["loss/mean"] for e in events if "loss/mean" in e.get("metrics", {})}
+
+
+def wait_until(condition, seconds=180):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.2)
+
+
+def launch(arguments, folder):
+    command = [sys.executable, str(ROOT / "launchers/slurm_train.py"), "--cluster", "local", "--nodes", "2"]
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    return subprocess.Popen(
+        [*command, "--config", str(folder / "c.yaml"), *arguments],
+        cwd=folder,
+        env=hidden,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def ranks_of(launcher):
+    import psutil
+
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    return [child for child in children if "submitit.core._submit" in " ".join(child.cmdline())]
