@@ -28,9 +28,10 @@ from benchmarks import fvd
 from benchmarks.plots import Point, curves
 from benchmarks.reporting import Report, machine, send
 from benchmarks.smoke import smoke_clips, smoke_latents
-from fvdm.checkpoint import STEP, write_text
+from fvdm.checkpoint import STEP
 from fvdm.config import fail
 from fvdm.distributed import Ranks
+from fvdm.files import write_text
 from fvdm.tracking import Tracker, TrackingConfig, run_of
 
 ROOT = Path(__file__).parent.parent

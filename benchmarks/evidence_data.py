@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.evidence_plan import ROOT, SetConfig
 from benchmarks.smoke import smoke_clips
 from data_prep.layouts import list_videos
-from fvdm.checkpoint import write_text
+from fvdm.files import write_text
 
 VIDEOS = "FVDM_EVIDENCE_VIDEOS"
 DIGITS = "FVDM_EVIDENCE_DIGITS"

@@ -6,7 +6,6 @@ does what it left.
 
 import fcntl
 import json
-import os
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from benchmarks.scores import drawn, psnr
 from benchmarks.sources import Files, device
 from benchmarks.zero_shot import Method
 from fvdm import fvd
-from fvdm.checkpoint import fsync_folder
+from fvdm.files import whole
 from fvdm.i3d import I3D, load_i3d
 from fvdm.matrices import given_frames
 from fvdm.pipeline import Trained, generate
@@ -240,10 +239,5 @@ def claimed(path: Path) -> Iterator[bool]:
 
 
 def _save(result: dict[str, np.ndarray], path: Path) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("wb") as file:
+    with whole(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **result)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    fsync_folder(path.parent)

@@ -17,7 +17,7 @@ from benchmarks.evidence_results import MEASURES
 from benchmarks.evidence_shown import side_by_side
 from benchmarks.evidence_stages import EXPERIMENT, Evidence
 from benchmarks.reporting import Data, Report, machine, send
-from fvdm.checkpoint import write_text
+from fvdm.files import write_text
 from fvdm.provenance import git_commit
 from fvdm.tracking import Tracker, TrackingConfig, run_of
 

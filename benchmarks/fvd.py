@@ -26,10 +26,10 @@ from benchmarks.measure import clip_features, ranks
 from benchmarks.reporting import Data, Report, send
 from benchmarks.sources import Sampled, Samples, Shards, Source, device, open_source
 from fvdm import fvd
-from fvdm.checkpoint import write_text
 from fvdm.config import fail
 from fvdm.distances import bootstrap, extrapolate, floor, kernel_distance, quiet
 from fvdm.distributed import Ranks
+from fvdm.files import write_text
 from fvdm.i3d import I3D
 from fvdm.protocols import PROTOCOLS, Clip, departures, protocol, select_fake, select_real
 from fvdm.tracking import run_of

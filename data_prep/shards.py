@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 from data_prep.layouts import Source
 from data_prep.samples import file_sha256, index_tar, key_of, read_samples, tar_writer
+from fvdm.files import whole
 from fvdm.shards import Manifest, ShardInfo, index_name
 
 WORK = ".work"
@@ -108,20 +109,8 @@ def _shard_plan(split: str, numbers: dict[str, int], first: int, end: int) -> Sh
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears under its name whole, flushed to disk, or not at all."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with whole(path, mark=f".{secrets.token_hex(8)}") as temporary, temporary.open("wb") as file:
+        yield file
 
 
 class Work:
@@ -342,6 +331,6 @@ def finish(out: Path, plan: Plan, about: dict[str, Any]) -> Manifest:
     with atomic(out / "manifest.json") as file:
         file.write(manifest.to_json().encode())
     shutil.rmtree(out / WORK, ignore_errors=True)
-    for leftover in out.glob(".*.tmp"):  # of processes that were killed
+    for leftover in out.glob(".tmp-*"):  # of processes that were killed
         leftover.unlink(missing_ok=True)
     return manifest

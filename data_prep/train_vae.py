@@ -10,6 +10,7 @@ the packages that the shipped weights saw. Runs on two CPU cores in about an hou
 import argparse
 import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fvdm.files import whole
 
 IMAGES = {".jpg", ".jpeg", ".png"}
 VIDEOS = {".mp4", ".avi", ".mkv", ".webm"}
@@ -182,9 +185,8 @@ def export(model: Any, pictures: list[Tensor], out: Path) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
         copy.half().save_pretrained(temporary)
         for name in ("diffusion_pytorch_model.safetensors", "config.json"):
-            with open(os.path.join(temporary, name), "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(os.path.join(temporary, name), out / name)
+            with whole(out / name) as place:
+                shutil.copyfile(os.path.join(temporary, name), place)
 
 
 @torch.no_grad()

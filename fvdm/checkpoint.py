@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fvdm.config import fail, in_range
+from fvdm.files import fsync_file, fsync_folder, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -61,29 +61,6 @@ class CheckpointConfig:
         in_range(self, "checkpoint", every=some, keep_last=some, keep_every=(0, math.inf), timeout=some)
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make renames and new names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _fsync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(text)
-    _fsync(temporary)
-    temporary.rename(path)
-    fsync_folder(path.parent)
-
-
 def _digest(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
@@ -91,7 +68,7 @@ def _digest(path: Path) -> dict[str, Any]:
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata)
-    _fsync(path)
+    fsync_file(path)
 
 
 def save(
@@ -317,7 +294,7 @@ def export(folder: Path, out: Path) -> None:
     files = json.loads((folder / "manifest.json").read_text())["files"]
     for name in names:
         shutil.copyfile(folder / name, temporary / name)
-        _fsync(temporary / name)
+        fsync_file(temporary / name)
     manifest = {"format": FORMAT, "files": {name: files[name] for name in names}}
     write_text(temporary / "manifest.json", json.dumps(manifest, indent=1))
     temporary.rename(out)

@@ -12,6 +12,8 @@ from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, Namespace
 
+from fvdm.files import write_text
+
 T = TypeVar("T")
 
 
@@ -117,9 +119,7 @@ def save(config: Any, path: Path) -> None:
     """Write a dataclass as YAML that `parse` reads back, whole or not at all."""
     import yaml
 
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(yaml.safe_dump(plain(config), sort_keys=False))
-    temporary.rename(path)
+    write_text(path, yaml.safe_dump(plain(config), sort_keys=False))
 
 
 def plain(value: Any) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fvdm import config as settings
 from fvdm.diffusion import DiffusionConfig
+from fvdm.files import write_text
 from fvdm.model import SIZES, ModelConfig, VideoDiT
 
 NOT_OURS = "not a Latte or FVDM checkpoint"
@@ -230,9 +231,7 @@ def read_use(folder: Path, model: VideoDiT) -> Use:
 
 def write_use(folder: Path, use: Use) -> None:
     """Write what `read_use` reads, beside a network in its folder."""
-    temporary = folder / f".tmp-{USE}"
-    temporary.write_text(json.dumps(settings.plain(use), indent=2) + "\n")
-    temporary.rename(folder / USE)
+    write_text(folder / USE, json.dumps(settings.plain(use), indent=2) + "\n")
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fvdm import checkpoint as ckpt
 from fvdm import config as settings
 from fvdm.distributed import Ranks, from_environment
+from fvdm.files import write_text
 from fvdm.inputs import choose, read_frames, read_source
 from fvdm.matrices import Plan, text
 from fvdm.media import FORMATS, GIF_RATE, gif_interval, spread, tile, write, write_strips
@@ -224,7 +224,7 @@ def write_overview(shown: dict[int, Shown], config: GenerateConfig, trained: Tra
         write(tile([video.first for video in several]), path, job.fps, form)
     write_strips(torch.stack([video.spread for video in several[:ROWS]]), out / f"{config.task}.png", COLUMNS)
     record = settings.plain(config) | {"checkpoint": str(trained.folder), "step": trained.step, "fps": job.fps}
-    ckpt.write_text(out / f"{config.task}.json", json.dumps(record, indent=1))
+    write_text(out / f"{config.task}.json", json.dumps(record, indent=1))
     return [*files, out / f"{config.task}.png", out / f"{config.task}.json"]
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from fvdm.files import whole
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 WAITS = (1.0, 4.0, 16.0)  # seconds between tries
@@ -147,25 +149,21 @@ class Location:
         return kept
 
     def _fetch(self, name: str, sha256: str, kept: Path) -> None:
-        partial = Path(f"{kept}.part")
-
         def fetch() -> str:
             digest = hashlib.sha256()
-            with self._open(name) as stream, open(partial, "wb") as file:
+            with self._open(name) as stream, partial.open("wb") as file:
                 while block := stream.read(1 << 20):
                     digest.update(block)
                     file.write(block)
-                file.flush()
-                os.fsync(file.fileno())
             return digest.hexdigest()
 
-        try:
-            found = patiently(fetch, self.url(name))
-        except MissingError as error:
-            raise ValueError(f"Cannot fetch {self.url(name)!r} to {str(self.cache)!r}: {error}.") from None
-        if found != sha256:
-            raise CorruptShardError(f"{self.url(name)!r} is not the file that the manifest lists: copy it again.")
-        os.replace(partial, kept)
+        with whole(kept) as partial:
+            try:
+                found = patiently(fetch, self.url(name))
+            except MissingError as error:
+                raise ValueError(f"Cannot fetch {self.url(name)!r} to {str(self.cache)!r}: {error}.") from None
+            if found != sha256:
+                raise CorruptShardError(f"{self.url(name)!r} is not the file that the manifest lists: copy it again.")
 
     def _open(self, name: str) -> BinaryIO:
         if not self.remote:

@@ -15,22 +15,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from fvdm.files import whole
+
 EXACT = {"fflags": "bitexact"}  # no random numbers in a file's header
 GIF_RATE = 50  # frames per second; of faster ones, viewers make slow ones
 
 Put = Callable[[Tensor], None]
 """Takes the next frame, uint8 `(3 h w)`."""
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A name to write under; the file gets its own once it is whole."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        yield temporary
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _picture(frame: Tensor) -> np.ndarray:
@@ -52,7 +43,7 @@ def open_webm(path: Path, fps: float = 8.0) -> AbstractContextManager[Put]:
 def _open_video(path: Path, fps: float, container: str, codec: str, options: dict[str, object]) -> Iterator[Put]:
     import av
 
-    with _whole(path) as temporary, av.open(str(temporary), "w", format=container, options=EXACT) as file:
+    with whole(path) as temporary, av.open(str(temporary), "w", format=container, options=EXACT) as file:
         stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
         assert isinstance(stream, av.VideoStream)
         stream.pix_fmt, stream.options = "yuv420p", options
@@ -78,7 +69,7 @@ def open_frames(path: Path, fps: float = 8.0) -> Iterator[Put]:
     numbers = count()
 
     def put(frame: Tensor) -> None:
-        with _whole(path / f"{next(numbers):05d}.png") as temporary:
+        with whole(path / f"{next(numbers):05d}.png") as temporary:
             Image.fromarray(_picture(frame)).save(temporary, "PNG")
 
     yield put
@@ -95,7 +86,7 @@ def open_gif(path: Path, fps: float = 8.0) -> Iterator[Put]:
     from PIL import GifImagePlugin, Image
 
     every, numbers = gif_interval(fps), count()
-    with _whole(path) as temporary, temporary.open("wb") as file:
+    with whole(path) as temporary, temporary.open("wb") as file:
 
         def put(frame: Tensor) -> None:
             number = next(numbers)
@@ -152,7 +143,7 @@ def write_strips(videos: Tensor, path: Path, columns: int = 8, rows: int = 1) ->
     missing = rows * columns - chosen.shape[1]
     chosen = torch.cat([chosen, chosen.new_zeros((len(chosen), missing, *chosen.shape[2:]))], dim=1)
     picture = rearrange(chosen, "b (r f) c h w -> (b r h) (f w) c", r=rows).cpu().numpy()
-    with _whole(path) as temporary:
+    with whole(path) as temporary:
         Image.fromarray(picture).save(temporary, "PNG")
 
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+
+from fvdm.files import whole, write_text
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -36,12 +37,9 @@ class Pretrained:
         weights: dict[str, Tensor] = self.state_dict()  # type: ignore[attr-defined]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / f".tmp-{WEIGHTS}"
-            save_file({k: v.detach().to(dtype).cpu().contiguous() for k, v in weights.items()}, temporary)
-            os.replace(temporary, folder / WEIGHTS)
-            temporary = folder / f".tmp-{CONFIG}"
-            temporary.write_text(json.dumps(config, indent=2) + "\n")
-            os.replace(temporary, folder / CONFIG)
+            with whole(folder / WEIGHTS) as temporary:
+                save_file({k: v.detach().to(dtype).cpu().contiguous() for k, v in weights.items()}, temporary)
+            write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
         except OSError as error:
             raise ValueError(f"cannot write the model to {folder}: {error.strerror or error}") from None
 

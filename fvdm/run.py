@@ -26,6 +26,7 @@ from fvdm.diffusion import Diffusion, DiffusionConfig
 from fvdm.distributed import Ranks, RollCall
 from fvdm.ema import EMA
 from fvdm.engine import Engine, EngineConfig, accumulation
+from fvdm.files import write_text
 from fvdm.model import ModelConfig, VideoDiT, preset
 from fvdm.previews import PreviewConfig
 from fvdm.provenance import environment, git_patch
@@ -323,8 +324,8 @@ class Run:
         """Write down what this run is, and begin (or continue) its MLflow run."""
         folder = self.config.folder
         settings.save(self.config, folder / "config.yaml")
-        ckpt.write_text(folder / "environment.json", json.dumps(environment(), indent=1))
-        ckpt.write_text(folder / "git.patch", git_patch())
+        write_text(folder / "environment.json", json.dumps(environment(), indent=1))
+        write_text(folder / "git.patch", git_patch())
         flat = settings.flatten(self.config)
         tracker = Tracker(folder, self.config.tracking, self.config.name, flat, {"kind": "train"})
         tracker.artifact(folder / "config.yaml")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fvdm.checkpoint import write_text
+from fvdm.files import whole, write_text
 from fvdm.mlflow_model import Model, deliver
 from fvdm.provenance import git_commit
 
@@ -50,14 +50,18 @@ def tracking_uri(uri: str = "") -> str:
 
 
 def _open(uri: str) -> Any:
-    """A client; the first one of a database makes its tables, and two that do so at once would spoil it for good."""
+    """A client. A database is made by one process alone, under another name: two at once, or a kill, would spoil it."""
     from mlflow.tracking import MlflowClient
 
     if not uri.startswith(SQLITE):
         return MlflowClient(uri)
-    database = Path(uri.removeprefix(SQLITE))
+    database = Path(uri.removeprefix(SQLITE).partition("?")[0])
     with database.with_name(f".{database.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if not database.exists():
+            (database.parent / f".tmp-{database.name}").unlink(missing_ok=True)  # of a process that was killed
+            with whole(database) as temporary:
+                MlflowClient(f"{SQLITE}{temporary}")
         return MlflowClient(uri)
 
 

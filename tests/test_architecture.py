@@ -23,6 +23,7 @@ MATHEMATICS = {
     "recipe",
 }
 LAYERS = (
+    {"files"},
     {"timesteps", "attention", "distributed", "config", "ema", "vae", "media", "location", "videos", "i3d"}
     | {"pretrained", "provenance", "protocols", "mlflow_model"},
     {"diffusion", "shards", "matrices"},
@@ -85,6 +86,14 @@ def test_the_mathematics_knows_no_files_no_ranks_and_draws_from_generators(name)
     assert not imports(ROOT / "fvdm" / f"{name}.py") & {"os", "pathlib", "torch.distributed", "fvdm.distributed"}
     calls = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
     assert not {c.func.id for c in calls} & {"print", "open"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_one_place_knows_how_a_file_is_made_whole(path):
+    if path.name != "files.py":
+        assert not {"os.fsync", "os.replace"} & {
+            ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
+        }
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -173,7 +173,7 @@ def test_full_disk_is_a_sentence_and_the_run_goes_on_later(
         stop_at(patch, "fsync", number, OSError(errno.ENOSPC, "No space left on device"))
         assert encode(videos, tmp_path / "out", vae) == 2
     assert "No space left on device. What is done is kept" in capsys.readouterr().err
-    assert not list((tmp_path / "out").rglob("*.tmp"))
+    assert not list((tmp_path / "out").rglob(".tmp-*"))
     assert encode(videos, tmp_path / "out", vae) == 3
     assert contents(tmp_path / "out") == contents(undisturbed)
 

@@ -57,7 +57,7 @@ def test_a_source_that_fails_twice_and_then_works(folder, tmp_path, waits, name)
     assert read_all(remote) == read_all(LatentShards(folder))
     assert set(tries(tmp_path).values()) == {3}
     assert waits[:2] == [1.0, 4.0]
-    assert not list((tmp_path / "cache").glob("*.part"))
+    assert not list((tmp_path / "cache").glob(".tmp-*"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

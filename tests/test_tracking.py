@@ -94,6 +94,20 @@ def test_runs_that_start_at_once_make_one_database(tmp_path):
     assert {(run.info.run_name, run.info.status) for run in found} == {(name, "FINISHED") for name in "abc"}
 
 
+@pytest.mark.slow
+def test_a_kill_while_the_database_is_made_spoils_nothing(config, tmp_path):
+    program = "import sys; from fvdm import tracking; tracking._open(sys.argv[1])"
+    victim = subprocess.Popen([sys.executable, "-c", program, config.uri], cwd=tmp_path)
+    wait_until((tmp_path / ".tmp-mlflow.db").exists)
+    victim.kill()
+    victim.wait()
+    assert not (tmp_path / "mlflow.db").exists()
+    tracker = Tracker(tmp_path / "run", config, "after")
+    tracker.close()
+    assert not tracker.unsent()
+    assert not (tmp_path / ".tmp-mlflow.db").exists()
+
+
 def test_resuming_continues_the_same_run_and_a_changed_setting_is_a_tag(client, config, tmp_path):
     first = Tracker(tmp_path / "run", config, "run", {"lr": 0.1, "steps": 10})
     first.metrics({"loss": 1.0}, 1)
