@@ -33,7 +33,7 @@ def whole(path: Path, mark: str = "") -> Iterator[Path]:
     try:
         yield temporary
         fsync_file(temporary)
-        temporary.rename(path)
+        os.replace(temporary, path)
         fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
