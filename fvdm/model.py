@@ -165,8 +165,9 @@ def modulated(linear: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Ten
     """A linear layer of tokens `(b f n d)`, normalised and moved by their frame's `(b f 1 d)` shift and scale."""
     # What wraps the layer (LoRA), looks into it (hooks) or casts it (autocast) goes before memory, and a compiler finds
     # by itself what need not be kept.
-    plain = type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or not plain:
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    bare = type(linear) is nn.Linear and not any(hooks)
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or not bare:
         return linear(torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale))
     return ModulatedLinear.apply(x, shift, scale, linear.weight, linear.bias)
 

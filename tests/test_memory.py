@@ -56,11 +56,13 @@ class Adapted(nn.Linear):
         return super().forward(x) + x[..., :4]
 
 
-@pytest.mark.parametrize("kind", ["adapter", "hook", "autocast"])
+@pytest.mark.parametrize("kind", ["adapter", "hook", "backward hook", "autocast"])
 def test_what_wraps_a_layer_or_looks_into_it_is_heard(kind):
     layer, seen = (Adapted if kind == "adapter" else nn.Linear)(8, 4), []
     if kind == "hook":
         layer.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    if kind == "backward hook":
+        layer.register_full_backward_hook(lambda module, to_inputs, to_outputs: seen.append(to_outputs[0]))
     x, shift, scale = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 1, 8), torch.randn(2, 3, 1, 8)
     with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
         out = modulated(layer, x, shift, scale)
@@ -69,8 +71,8 @@ def test_what_wraps_a_layer_or_looks_into_it_is_heard(kind):
     torch.testing.assert_close(out, expected)
     assert (out.dtype == torch.bfloat16) == (kind == "autocast")
     assert layer.weight.grad.dtype == torch.float32
+    assert len(seen) == {"hook": 2, "backward hook": 1}.get(kind, 0)
     if kind == "hook":
-        assert len(seen) == 2
         torch.testing.assert_close(*seen)
 
 
