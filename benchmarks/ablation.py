@@ -28,11 +28,12 @@ from benchmarks import fvd
 from benchmarks.plots import Point, curves
 from benchmarks.reporting import Report, machine, send
 from benchmarks.smoke import smoke_clips, smoke_latents
-from fvdm.checkpoint import STEP
+from fvdm.checkpoints.checkpoint import STEP
 from fvdm.config import fail
 from fvdm.distributed import Ranks
 from fvdm.files import write_text
-from fvdm.tracking import Tracker, TrackingConfig, run_of
+from fvdm.tracking.config import TrackingConfig
+from fvdm.tracking.tracker import Tracker, run_of
 
 ROOT = Path(__file__).parent.parent
 TITLES = {
@@ -258,7 +259,7 @@ def _smoke(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple
     }
     parser.set_defaults(**small)
     options, words = parser.parse_known_args(argv)
-    tiny = {"data.path": latents, "data.frames": 9, "data.interval": 1, "data.batch_size": 2, "data.workers": 0}
+    tiny = {"data.path": latents, "data.frames": 9, "data.stride": 1, "data.batch_size": 2, "data.workers": 0}
     tiny |= {"previews.every": 0, "log_every": 1, "engine.precision": "fp32", "tracking.system_metrics": "false"}
     fixed = [f"--{name}={value}" for name, value in tiny.items()]
     return options, ["--config", str(ROOT / "configs" / "ffs_xl.yaml"), *fixed, *words]

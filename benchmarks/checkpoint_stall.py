@@ -20,15 +20,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.reporting import conclude
-from fvdm import checkpoint as ckpt
+from fvdm.checkpoints import checkpoint as ckpt
+from fvdm.checkpoints.writer import Writer
 from fvdm.config import fail
-from fvdm.diffusion import Diffusion
+from fvdm.diffusion.process import Diffusion
+from fvdm.diffusion.timesteps import sample_timesteps
 from fvdm.distributed import Ranks, from_environment, seed_everything
-from fvdm.ema import EMA
-from fvdm.engine import Engine, EngineConfig, initialise
-from fvdm.model import VideoDiT, preset
-from fvdm.timesteps import sample_timesteps
-from fvdm.writer import Writer
+from fvdm.models.latte import Latte, preset
+from fvdm.training.config import EngineConfig
+from fvdm.training.ema import EMA
+from fvdm.training.engine import Engine, initialise
 
 
 class Trained:
@@ -37,9 +38,9 @@ class Trained:
     def __init__(self, options: argparse.Namespace, ranks: Ranks) -> None:
         """Collective."""
         config = replace(preset(options.model), size=options.size, frames=options.frames)
-        settings = EngineConfig(clip_from=0)
+        settings = EngineConfig(grad_clip_start=0)
         self.device = initialise(settings.timeout)
-        self.engine = Engine(VideoDiT(config).to(self.device), settings, ranks.world_size, ranks)
+        self.engine = Engine(Latte(config).to(self.device), settings, ranks.world_size, ranks)
         self.ema, self.ranks, self.out = EMA(self.engine.masters), ranks, options.out
         self.shape = (1, config.frames, config.channels, config.size, config.size)
         self.taken = 0
@@ -56,7 +57,7 @@ class Trained:
         return time.monotonic() - began
 
     def save(self, writer: Writer) -> None:
-        """Begin a checkpoint, as `fvdm.run` does."""
+        """Begin a checkpoint, as `fvdm.training.run` does."""
         state = {"names": self.engine.names, "settings": {}}
         begin, rank, world_size = self.engine.slice.start, self.ranks.rank, self.ranks.world_size
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from data_prep.options import EncodeConfig
-    from fvdm.vae import VAE
+    from fvdm.media.vae import VAE
 
 
 def main(words: list[str] | None = None) -> None:
@@ -58,7 +58,8 @@ def main(words: list[str] | None = None) -> None:
 
     from data_prep.options import EncodeConfig
     from data_prep.planning import open_vae
-    from fvdm import tracking
+    from fvdm.tracking.config import TrackingConfig
+    from fvdm.tracking.tracker import Tracker
 
     config = EncodeConfig(words_of_run.videos, "", vae=words_of_run.vae, size=words_of_run.size, flip=False)
     vae = open_vae(config)
@@ -69,9 +70,9 @@ def main(words: list[str] | None = None) -> None:
         print(f"{name:<{width}}  {value:8.2f}")
     if words_of_run.mlflow != "none":
         folder = Path(tempfile.mkdtemp(prefix="encode_speed-"))
-        settings = tracking.TrackingConfig(words_of_run.mlflow, "benchmarks", system_metrics=False)
+        settings = TrackingConfig(words_of_run.mlflow, "benchmarks", system_metrics=False)
         params = {"vae": config.vae, "size": config.size, "cores": len(os.sched_getaffinity(0))}
-        tracker = tracking.Tracker(folder, settings, "encode_speed", params, {"kind": "benchmark"})
+        tracker = Tracker(folder, settings, "encode_speed", params, {"kind": "benchmark"})
         tracker.metrics({name.replace(" ", "_").replace("/", "_per_"): value for name, value in results.items()}, 0)
         tracker.close()
 
@@ -81,9 +82,9 @@ def measure(config: "EncodeConfig", vae: "VAE", repeats: int) -> dict[str, float
     import torch
 
     from data_prep.layouts import PAPER, list_videos
-    from fvdm.memory import keep_freed_memory
-    from fvdm.vae import load_vae
-    from fvdm.videos import read_video
+    from fvdm.media.memory import keep_freed_memory
+    from fvdm.media.vae import load_vae
+    from fvdm.media.videos import read_video
 
     names = [source.name for source in list_videos(config.videos, "ffs").sources]
     chunks = [
@@ -131,7 +132,7 @@ def _open_plain(name: str, device: "torch.device") -> None:
     global _plain_model
     from diffusers import AutoencoderKL
 
-    from fvdm.vae import BUILTIN
+    from fvdm.media.vae import BUILTIN
 
     source = BUILTIN if name == "builtin" else name
     _plain_model = (
@@ -146,7 +147,7 @@ def _plain(config: "EncodeConfig", names: list[str], batch: int) -> float:
     import torch
 
     from data_prep.layouts import PAPER
-    from fvdm.videos import to_square
+    from fvdm.media.videos import to_square
 
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -216,7 +217,7 @@ def rounding(exact_vae: "VAE", vae: "VAE", frames: "Tensor") -> dict[str, float]
     """What 16 bits cost, in dB, for uint8 frames (n 3 s s): in storage, and in the VAE's own arithmetic."""
     import torch
 
-    from fvdm.vae import sample_latents
+    from fvdm.media.vae import sample_latents
 
     moments = exact_vae.encode(frames).cpu()
     exact = sample_latents(moments, vae.normalisation, None)

@@ -22,17 +22,17 @@ if __package__ in (None, ""):  # run as a file: the folder above holds the packa
 
 import numpy as np
 
-from benchmarks.measure import clip_features, ranks
 from benchmarks.reporting import Data, Report, send
-from benchmarks.sources import Sampled, Samples, Shards, Source, device, open_source
-from fvdm import fvd
 from fvdm.config import fail
-from fvdm.distances import bootstrap, extrapolate, floor, kernel_distance, quiet
 from fvdm.distributed import Ranks
+from fvdm.evaluation import fvd
+from fvdm.evaluation.distances import bootstrap, extrapolate, floor, kernel_distance, quiet
+from fvdm.evaluation.i3d import I3D
+from fvdm.evaluation.measure import clip_features, ranks
+from fvdm.evaluation.protocols import PROTOCOLS, Clip, departures, protocol, select_fake, select_real
+from fvdm.evaluation.sources import Sampled, Samples, Shards, Source, device, open_source
 from fvdm.files import write_text
-from fvdm.i3d import I3D
-from fvdm.protocols import PROTOCOLS, Clip, departures, protocol, select_fake, select_real
-from fvdm.tracking import run_of
+from fvdm.tracking.tracker import run_of
 
 RESIZES = {
     "direct": "whole picture to 224 x 224, bilinear, align_corners=False, no antialias",

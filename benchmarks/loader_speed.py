@@ -2,12 +2,12 @@
 
     python benchmarks/loader_speed.py --videos DIR --shards DIR
 
-Numbers, logged to MLflow, for clips of 16 frames at interval 3:
+Numbers, logged to MLflow, for clips of 16 frames at stride 3:
 
 - decode: clips/s of a DataLoader that opens a video file, decodes it up to the clip's last frame, crops and scales,
   as Latte's training loop does (its VAE then has to encode them; that is not counted here);
-- loader: clips/s of fvdm.data.batches over the shards of the same videos, with the same number of workers, and with
-  none;
+- loader: clips/s of fvdm.data.loader.batches over the shards of the same videos, with the same number of workers, and
+  with none;
 - disk: MB/s of reading the shards from end to end (cold: after the kernel has been told to forget them), and of the
   loader's own reads.
 """
@@ -27,9 +27,9 @@ if __package__ in (None, ""):  # run as a file: the folder above holds the packa
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fvdm.shards import LatentShards
+    from fvdm.data.shards import LatentShards
 
-FRAMES, INTERVAL, BATCH = 16, 3, 8
+FRAMES, STRIDE, BATCH = 16, 3, 8
 
 
 def main(words: list[str] | None = None) -> None:
@@ -44,8 +44,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--mlflow", default="", metavar="URI", help="MLflow server or database; none for no MLflow")
     config = parser.parse_args(words)
 
-    from fvdm import tracking
-    from fvdm.shards import LatentShards
+    from fvdm.data.shards import LatentShards
+    from fvdm.tracking.config import TrackingConfig
+    from fvdm.tracking.tracker import Tracker
 
     shards = LatentShards(config.shards)
     results = measure(config.videos, shards, config.shards, config.workers, config.seconds)
@@ -54,9 +55,9 @@ def main(words: list[str] | None = None) -> None:
         print(f"{name:<{width}}  {value:9.1f}")
     if config.mlflow != "none":
         folder = Path(tempfile.mkdtemp(prefix="loader_speed-"))
-        settings = tracking.TrackingConfig(config.mlflow, "benchmarks", system_metrics=False)
+        settings = TrackingConfig(config.mlflow, "benchmarks", system_metrics=False)
         params = {"size": shards.manifest.size, "workers": config.workers, "cores": len(os.sched_getaffinity(0))}
-        tracker = tracking.Tracker(folder, settings, "loader_speed", params, {"kind": "benchmark"})
+        tracker = Tracker(folder, settings, "loader_speed", params, {"kind": "benchmark"})
         tracker.metrics({name.replace(", ", "_").replace("/", "_per_"): value for name, value in results.items()}, 0)
         tracker.close()
 
@@ -79,9 +80,10 @@ def measure(videos: str, shards: "LatentShards", path: str, workers: int, second
 
 
 def _loader_rate(shards: "LatentShards", path: str, workers: int, seconds: float) -> float:
-    from fvdm.data import DataConfig, batches
+    from fvdm.data.config import DataConfig
+    from fvdm.data.loader import batches
 
-    config = DataConfig(path, frames=FRAMES, interval=INTERVAL, batch_size=BATCH, workers=workers)
+    config = DataConfig(path, frames=FRAMES, stride=STRIDE, batch_size=BATCH, workers=workers)
     return _rate((batch.x_0 for batch in batches(shards, config)), seconds)
 
 
@@ -121,11 +123,11 @@ class _Decoded:
         import torch
 
         from data_prep.layouts import PAPER
-        from fvdm.data import draw_frames
-        from fvdm.videos import to_square
+        from fvdm.data.loader import draw_frames
+        from fvdm.media.videos import to_square
 
         video = index % len(self.files)
-        wanted = draw_frames(self.frames[video], FRAMES, INTERVAL, np.random.default_rng(index)).tolist()
+        wanted = draw_frames(self.frames[video], FRAMES, STRIDE, np.random.default_rng(index)).tolist()
         pictures = []
         with av.open(str(self.files[video])) as container:
             for number, frame in enumerate(container.decode(video=0)):

@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fvdm.attention import BACKENDS, Backend
-from fvdm.diffusion import Diffusion, DiffusionConfig
-from fvdm.model import ModelConfig, VideoDiT, preset
-from fvdm.pipeline import Trained, load
-from fvdm.vae import load_vae
+from fvdm.diffusion.config import DiffusionConfig
+from fvdm.diffusion.process import Diffusion
+from fvdm.generation.pipeline import Trained, load
+from fvdm.media.vae import load_vae
+from fvdm.models.config import BACKENDS, Backend
+from fvdm.models.latte import Latte, LatteConfig, preset
 
 RANDOM = "random:"
 
@@ -44,7 +45,7 @@ def _random(size: str, precision: str, attention: Backend, frames: int) -> Train
     config = replace(preset(size), channels=vae.channels, size=64 // vae.factor, frames=frames, attention=attention)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = VideoDiT(config)
+        model = Latte(config)
         for weight in model.parameters():
             if not weight.any():  # A new model's output is zero, and all solvers would agree.
                 nn.init.normal_(weight, std=0.02)
@@ -55,11 +56,11 @@ def _random(size: str, precision: str, attention: Backend, frames: int) -> Train
     return Trained(model, diffusion, vae, (), 64, 1, 0, Path(f"random-{size.replace('/', '-')}"))
 
 
-def _with(config: ModelConfig, model: VideoDiT, attention: Backend) -> VideoDiT:
+def _with(config: LatteConfig, model: Latte, attention: Backend) -> Latte:
     """The same weights with another attention backend."""
     if attention == config.attention:
         return model
     weight = next(model.parameters())
-    other = VideoDiT(replace(config, attention=attention)).to(weight.device, weight.dtype)
+    other = Latte(replace(config, attention=attention)).to(weight.device, weight.dtype)
     other.load_state_dict(model.state_dict())
     return other.eval().requires_grad_(False)

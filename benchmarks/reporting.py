@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from fvdm.tracking import Tracker, TrackingConfig
+from fvdm.tracking.config import TrackingConfig
+from fvdm.tracking.tracker import Tracker
 
 EXPERIMENT = "benchmarks"
 

@@ -4,7 +4,7 @@
     python benchmarks/sampler_speed.py --smoke
 
 For each task, batch size, precision and attention backend, DDPM with 250 and 1000 steps, DDIM with 100, 50, 25 and 10,
-and every other solver of fvdm.solvers with 10, 15 and 20. Quality is the root mean square distance to what DDIM with
+and every other solver with 10, 15 and 20. Quality is the root mean square distance to what DDIM with
 1000 steps makes of the same noise, over the root mean square of that (a stochastic solver draws noise of its own, so
 that its distance says nothing); with --real it is the Fréchet video distance of as many clips. On a terminal, in
 results.json, and as figures in MLflow.
@@ -32,21 +32,21 @@ from torch import Tensor
 from benchmarks.models import open_model
 from benchmarks.plots import pareto
 from benchmarks.reporting import Data, Report, send
-from benchmarks.sources import device, open_source
-from fvdm import fvd
-from fvdm.attention import BACKENDS, Backend
-from fvdm.compilation import compile_blocks
 from fvdm.config import fail
-from fvdm.distances import quiet
+from fvdm.diffusion.guidance import Guidance
+from fvdm.diffusion.sampling import SamplerConfig
+from fvdm.diffusion.solvers import SOLVERS, solver
+from fvdm.diffusion.tasks import given_frames, on_window
+from fvdm.diffusion.timesteps import spaced
+from fvdm.diffusion.video import draw
+from fvdm.evaluation import fvd
+from fvdm.evaluation.distances import quiet
+from fvdm.evaluation.protocols import protocol, select_real
+from fvdm.evaluation.sources import device, open_source
 from fvdm.files import write_text
-from fvdm.guidance import Guidance
-from fvdm.matrices import given_frames, on_window
-from fvdm.pipeline import Trained, class_numbers
-from fvdm.protocols import protocol, select_real
-from fvdm.samplers import How
-from fvdm.solvers import SOLVERS, solver
-from fvdm.tasks import draw
-from fvdm.timesteps import spaced
+from fvdm.generation.pipeline import Trained, class_numbers
+from fvdm.models.compilation import compile_blocks
+from fvdm.models.config import BACKENDS, Backend
 
 TASKS = ("generate", "image-to-video", "interpolate", "long")  # the paper's
 STEPS = {"ddpm": (250, 1000), "ddim": (10, 25, 50, 100)}
@@ -128,9 +128,11 @@ class Bench:
         """Latents `(n f c h w)` of all clips, the seconds they took, and how many clips the network has seen."""
         options, network, classes = self.options, self.trained.model.config, self.trained.classes
         counter, parts, batch = Counter(self.trained), [], self.setting.batch
-        how = How(solver(name), Guidance(options.guidance if classes else 1.0, null_class=network.num_classes))
+        how = SamplerConfig(
+            solver(name), Guidance(options.guidance if classes else 1.0, null_class=network.num_classes)
+        )
         levels = spaced(how.solver.spacing, steps, self.trained.diffusion.noise_levels())
-        matrix = on_window(self.setting.task, levels, network.frames, 2 * network.frames).matrix
+        schedule = on_window(self.setting.task, levels, network.frames, 2 * network.frames).schedule
         _synchronize()
         begun = time.perf_counter()
         for first in range(0, options.clips, batch):
@@ -138,7 +140,7 @@ class Bench:
             y = class_numbers("", classes, seeds)
             y = None if y is None else y.to(self.source.device)
             clip = self.source[first : first + batch]
-            parts.append(draw(counter, self.trained.diffusion, clip, matrix, seeds, how, y))
+            parts.append(draw(counter, self.trained.diffusion, clip, schedule, seeds, how, y))
         _synchronize()
         return torch.cat(parts).float(), time.perf_counter() - begun, counter.clips
 

@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fvdm.compilation import compile_blocks
 from fvdm.config import fail
-from fvdm.diffusion import Diffusion
-from fvdm.model import ModelConfig, VideoDiT, preset
-from fvdm.samplers import sample
-from fvdm.timesteps import full_sequence
-from fvdm.tracking import Tracker, TrackingConfig
+from fvdm.diffusion.process import Diffusion
+from fvdm.diffusion.sampling import sample
+from fvdm.diffusion.timesteps import full_sequence
+from fvdm.models.compilation import compile_blocks
+from fvdm.models.latte import Latte, LatteConfig, preset
+from fvdm.tracking.config import TrackingConfig
+from fvdm.tracking.tracker import Tracker
 
 
 def _now() -> float:
@@ -30,7 +31,7 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def walk(model: VideoDiT, config: ModelConfig, steps: int, clips: int, device: torch.device) -> tuple[float, float]:
+def walk(model: Latte, config: LatteConfig, steps: int, clips: int, device: torch.device) -> tuple[float, float]:
     """Seconds of a whole walk, and of the forward passes in it."""
     inside = 0.0
 
@@ -63,7 +64,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         config = replace(preset(options.model), size=options.size)
-        model = VideoDiT(config).to(device, torch.bfloat16 if options.precision == "bf16" else torch.float32).eval()
+        model = Latte(config).to(device, torch.bfloat16 if options.precision == "bf16" else torch.float32).eval()
         if options.compile:
             compile_blocks(model)
     except ValueError as error:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from fvdm.config import fail
-from fvdm.diffusion import Diffusion, DiffusionConfig
-from fvdm.samplers import sample
-from fvdm.solvers import solver
-from fvdm.timesteps import SPACINGS, spaced
+from fvdm.diffusion.config import DiffusionConfig
+from fvdm.diffusion.process import Diffusion
+from fvdm.diffusion.sampling import sample
+from fvdm.diffusion.solvers import solver
+from fvdm.diffusion.timesteps import SPACINGS, spaced
 
 ORDERS = {"ddim": 1, "dpm++": 2, "unipc": 3}
 SPACING = {"ddim": "even", "dpm++": "log-snr", "unipc": "log-snr"}
@@ -60,12 +61,12 @@ def asynchronous(steps: int) -> Tensor:
     return levels[torch.stack(columns, dim=1)]
 
 
-def errors(diffusion: Diffusion, name: str, matrix: Tensor) -> Tensor:
+def errors(diffusion: Diffusion, name: str, schedule: Tensor) -> Tensor:
     """Root mean square distance of each frame from the exact end of its way down `matrix (s + 1, f)`: `(f)`."""
-    shape = (1, matrix.shape[1], 1, 256, len(SPREAD))
+    shape = (1, schedule.shape[1], 1, 256, len(SPREAD))
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    got = sample(denoiser(diffusion), x, matrix, diffusion, solver=solver(name))
-    (a, s), (a_end, s_end) = (diffusion.levels(row[None]) for row in (matrix[0], matrix[-1]))
+    got = sample(denoiser(diffusion), x, schedule, diffusion, solver=solver(name))
+    (a, s), (a_end, s_end) = (diffusion.levels(row[None]) for row in (schedule[0], schedule[-1]))
     exact = ((a_end**2 * SPREAD**2 + s_end**2) / (a**2 * SPREAD**2 + s**2)).sqrt() * x
     return (got - exact).square().mean((0, 2, 3, 4)).sqrt()
 

@@ -21,12 +21,12 @@ if __package__ in (None, ""):  # run as a file: the folder above holds the packa
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import fvd
-from benchmarks.measure import ranks
 from benchmarks.reporting import Data, Report, send
 from fvdm.config import fail
 from fvdm.distributed import Ranks
+from fvdm.evaluation.measure import ranks
+from fvdm.evaluation.protocols import PROTOCOLS
 from fvdm.files import write_text
-from fvdm.protocols import PROTOCOLS
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 DATASETS = {"ffs": "FaceForensics", "sky": "SkyTimelapse", "ucf101": "UCF101", "taichi": "Taichi-HD"}

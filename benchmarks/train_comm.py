@@ -1,4 +1,4 @@
-"""Bytes that a rank really sends in a ZeRO-2 step, beside what `fvdm.plan` predicts.
+"""Bytes that a rank really sends in a ZeRO-2 step, beside what `fvdm.training.plan` predicts.
 
     torchrun --nproc-per-node 2 benchmarks/train_comm.py --model S/2 --size 16
 
@@ -21,9 +21,10 @@ import torch.distributed as dist
 from benchmarks.reporting import conclude
 from fvdm.config import fail
 from fvdm.distributed import Ranks, from_environment, seed_everything
-from fvdm.engine import Engine, EngineConfig, initialise
-from fvdm.model import VideoDiT, preset
-from fvdm.plan import parameters, wire_bytes
+from fvdm.models.latte import Latte, preset
+from fvdm.training.config import EngineConfig
+from fvdm.training.engine import Engine, initialise
+from fvdm.training.plan import parameters, wire_bytes
 
 ACKNOWLEDGED = 120  # where Linux's struct tcp_info has tcpi_bytes_acked, 64 bits
 
@@ -54,9 +55,9 @@ def steps(options: argparse.Namespace, ranks: Ranks) -> dict[str, float]:
     """Take the steps; bytes of a step, the mean of the ranks. Collective."""
     seed_everything(0)
     config = replace(preset(options.model), size=options.size, frames=options.frames)
-    settings = EngineConfig(precision=options.precision, clip_from=0, micro_batch=1)
+    settings = EngineConfig(precision=options.precision, grad_clip_start=0, micro_batch=1)
     initialise(settings.timeout)
-    engine = Engine(VideoDiT(config), settings, options.micro_batches * ranks.world_size, ranks)
+    engine = Engine(Latte(config), settings, options.micro_batches * ranks.world_size, ranks)
     x = torch.randn(1, config.frames, config.channels, config.size, config.size)
     t = torch.full(x.shape[:2], 500)
     before = 0

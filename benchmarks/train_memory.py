@@ -1,4 +1,4 @@
-"""Peak memory of a rank in real ZeRO-2 steps, beside what `fvdm.plan` predicts.
+"""Peak memory of a rank in real ZeRO-2 steps, beside what `fvdm.training.plan` predicts.
 
     torchrun --nproc-per-node 2 benchmarks/train_memory.py --model XL/2 --size 16
 
@@ -17,13 +17,14 @@ import torch.distributed as dist
 
 from benchmarks.reporting import conclude
 from fvdm.config import fail
-from fvdm.diffusion import Diffusion
+from fvdm.diffusion.process import Diffusion
+from fvdm.diffusion.timesteps import sample_timesteps
 from fvdm.distributed import Ranks, from_environment, seed_everything
-from fvdm.ema import EMA
-from fvdm.engine import Engine, EngineConfig, initialise
-from fvdm.model import VideoDiT, preset
-from fvdm.plan import memory, parameters
-from fvdm.timesteps import sample_timesteps
+from fvdm.models.latte import Latte, preset
+from fvdm.training.config import EngineConfig
+from fvdm.training.ema import EMA
+from fvdm.training.engine import Engine, initialise
+from fvdm.training.plan import memory, parameters
 
 
 def peak(device: torch.device) -> float:
@@ -41,11 +42,11 @@ def steps(options: argparse.Namespace, ranks: Ranks) -> dict[str, float]:
         size=options.size,
         frames=options.frames,
         channels=options.channels,
-        recompute=options.recompute,
+        activation_checkpointing=options.activation_checkpointing,
     )
-    settings = EngineConfig(precision=options.precision, clip_from=0)
+    settings = EngineConfig(precision=options.precision, grad_clip_start=0)
     device = initialise(settings.timeout)
-    engine = Engine(VideoDiT(config).to(device), settings, options.micro_batch * ranks.world_size, ranks)
+    engine = Engine(Latte(config).to(device), settings, options.micro_batch * ranks.world_size, ranks)
     ema = EMA(engine.masters)
     built = peak(device)
     if device.type == "cuda":
@@ -88,7 +89,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=16, help="frames of a clip")
     parser.add_argument("--channels", type=int, default=4, help="latent channels")
     parser.add_argument("--micro-batch", type=int, default=1, help="clips of a rank")
-    parser.add_argument("--recompute", type=int, default=0, help="compute every k-th block again")
+    parser.add_argument("--activation-checkpointing", type=int, default=0, help="compute every k-th block again")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/train_memory"), help="journal of the run")

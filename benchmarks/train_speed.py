@@ -32,13 +32,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fvdm.attention import Backend
-from fvdm.compilation import compile_blocks
 from fvdm.config import fail
-from fvdm.ema import EMA
-from fvdm.model import ModelConfig, VideoDiT, preset
-from fvdm.plan import flops
-from fvdm.tracking import Tracker, TrackingConfig
+from fvdm.models.compilation import compile_blocks
+from fvdm.models.config import Backend
+from fvdm.models.latte import Latte, LatteConfig, preset
+from fvdm.tracking.config import TrackingConfig
+from fvdm.tracking.tracker import Tracker
+from fvdm.training.ema import EMA
+from fvdm.training.plan import flops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPE = ("width", "depth", "heads", "patch", "channels", "size", "frames")
@@ -99,14 +100,14 @@ def peer_class(where: str) -> Callable[..., nn.Module]:
 class Subject:
     """A network in training, ready to be timed."""
 
-    def __init__(self, name: str, config: ModelConfig, precision: str, batch: int, device: torch.device) -> None:
+    def __init__(self, name: str, config: LatteConfig, precision: str, batch: int, device: torch.device) -> None:
         torch.manual_seed(0)
         shape = {
             key: getattr(config, key) for key in ("width", "depth", "heads", "patch", "channels", "size", "frames")
         }
         dtype = DTYPES[precision]
         if name in OURS:
-            ours = VideoDiT(config).to(device, dtype)
+            ours = Latte(config).to(device, dtype)
             self.net: nn.Module = compile_blocks(ours) if name == "compiled" else ours
         else:
             self.net = (Diffusers if name == "diffusers" else peer_class(name))(**shape).to(device)
@@ -171,7 +172,7 @@ def matrix_rate(precision: str, device: torch.device) -> float:
     return 2 * n**3 / best
 
 
-def _own_peak(name: str, config: ModelConfig, precision: str, batch: int) -> float:
+def _own_peak(name: str, config: LatteConfig, precision: str, batch: int) -> float:
     """In a process of its own: bytes that two steps add to what the process holds before."""
     subject = Subject(name, config, precision, batch, torch.device("cpu"))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -180,7 +181,7 @@ def _own_peak(name: str, config: ModelConfig, precision: str, batch: int) -> flo
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024.0
 
 
-def peak_memory(name: str, config: ModelConfig, precision: str, batch: int, device: torch.device) -> float:
+def peak_memory(name: str, config: LatteConfig, precision: str, batch: int, device: torch.device) -> float:
     """Bytes that a training step needs on top of the network."""
     if device.type == "cuda":
         subject = Subject(name, config, precision, batch, device)
@@ -193,7 +194,7 @@ def peak_memory(name: str, config: ModelConfig, precision: str, batch: int, devi
         return process.submit(_own_peak, name, config, precision, batch).result()
 
 
-def parity(config: ModelConfig, device: torch.device) -> dict[str, float]:
+def parity(config: LatteConfig, device: torch.device) -> dict[str, float]:
     """How far the network's output with each attention backend that runs here is from exact float32 products.
 
     Returns:
@@ -205,7 +206,7 @@ def parity(config: ModelConfig, device: torch.device) -> dict[str, float]:
     backends: tuple[Backend, ...] = ("math", "sdpa", "flash")
     for precision, backend in itertools.product(("fp32", "bf16"), backends):
         torch.manual_seed(0)
-        net = VideoDiT(replace(config, attention=backend))
+        net = Latte(replace(config, attention=backend))
         for weight in net.parameters():
             if not weight.any():  # A new network's output is zero, whatever its attention does.
                 nn.init.normal_(weight, std=0.02)
@@ -215,7 +216,7 @@ def parity(config: ModelConfig, device: torch.device) -> dict[str, float]:
     return {f"attention {name}, distance": float((out - exact).norm() / exact.norm()) for name, out in outputs.items()}
 
 
-def measure(config: ModelConfig, options: argparse.Namespace, device: torch.device) -> dict[str, float]:
+def measure(config: LatteConfig, options: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Seconds, ratios to ours and utilisation, by name."""
     ours = OURS if options.compile else OURS[:1]
     names = [*ours, *(["diffusers"] if options.diffusers else []), *options.peer]

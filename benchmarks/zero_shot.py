@@ -28,27 +28,27 @@ if __package__ in (None, ""):  # run as a file: the folder above holds the packa
 import torch
 from torch import Tensor
 
-from benchmarks.baseline import replacement
 from benchmarks.models import open_model
 from benchmarks.plots import bars, curves
 from benchmarks.reporting import Data, Report, send
-from benchmarks.scores import drawn, feature_distance, psnr, ssim
 from benchmarks.smoke import smoke_clips
-from benchmarks.sources import Source, device, open_source
-from fvdm import fvd
 from fvdm.config import fail
-from fvdm.distances import quiet
+from fvdm.diffusion.sampling import SamplerConfig
+from fvdm.diffusion.solvers import solver
+from fvdm.diffusion.tasks import given_frames, on_window
+from fvdm.diffusion.timesteps import spaced
+from fvdm.diffusion.video import draw, place
+from fvdm.evaluation import fvd
+from fvdm.evaluation.distances import quiet
+from fvdm.evaluation.i3d import I3D, MIN_FRAMES
+from fvdm.evaluation.protocols import Clip, protocol, select_real
+from fvdm.evaluation.replacement import replacement
+from fvdm.evaluation.scores import drawn, feature_distance, psnr, ssim
+from fvdm.evaluation.sources import Source, device, open_source
 from fvdm.files import write_text
-from fvdm.i3d import I3D, MIN_FRAMES
-from fvdm.matrices import given_frames, on_window
-from fvdm.media import write_strips
-from fvdm.pipeline import Trained
-from fvdm.protocols import Clip, protocol, select_real
-from fvdm.samplers import How
-from fvdm.solvers import solver
-from fvdm.tasks import draw, place
-from fvdm.timesteps import spaced
-from fvdm.tracking import run_of
+from fvdm.generation.pipeline import Trained
+from fvdm.media.writing import write_strips
+from fvdm.tracking.tracker import run_of
 
 TASKS = ("image-to-video", "interpolate", "long")
 
@@ -71,10 +71,10 @@ class Method:
         y = torch.full((len(truth),), network.num_classes, device=latents.device) if network.num_classes else None
         length, options = truth.shape[1], self.options
         if self.name == "held":
-            how = How(solver(options.solver))
+            how = SamplerConfig(solver(options.solver))
             levels = spaced(how.solver.spacing, options.steps, trained.diffusion.noise_levels())
-            matrix = on_window(task, levels, network.frames, length).matrix
-            made = draw(trained.model, trained.diffusion, latents, matrix, seeds, how, y)
+            schedule = on_window(task, levels, network.frames, length).schedule
+            made = draw(trained.model, trained.diffusion, latents, schedule, seeds, how, y)
         else:
             repeats = options.resamples if self.name == "repaint" else 1
             made = replacement(
@@ -110,7 +110,7 @@ class Bench:
         window = trained.model.config.frames
         self.given = given_frames(task, window)
         self.frames = max(options.length, window) if task == "long" else window
-        stride = options.stride or trained.interval
+        stride = options.stride or trained.stride
         self.clips = select_real(protocol("even"), source.lengths, self.frames, stride, options.clips)
         self.drawn = drawn(self.frames, self.given)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fvdm.videos import Preprocess
+from fvdm.media.videos import Preprocess
 
 MEMORY = 8 * 2**30  # bytes of private memory that one decoder may take
 
@@ -138,7 +138,7 @@ class _Worker:
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["fvdm.videos"])
+        context.set_forkserver_preload(["fvdm.media.videos"])
         self.pipe, child = context.Pipe()
         self.process = context.Process(target=_work, args=(child,), daemon=True)
         self.process.start()
@@ -189,7 +189,7 @@ def _work(pipe: Connection) -> None:
     """The worker process: reads tasks until the pipe closes. A signal meant for the job is not for it."""
     import torch
 
-    from fvdm.videos import VideoError, estimate_frames, read_video
+    from fvdm.media.videos import VideoError, estimate_frames, read_video
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fvdm.config import fail
-from fvdm.media import write_mp4
+from fvdm.media.writing import write_mp4
 
 VIDEOS = ("carphone_pristine.mp4", "bigbuckbunny.mp4")
 SIDE = 144  # pixels; carphone has no more

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from data_prep.encoder import Progress
     from data_prep.reporting import Report
     from data_prep.shards import Plan, ShardPlan, Work
-    from fvdm.vae import VAE
+    from fvdm.media.vae import VAE
 
 
 def main(config: EncodeConfig) -> int:
@@ -159,7 +159,7 @@ def _finish(config: EncodeConfig, plan: "Plan", vae: "VAE", report: "Report", fr
     """Writes the manifest, prints the summary and returns the exit status."""
     from data_prep.planning import latent_shape
     from data_prep.shards import finish
-    from fvdm.shards import FORMAT
+    from fvdm.data.shards import FORMAT
 
     about = {
         "format": FORMAT,

@@ -20,11 +20,11 @@ import torch
 from data_prep.decoding import Rejected, Restarted, Task, decode
 from data_prep.samples import make_sample
 from data_prep.shards import Plan, ShardPlan, Work, stamp_of
-from fvdm.memory import keep_freed_memory
-from fvdm.videos import Info, Preprocess
+from fvdm.media.memory import keep_freed_memory
+from fvdm.media.videos import Info, Preprocess
 
 if TYPE_CHECKING:
-    from fvdm.vae import VAE
+    from fvdm.media.vae import VAE
 
 
 DEPTH = 8  # chunks in flight per thread that encodes: its next ones are there while finished videos are written

@@ -24,8 +24,8 @@ from data_prep.options import print_any_name
 if TYPE_CHECKING:
     import numpy as np
 
-    from fvdm.shards import LatentShards, Manifest
-    from fvdm.vae import VAE
+    from fvdm.data.shards import LatentShards, Manifest
+    from fvdm.media.vae import VAE
 
 ROWS, COLUMNS = 8, 8  # of the contact sheet
 
@@ -64,7 +64,7 @@ def verify(folder: Path) -> list[str]:
     Raises:
         ValueError: the folder holds no shards, or shards of another format.
     """
-    from fvdm.shards import Manifest
+    from fvdm.data.shards import Manifest
 
     path = folder / "manifest.json"
     if not path.exists():
@@ -82,7 +82,7 @@ def _verify_shard(folder: Path, manifest: "Manifest", name: str) -> Iterator[str
     import numpy as np
 
     from data_prep.samples import file_sha256, index_tar
-    from fvdm.shards import index_name, to_float32
+    from fvdm.data.shards import index_name, to_float32
 
     info = next(shard for shard in manifest.shards if shard.name == name)
     path, index = folder / name, folder / index_name(name)
@@ -111,7 +111,7 @@ def _verify_shard(folder: Path, manifest: "Manifest", name: str) -> Iterator[str
 
 def table(folder: Path) -> str:
     """A table of the splits, and one of the classes, as text."""
-    from fvdm.shards import Manifest, index_name
+    from fvdm.data.shards import Manifest, index_name
 
     manifest = Manifest.from_json((folder / "manifest.json").read_bytes(), str(folder))
     lines = [
@@ -146,8 +146,8 @@ def write_images(folder: Path, to: Path, vae_name: str | None, videos: str | Non
     """
     import torch
 
-    from fvdm.shards import Manifest
-    from fvdm.vae import load_vae
+    from fvdm.data.shards import Manifest
+    from fvdm.media.vae import load_vae
 
     manifest = Manifest.from_json((folder / "manifest.json").read_bytes(), str(folder))
     shards = _open(folder, _splits(manifest)[0])
@@ -180,7 +180,7 @@ def _videos(folder: Path) -> str | None:
 def _reconstruction(videos: str | None, shards: "LatentShards", vae: "VAE", path: Path) -> None:
     import numpy as np
 
-    from fvdm.videos import Preprocess, VideoError, read_video
+    from fvdm.media.videos import Preprocess, VideoError, read_video
 
     if videos is None:
         print("no reconstruction.png: there is no plan.json (--videos says where the videos are)")
@@ -205,7 +205,7 @@ def _decode(shards: "LatentShards", vae: "VAE", video: int, frames: "np.ndarray"
     """Frames of a video decoded from the mean of its latents: uint8 (n 3 s s)."""
     import torch
 
-    from fvdm.vae import sample_latents
+    from fvdm.media.vae import sample_latents
 
     moments = torch.from_numpy(shards.read(video, frames))
     latents = sample_latents(moments, shards.normalisation, None)
@@ -229,7 +229,7 @@ def _splits(manifest: "Manifest") -> list[str]:
 
 
 def _open(folder: Path, split: str) -> "LatentShards":
-    from fvdm.shards import LatentShards
+    from fvdm.data.shards import LatentShards
 
     return LatentShards(folder, split)
 

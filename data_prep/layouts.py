@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_prep.options import LAYOUTS, LayoutName
-from fvdm.videos import IMAGE_SUFFIXES, Preprocess
+from fvdm.media.videos import IMAGE_SUFFIXES, Preprocess
 
 VIDEO_SUFFIXES = frozenset(
     [

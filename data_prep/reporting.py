@@ -10,8 +10,8 @@ from tqdm import tqdm
 from data_prep.shards import WORK, atomic
 
 if TYPE_CHECKING:
-    from fvdm.shards import Manifest
-    from fvdm.tracking import Tracker
+    from fvdm.data.shards import Manifest
+    from fvdm.tracking.tracker import Tracker
 
 JOURNAL = ".mlflow"  # folder of the tracker's journal, in the folder of the shards
 EVERY = 10.0  # seconds between two points in MLflow
@@ -26,12 +26,13 @@ class Report:
         self.begun = self.last = time.monotonic()
         self.tracker: Tracker | None = None
         if uri != "none":
-            from fvdm import tracking
+            from fvdm.tracking import tracker
+            from fvdm.tracking.config import TrackingConfig
 
-            config = tracking.TrackingConfig(uri, experiment)
+            config = TrackingConfig(uri, experiment)
             name = _utf8(f"encode {out.resolve().name}")
             params = {key: _utf8(value) if isinstance(value, str) else value for key, value in params.items()}
-            self.tracker = tracking.Tracker(out / JOURNAL, config, name, params, {"kind": "encode"})
+            self.tracker = tracker.Tracker(out / JOURNAL, config, name, params, {"kind": "encode"})
 
     @property
     def seconds(self) -> float:

@@ -16,14 +16,31 @@ from fvdm.files import write_text
 
 T = TypeVar("T")
 
+# Former name of a setting -> its name now. The former ones are accepted for one release.
+FORMER_NAMES = {
+    "data.interval": "data.stride",
+    "interval": "stride",
+    "recompute": "activation_checkpointing",
+    "engine.clip": "engine.grad_clip",
+    "engine.clip_from": "engine.grad_clip_start",
+    "engine.bucket": "engine.reduce_bucket_size",
+    "show_matrix": "show_schedule",
+}
 
-def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
+
+def parse(
+    cls: type[T],
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+    positional: Sequence[str] = (),
+) -> T:
     """Fill a dataclass from `--config FILE.yaml` and `--dotted.name value`; later words win.
 
     Args:
         cls: a frozen dataclass; its fields may be dataclasses. Its docstrings are the text of `--help`.
         argv: the words; those of the command line when not given.
         description: what the program does.
+        positional: settings that the first words give without their names.
 
     Returns:
         An instance of `cls`.
@@ -36,7 +53,9 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
     parser.add_class_arguments(cls)
     _shorten(parser)
     try:
-        values = parser.parse_args(_words(parser, sys.argv[1:] if argv is None else list(argv)))
+        words = list(sys.argv[1:] if argv is None else argv)
+        named = [f"--{name}={word}" for name, word in zip(positional, words, strict=False) if word[:1] != "-"]
+        values = parser.parse_args(_words(parser, _rename_words(parser, named + words[len(named) :])))
         values.pop("config", None)
         return cls(**vars(parser.instantiate(values)))
     except ArgumentError as error:
@@ -66,6 +85,50 @@ def _words(parser: ArgumentParser, argv: list[str]) -> list[str]:
         if action is not None and not equals and alone and getattr(action, "_typehint", None) is bool:
             words[-1] += "=true"
     return words
+
+
+def current_names(values: dict[str, Any], section: str = "") -> dict[str, Any]:
+    """Settings that an earlier version wrote, nested or dotted, under the names that they have now."""
+    renamed = {}
+    for key, value in values.items():
+        name = FORMER_NAMES.get(section + key, section + key).removeprefix(section)
+        renamed[name] = current_names(value, f"{section}{key}.") if isinstance(value, dict) else value
+    return renamed
+
+
+def _rename_words(parser: ArgumentParser, words: list[str]) -> list[str]:
+    """Words, and YAML files, with former names of settings replaced; says so on stderr."""
+    import yaml
+
+    known = parser._option_string_actions
+    renamed = []
+    for k, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        new = FORMER_NAMES.get(name.removeprefix("--").replace("-", "_"), "")
+        if name.startswith("--") and name not in known and f"--{new}" in known:
+            _say_renamed(name.removeprefix("--"), new)
+            word = f"--{new}{equals}{value}"
+        path = value if name == "--config" and equals else word if k and words[k - 1] == "--config" else ""
+        if path and Path(path).is_file():
+            before = yaml.safe_load(Path(path).read_text())
+            after = current_names(before) if isinstance(before, dict) else before
+            if after != before:
+                for old, new in FORMER_NAMES.items():
+                    if _has(before, old):
+                        _say_renamed(f"{old} in {path}", new)
+                # jsonargparse takes the content of a file in place of its name.
+                word = word.removesuffix(path) + yaml.safe_dump(after, sort_keys=False)
+        renamed.append(word)
+    return renamed
+
+
+def _say_renamed(old: str, new: str) -> None:
+    print(f"the setting {old} is now called {new}; the former name will go away in the next release", file=sys.stderr)
+
+
+def _has(values: Any, dotted: str) -> bool:
+    key, _, rest = dotted.partition(".")
+    return isinstance(values, dict) and key in values and (not rest or _has(values[key], rest))
 
 
 def _names(defaults: Namespace) -> list[str]:

@@ -105,7 +105,7 @@ class StopFlag:
         return Stop(int(flag.item()))
 
 
-class RollCall:
+class HangDetector:
     """Finds out which rank holds the others up, when one of their collectives has failed.
 
     Its group is its own: that of the collective is of no use any more. It is gloo's, which returns an error where NCCL

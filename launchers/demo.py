@@ -31,7 +31,7 @@ def commands(extra: list[str]) -> dict[str, list[str]]:
     encode = ["data_prep/encode_latents.py", "--videos", "demo/clips", "--out", "demo/latents", "--size", SIZE]
     nodes = "1" if torch.cuda.device_count() == 1 else "2"
     train = ["launchers/slurm_train.py", "--cluster", "local", "--nodes", nodes, "--config", "configs/demo.yaml"]
-    generate = ["-m", "fvdm.generate", "--checkpoint", str(RUN), "--steps", "25"]
+    generate = ["-m", "fvdm", "generate", "--checkpoint", str(RUN), "--steps", "25"]
     fvd = ["benchmarks/fvd.py", "--protocol", "even", "--real", "demo/clips", "--fake", "demo/videos/fvd"]
     fvd += ["--fake-pattern", "generate-*.mp4"]
     tasks = {

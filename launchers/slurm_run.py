@@ -1,8 +1,8 @@
 """Run any script of the project on Slurm, in the way of slurm_train.py: a benchmark, an encoding, a generation.
 
     python launchers/slurm_run.py --gpus-per-node 1 benchmarks/fvd.py --real DIR --fake DIR
-    python launchers/slurm_run.py --nodes 2 -m fvdm.generate --checkpoint runs/mine --out out --num 64
-    python launchers/slurm_run.py --array 0-3 -m fvdm.generate --checkpoint runs/mine --seed {array}00 --out out/{array}
+    python launchers/slurm_run.py --nodes 2 -m fvdm generate --checkpoint runs/mine --out out --num 64
+    python launchers/slurm_run.py --array 0-3 -m fvdm generate --checkpoint runs/mine --seed {array}00 --out out/{array}
 
 Options before the script are the cluster's; those after it are the script's. Every rank runs it, with RANK, WORLD_SIZE
 and the rest of torch.distributed's environment set. An encoding has its own: encode_latents.py --cluster slurm.

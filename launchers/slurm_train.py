@@ -28,8 +28,8 @@ class Training(Job):
 
     def work(self) -> bool:
         """Train; True when the job was told to stop before the end."""
-        from fvdm.run import TrainConfig
-        from fvdm.train import train
+        from fvdm.training.config import TrainConfig
+        from fvdm.training.loop import train
 
         return bool(train(settings.parse(TrainConfig, self.words)))
 
@@ -55,7 +55,8 @@ def plan(options: argparse.Namespace, words: list[str]) -> tuple[list[Training],
     Raises:
         ValueError: if anything is wrong that can be known before a job waits in a queue.
     """
-    from fvdm.run import TrainConfig, check
+    from fvdm.training.config import TrainConfig
+    from fvdm.training.run import check
 
     resources = Resources.from_options(options)
     jobs = []

@@ -173,7 +173,7 @@ def make_shards(
 
 def manifest_fields(flip: bool) -> dict[str, object]:
     """The fields of a manifest that the encoder fills in."""
-    from fvdm.shards import FORMAT
+    from fvdm.data.shards import FORMAT
 
     return {
         "format": FORMAT,

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from fvdm.diffusion import Diffusion
-from fvdm.model import VideoDiT, preset
+from fvdm.diffusion.process import Diffusion
+from fvdm.models.latte import Latte, preset
 from tests.latte import randomised
 
 DIFFUSION = Diffusion()
@@ -31,7 +31,7 @@ def oracle(x_0, diffusion=DIFFUSION):
 
 def disturbed(diffusion=DIFFUSION, **changes):
     """The exact denoiser of unit Gaussian data, disturbed by a random network: samples are of the size of latents."""
-    net = randomised(VideoDiT(replace(preset("T/2"), size=4, frames=8, **changes))).eval()
+    net = randomised(Latte(replace(preset("T/2"), size=4, frames=8, **changes))).eval()
 
     def model(x, t, y=None):
         alpha, sigma = (level.float() for level in diffusion.levels(t))

@@ -51,7 +51,7 @@ class Block(nn.Module):
         return x + g2[:, None] * self.mlp(norm(x) * (1 + b2[:, None]) + a2[:, None])
 
 
-class Latte(nn.Module):
+class OfficialLatte(nn.Module):
     """`forward(x (b f c h w), t (b) in 0..999, y (b) or None)`."""
 
     def __init__(

@@ -3,7 +3,8 @@
 import itertools
 from dataclasses import replace
 
-from fvdm.data import DataConfig, batches
+from fvdm.data.config import DataConfig
+from fvdm.data.loader import batches
 
 LENGTHS = [20, 17, 60, 16, 33, 48, 16, 47, 18, 21, 90]  # 11 videos in uneven shards of 3, 3, 3, 2
 

@@ -4,7 +4,7 @@ from typing import Literal
 import pytest
 
 from fvdm import config as settings
-from fvdm.train import TrainConfig
+from fvdm.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Handy:
     """
 
     class_: str = ""
-    show_matrix: bool = False
+    show_schedule: bool = False
     given_noise: int = 0
 
 
@@ -119,9 +119,9 @@ class Handy:
     [
         (["--class", "dog"], Handy("dog")),
         (["--class=dog"], Handy("dog")),
-        (["--show-matrix"], Handy(show_matrix=True)),
-        (["--show-matrix", "false"], Handy(show_matrix=False)),
-        (["--show_matrix", "--given-noise", "5"], Handy(show_matrix=True, given_noise=5)),
+        (["--show-matrix"], Handy(show_schedule=True)),
+        (["--show-matrix", "false"], Handy(show_schedule=False)),
+        (["--show_matrix", "--given-noise", "5"], Handy(show_schedule=True, given_noise=5)),
         (["--given-noise=-5"], Handy(given_noise=-5)),
         (["--class", "--show-matrix"], None),
     ],

@@ -5,10 +5,9 @@ import shlex
 from pathlib import Path
 
 from fvdm import config as settings
-from fvdm.convert import ConvertConfig
-from fvdm.generate import GenerateConfig
-from fvdm.matrices import TASKS
-from fvdm.recipe import indices
+from fvdm.cli.convert import ConvertConfig
+from fvdm.diffusion.tasks import TASKS
+from fvdm.generation.config import GenerateCommand, indices
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -16,8 +15,8 @@ TEXT = (ROOT / "docs" / "tasks.md").read_text()
 
 
 def test_every_command_of_the_tasks_page_parses_and_every_task_has_one():
-    commands = re.findall(r"-m fvdm\.generate (.*)", TEXT)
-    parsed = [settings.parse(GenerateConfig, shlex.split(command)) for command in commands]
+    commands = re.findall(r"fvdm generate (.*)", TEXT)
+    parsed = [settings.parse(GenerateCommand, shlex.split(command)) for command in commands]
     assert {config.task for config in parsed} == set(TASKS)
     assert all(isinstance(indices(config.frames), tuple) for config in parsed)
     assert all(f"| `{task}` |" in TEXT for task in TASKS)
@@ -25,7 +24,7 @@ def test_every_command_of_the_tasks_page_parses_and_every_task_has_one():
 
 def test_every_option_that_the_tasks_page_names_exists():
     words = {word.replace("-", "_") for word in re.findall(r"--([a-z][a-z-]+)", TEXT)} - {"nproc_per_node", "class"}
-    known = set(settings.flatten(GenerateConfig("x"))) | set(ConvertConfig.__dataclass_fields__)
+    known = set(settings.flatten(GenerateCommand("x"))) | set(ConvertConfig.__dataclass_fields__)
     assert words <= known
 
 
@@ -39,10 +38,10 @@ def test_the_pictures_are_there():
 
 def test_the_commands_of_the_readme_parse_and_come_after_the_environment():
     """Packages are in an environment of the project's own: a python before it is entered has none of them."""
-    typed = re.findall(r"^    (.*(?:python|torchrun|pip|activate).*)$", README, re.MULTILINE)
+    typed = re.findall(r"^    (.*(?:python|fvdm|torchrun|pip|activate).*)$", README, re.MULTILINE)
     assert typed[0] == "make install && . .venv/bin/activate"
     assert not [line for line in typed if line.startswith("pip ")]
-    commands = [line for line in typed if "-m fvdm.generate " in line]
+    commands = [line for line in typed if "fvdm generate " in line]
     assert len(commands) >= 5
     for command in commands:
-        settings.parse(GenerateConfig, shlex.split(command.partition("-m fvdm.generate ")[2]))
+        settings.parse(GenerateCommand, shlex.split(command.partition("fvdm generate ")[2]))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fvdm.media import FORMATS
-from fvdm.pipeline import EXAMPLE, generate, load
+from fvdm.generation.pipeline import EXAMPLE, load
+from fvdm.media.writing import FORMATS
 
 ROOT = Path(__file__).parent.parent
 IMAGES = sorted((ROOT / "docs" / "examples").glob("*.png"))
@@ -18,7 +18,7 @@ def test_the_example_is_small_and_loads_by_name():
     assert sum(path.stat().st_size for path in EXAMPLE.iterdir()) < 10e6
     trained = load("example", device="cpu")
     assert trained.folder == EXAMPLE
-    video = generate(trained, num=1, steps=2)
+    video = trained.generate(num=1, steps=2)
     assert video.shape == (1, trained.model.config.frames, 3, trained.size, trained.size)
 
 
@@ -38,7 +38,7 @@ def test_the_images_have_a_page_that_names_their_origin():
 
 @pytest.mark.slow
 def test_the_command_of_the_readme_makes_a_video_in_a_fresh_process(tmp_path):
-    command = [sys.executable, "-m", "fvdm.generate", "--checkpoint", "example", "--task", "image-to-video"]
+    command = [sys.executable, "-m", "fvdm", "generate", "--checkpoint", "example", "--task", "image-to-video"]
     command += ["--given", str(IMAGES[0]), "--num", "1", "--out", "out"]
     where = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
     done = subprocess.run(command, cwd=tmp_path, env=where, capture_output=True, text=True, timeout=300)

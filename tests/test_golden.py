@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
-from fvdm.compilation import compile_blocks
-from fvdm.diffusion import Diffusion
+from fvdm.diffusion.process import Diffusion
+from fvdm.diffusion.timesteps import sample_timesteps
 from fvdm.distributed import from_environment
-from fvdm.engine import Engine, EngineConfig, initialise
-from fvdm.model import VideoDiT, preset
-from fvdm.timesteps import sample_timesteps
+from fvdm.models.compilation import compile_blocks
+from fvdm.models.latte import Latte, preset
+from fvdm.training.config import EngineConfig
+from fvdm.training.engine import Engine, initialise
 
 STEPS = 20
 CONFIG = replace(preset("T/2"), depth=4, size=8, frames=6, attention="math")
@@ -22,7 +23,7 @@ CONFIG = replace(preset("T/2"), depth=4, size=8, frames=6, attention="math")
 
 def network(**changes):
     torch.manual_seed(0)
-    return VideoDiT(replace(CONFIG, **changes))
+    return Latte(replace(CONFIG, **changes))
 
 
 def draws():
@@ -53,14 +54,21 @@ def plain(linear, x, shift, scale):
 @pytest.fixture(scope="module")
 def golden():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fvdm.model.modulated", plain)
+        patch.setattr("fvdm.models.latte.modulated", plain)
         losses = train(network(), foreach=False, fused=False)
     assert losses[-1] < losses[0] - 0.01, "it learns"
     return pytest.approx(losses, abs=1e-5)
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"recompute": 1}, {"recompute": 3}, {"attention": "sdpa"}, {"attention": "auto"}]
+    "changes",
+    [
+        {},
+        {"activation_checkpointing": 1},
+        {"activation_checkpointing": 3},
+        {"attention": "sdpa"},
+        {"attention": "auto"},
+    ],
 )
 def test_settings_of_the_network_leave_the_losses(golden, changes):
     assert train(network(**changes), fused=True) == golden
@@ -89,7 +97,7 @@ def test_compiled_blocks_leave_the_losses_under_zero_2_and_compile_once(golden, 
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     ranks = from_environment()
     initialise(60)
-    model = compile_blocks(network(recompute=2))  # One of the kinds is computed again.
+    model = compile_blocks(network(activation_checkpointing=2))  # One of the kinds is computed again.
     engine = Engine(model, EngineConfig(lr=1e-3, precision="fp32"), 2, ranks)
     losses, before = [], graphs()
     try:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from fvdm import checkpoint as ckpt
+from fvdm.checkpoints import checkpoint as ckpt
 from fvdm.distributed import free_port
 
 ROOT = Path(__file__).parent.parent
-WORDS = ["--model", "T/2", "--data.frames", "6", "--data.interval", "1", "--data.batch_size", "4"]
-WORDS += ["--data.workers", "0", "--engine.lr", "1e-3", "--engine.clip_from", "0", "--ema_decay", "0.9"]
+WORDS = ["--model", "T/2", "--data.frames", "6", "--data.stride", "1", "--data.batch_size", "4"]
+WORDS += ["--data.workers", "0", "--engine.lr", "1e-3", "--engine.grad_clip_start", "0", "--ema_decay", "0.9"]
 WORDS += ["--engine.precision", "fp32", "--engine.timeout", "60", "--log_every", "1", "--stop_every", "1"]
 WORDS += ["--checkpoint.every", "1000", "--previews.every", "0", "--tracking.system_metrics", "false"]
 
@@ -33,7 +33,7 @@ def environment(rank, world_size, port):
 
 def start(world_size, arguments, folder, **more):
     port = free_port()
-    command = [sys.executable, "-m", "fvdm.train", *arguments]
+    command = [sys.executable, "-m", "fvdm.training.loop", *arguments]
     return [
         subprocess.Popen(
             command,

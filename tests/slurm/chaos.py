@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import psutil
 
-from fvdm import checkpoint as ckpt
+from fvdm.checkpoints import checkpoint as ckpt
 from tests.data_fixtures import make_shards
 from tests.slurm.cluster import Cluster, can_cut, ranks
 from tests.trainings import losses, words

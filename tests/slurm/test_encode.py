@@ -5,7 +5,7 @@ import subprocess
 import pytest
 
 from tests.data_fixtures import cut, make_vae, write_video
-from tests.test_encode_latents import contents, encode
+from tests.data_prep.test_encode_latents import contents, encode
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from fvdm import checkpoint as ckpt
+from fvdm.checkpoints import checkpoint as ckpt
 from tests.data_fixtures import make_shards
 from tests.slurm.chaos import ENDED, KINDS, SHORT, chaos, schedule
 from tests.slurm.cluster import MISSING, ROOT, installed, ranks

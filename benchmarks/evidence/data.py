@@ -1,0 +1,136 @@
+"""The clips of benchmarks/evidence.py: training and held-out videos of a set, and latents of both."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.evidence.plan import ROOT, SetConfig
+from benchmarks.smoke import smoke_clips
+from data_prep.layouts import list_videos
+from fvdm.files import write_text
+
+VIDEOS = "FVDM_EVIDENCE_VIDEOS"
+DIGITS = "FVDM_EVIDENCE_DIGITS"
+SPLITS = ("train", "test")
+
+
+def folders(words: Sequence[str], sets: Mapping[str, SetConfig]) -> dict[str, Path]:
+    """Which folder of videos is which set's.
+
+    Args:
+        words: NAME=DIR, or DIR where one set alone takes videos; those of the environment variable if there are none.
+        sets: by name.
+
+    Raises:
+        ValueError: if a name is unknown, or a folder is not there.
+    """
+    words = list(words) or [word for word in os.environ.get(VIDEOS, "").split(os.pathsep) if word]
+    wanted = [name for name, config in sets.items() if config.kind == "videos"]
+    found: dict[str, Path] = {}
+    for word in words:
+        name, _, path = word.rpartition("=")
+        name = name or (wanted[0] if len(wanted) == 1 else "")
+        if name not in wanted:
+            raise ValueError(f"--videos {word}: write NAME=DIR, where NAME is one of {', '.join(wanted)}")
+        if not Path(path).is_dir():
+            raise ValueError(f"--videos {word}: {path} is not a folder")
+        found[name] = Path(path)
+    return found
+
+
+def made_of(data: Path, sets: Mapping[str, SetConfig]) -> list[str]:
+    """The words of the command line that name what the clips in a folder were made of."""
+    videos, digits = [], []
+    for name, config in sets.items():
+        record = data / name / ("split.txt" if config.kind == "videos" else "digits.txt")
+        if record.exists():
+            path = record.read_text().splitlines()[0].removeprefix("videos ")
+            videos += [f"{name}={path}"] if config.kind == "videos" else []
+            digits += [path] if config.kind == "digits" else []
+    return [*(["--videos", *videos] if videos else []), *(["--digits", digits[0]] if digits else [])]
+
+
+def prepare(name: str, config: SetConfig, out: Path, videos: Path | None, digits: str) -> None:
+    """Make, or split, the videos of a set into `out/train` and `out/test`, and encode both; what is there stays.
+
+    Args:
+        name: of the set.
+        config: of the set.
+        out: folder for it.
+        videos: folder of real videos, for a set of that kind.
+        digits: see data_prep/moving_digits.py.
+
+    Raises:
+        ValueError: if there are no videos, or they cannot be used.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if config.kind == "digits":
+        digits = digits or os.environ.get(DIGITS, "")
+        if digits:
+            write_text(out / "digits.txt", f"{Path(digits).resolve()}\n")
+        shared = ["--size", str(config.size), *(["--digits", digits] if digits else [])]
+        _make_digits(out / "train", ["--clips", str(config.clips_made), "--frames", str(2 * config.frames), *shared])
+        frames = str(max(config.length, config.frames))
+        _make_digits(out / "test", ["--clips", str(config.clips_held_out), "--frames", frames, "--held-out", *shared])
+    elif videos is None and not (out / "split.txt").exists():
+        raise ValueError(
+            f"the set {name} needs real videos: give a folder of them with --videos {name}=DIR, or name it in {VIDEOS}"
+        )
+    elif videos is not None:
+        _split(videos, out, config.hold_out, bool(config.train.get("conditional")))
+    for split in SPLITS:
+        _encode(out / split, out / f"latents-{split}", config)
+
+
+def smoke_videos(out: Path) -> Path:
+    """A folder of real clips for `--budget smoke`."""
+    return smoke_clips(out)
+
+
+def _make_digits(out: Path, words: Sequence[str]) -> None:
+    if not (out / "paths.json").exists():
+        _run("moving_digits.py", "--out", str(out), *words)
+
+
+def _split(videos: Path, out: Path, every: int, conditional: bool) -> None:
+    """Link the videos of a folder into two: every so-many-th, in sorted order, is held out. Written once."""
+    record = out / "split.txt"
+    names = sorted(source.name for source in list_videos(str(videos)).sources)
+    lines = [f"{SPLITS[k % every == every - 1]} {name}" for k, name in enumerate(names)]
+    text = "\n".join([f"videos {videos.resolve()}", *lines]) + "\n"
+    if record.exists():
+        if record.read_text() != text:
+            raise ValueError(
+                f"{record} was made of other videos than {videos} has now: held-out clips would mix with trained "
+                f"ones; give the same folder, or another --out"
+            )
+        return
+    if len(names) < every:
+        raise ValueError(f"{videos} holds {len(names)} videos; {every} or more are needed to hold one out")
+    for line in lines:
+        split, _, name = line.partition(" ")
+        # Frame folders tell their layout, and class folders their labels, by where they lie.
+        keep = conditional or (videos / name).is_dir()
+        link = out / split / (name if keep else name.replace("/", "__"))
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to((videos / name).resolve())
+    write_text(record, text)
+
+
+def _encode(videos: Path, latents: Path, config: SetConfig) -> None:
+    if (latents / "manifest.json").exists():
+        return
+    words = ["--videos", str(videos), "--out", str(latents), "--size", str(config.size), "--vae", config.vae]
+    more = ["--no-flip"] if not config.train.get("data.flip", True) else []
+    more += ["--min-frames", str(config.frames)] if config.kind == "digits" else []
+    _run("encode_latents.py", *words, *more, "--mlflow", "none")
+
+
+def _run(script: str, *words: str) -> None:
+    """Run a script of data_prep; ValueError if it fails, with the sentence it has printed above."""
+    command = [sys.executable, str(ROOT / "data_prep" / script), *words]
+    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        raise ValueError(f"{script} could not make the clips; see above")

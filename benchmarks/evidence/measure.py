@@ -1,0 +1,242 @@
+"""The measurements of benchmarks/evidence.py: clips are sampled and scored a few at a time, each part a file.
+
+Several processes share the parts: who holds a part's lock does it. A killed process leaves no lock, so the next start
+does what it left.
+"""
+
+import fcntl
+import json
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.evidence.plan import Job, SetConfig
+from benchmarks.evidence.scores import centres, distance_from_path, neighbour_table, path_residual
+from benchmarks.models import open_model
+from benchmarks.zero_shot import Method
+from fvdm.diffusion.tasks import given_frames
+from fvdm.evaluation import fvd
+from fvdm.evaluation.i3d import I3D, load_i3d
+from fvdm.evaluation.protocols import Clip, protocol, select_real
+from fvdm.evaluation.scores import drawn, psnr
+from fvdm.evaluation.sources import Files, device
+from fvdm.files import whole
+from fvdm.generation.pipeline import Trained
+
+FIRST_SEED = 1000  # of the first sampled clip; clip k has this + k in every arm, so that arms are compared on the same
+SHOWN = 4  # clips of a measurement that are kept for the eye
+SHORT = 16  # frames of the windows at both ends of a long video
+
+
+def windows(config: SetConfig, lengths: list[int], frames: int, clips: int, stride: int = 0) -> list[Clip]:
+    """Real clips: by the set's protocol where that is published, else windows spread over every video.
+
+    Args:
+        config: of the set.
+        lengths: frames of its videos.
+        frames: of a clip.
+        clips: most of them.
+        stride: every so-many-th frame; 0 is the stride of the training.
+
+    Raises:
+        ValueError: if fewer than two videos are long enough.
+    """
+    stride = stride or config.stride
+    if config.published:
+        return select_real(protocol(config.protocol), lengths, frames, stride, clips)
+    span = (frames - 1) * stride + 1
+    usable = [video for video, length in enumerate(lengths) if length >= span]
+    found = []
+    for video in usable:
+        for window in range(config.windows):
+            begin = window * (lengths[video] - span) // max(1, config.windows - 1)
+            found.append(Clip(video, tuple(range(begin, begin + span, stride))))
+    if len(usable) < 2:
+        raise ValueError(f"{len(usable)} videos have {span} frames; give longer ones, or lower the set's stride")
+    count = min(clips, len(found))
+    return [found[k * len(found) // count] for k in range(count)]
+
+
+class Bench:
+    """What the measurements of one set share."""
+
+    def __init__(self, name: str, config: SetConfig, out: Path, checkpoint: Callable[[Job], Path], batch: int) -> None:
+        self.name, self.config, self.out, self.batch = name, config, out, batch
+        self.checkpoint = checkpoint
+        self._opened: tuple[Path, Trained] | None = None
+
+    def folder(self, job: Job) -> Path:
+        """Where a measurement's parts are."""
+        return self.out / "measured" / job.name
+
+    @cached_property
+    def sources(self) -> dict[str, Files]:
+        """The real videos by split."""
+        return {
+            split: Files(str(self.out / "data" / self.name / split), self.config.size) for split in ("train", "test")
+        }
+
+    @cached_property
+    def paths(self) -> dict[str, list[list[float]]]:
+        """Where the held-out digits truly are, by the name of the video."""
+        return json.loads((self.out / "data" / self.name / "test" / "paths.json").read_text())
+
+    @cached_property
+    def net(self) -> I3D:
+        """The detector."""
+        return load_i3d(device=device())
+
+    def frames(self, job: Job) -> int:
+        """Frames of the videos of a measurement."""
+        return self.config.length if job.task == "long" else self.config.frames
+
+    def clips(self, job: Job) -> list[Clip]:
+        """The real clips that belong to it: what is measured, what is given, or what is compared with."""
+        # A protocol has a stride of its own for what FVD compares with; a truth runs as the model was trained.
+        stride = self.stride if job.task == "generate" else self.config.stride
+        return windows(self.config, self.sources[self.split(job)].lengths, self.frames(job), job.clips, stride)
+
+    def split(self, job: Job) -> str:
+        """The split that its real clips are of: what generated clips are compared with, else what was held out."""
+        if job.method == "sampled":
+            return self.config.reference
+        return "train" if job.method == "train" else "test"
+
+    @property
+    def stride(self) -> int:
+        """Of the real clips that FVD compares generated ones with."""
+        config = self.config
+        return protocol(config.protocol).stride_on(self.name) if config.published else config.stride
+
+    def own_truth(self, job: Job) -> bool:
+        """Whether its truth are other clips than those of generate/test."""
+        return job.task == "long" or self.config.published
+
+    def count(self, job: Job) -> int:
+        """How many clips it has; fewer than asked for where there are fewer real ones."""
+        return job.clips if job.method == "sampled" else len(self.clips(job))
+
+    def trained(self, job: Job) -> Trained:
+        """The model of a measurement; the last one is kept."""
+        path = self.checkpoint(job)
+        if self._opened is None or self._opened[0] != path:
+            self._opened = (path, open_model(str(path)))
+        return self._opened[1]
+
+    def parts(self, job: Job) -> list[Path]:
+        """The files of a measurement."""
+        return [self.folder(job) / f"part-{k:04d}.npz" for k in range(-(-self.count(job) // self.batch))]
+
+    def done(self, job: Job) -> bool:
+        """Whether all of it is there."""
+        return all(path.exists() for path in self.parts(job))
+
+    def read(self, job: Job) -> dict[str, np.ndarray]:
+        """All parts of a measurement, joined; what is shown, of the first part."""
+        tables = [dict(np.load(path, allow_pickle=False)) for path in self.parts(job)]
+        joined = {name: np.concatenate([t[name] for t in tables]) for name in tables[0] if not name.startswith("shown")}
+        return joined | {name: value for name, value in tables[0].items() if name.startswith("shown")}
+
+    def work(self, job: Job) -> None:
+        """Do the parts that nobody has done or is doing."""
+        for number, path in enumerate(self.parts(job)):
+            if path.exists():
+                continue
+            with claimed(path) as mine:
+                if mine and not path.exists():
+                    began = time.monotonic()
+                    result = self.measure(job, range(number * self.batch, (number + 1) * self.batch))
+                    result["seconds"] = np.array([time.monotonic() - began])
+                    _save(result, path)
+
+    @torch.no_grad()
+    def measure(self, job: Job, numbers: range) -> dict[str, np.ndarray]:
+        """Scores of some clips of a measurement, by name, each with a row per clip."""
+        numbers = range(numbers.start, min(numbers.stop, self.count(job)))
+        seeds = range(FIRST_SEED + numbers.start, FIRST_SEED + numbers.stop)
+        if job.method == "sampled":
+            return self._score(job, self._sample(job, seeds), None, [])
+        real = [self.clips(job)[k] for k in numbers]
+        truth = self.sources[self.split(job)].read(real)
+        if job.method == "loss":
+            trained = self.trained(job)
+            latents = trained.vae.encode_mean(truth)
+            classes = trained.model.config.num_classes
+            hidden = torch.full((len(latents),), classes, device=latents.device) if classes else None
+            table = neighbour_table(trained.model, trained.diffusion, latents, seeds.start, hidden)
+            return {"table": table.cpu().numpy()}
+        if job.method in ("train", "test"):
+            return self._score(job, truth, None, real)
+        return self._score(job, self._draw(job, truth, seeds), truth, real)
+
+    def _sample(self, job: Job, seeds: range) -> Tensor:
+        solver, _, steps = job.sampler.partition(":")
+        guidance = self.config.guidance
+        return self.trained(job).generate(
+            num=len(seeds),
+            batch_size=len(seeds),
+            seed=seeds.start,
+            steps=int(steps),
+            solver=solver,
+            guidance=guidance,
+        )
+
+    def _draw(self, job: Job, truth: Tensor, seeds: range) -> Tensor:
+        solver, _, steps = (job.sampler or "ddim:1").partition(":")
+        options = Namespace(solver=solver, steps=int(steps), resamples=1)
+        given = given_frames(job.task, self.config.frames)
+        if job.method == "frozen":
+            return truth[:, [max((g for g in given if g <= k), default=given[0]) for k in range(truth.shape[1])]]
+        return Method(job.method, self.trained(job), options)(job.task, truth, given, seeds)
+
+    def _score(self, job: Job, video: Tensor, truth: Tensor | None, real: list[Clip]) -> dict[str, np.ndarray]:
+        config = self.config
+        result = {"shown": video[:SHOWN].numpy()}
+        if truth is not None:
+            result["shown_truth"] = truth[:SHOWN].numpy()
+            new = drawn(self.frames(job), given_frames(job.task, config.frames))
+            result["psnr"] = psnr(video[:, new], truth[:, new]).numpy()
+        if config.i3d:
+            result |= self._features(job, video, "features")
+            if truth is not None and self.own_truth(job):
+                result |= self._features(job, truth, "truth_features")
+        if config.kind == "digits":
+            where = centres(video)
+            result["residual"] = path_residual(where[:, : config.frames], config.size)
+            result["residual_last"] = path_residual(where[:, -config.frames :], config.size)
+            if truth is not None:
+                names = self.sources["test"].names
+                flown = np.array([[self.paths[names[clip.video]][f] for f in clip.frames] for clip in real])
+                result["motion"] = distance_from_path(where[:, new], flown[:, new])
+        return result
+
+    def _features(self, job: Job, video: Tensor, name: str) -> dict[str, np.ndarray]:
+        """What the detector makes of clips; of long ones at both ends."""
+        ends = {name: video[:, :SHORT]} | ({f"{name}_last": video[:, -SHORT:]} if job.task == "long" else {})
+        resize = protocol(self.config.protocol).resize
+        return {key: fvd.features(self.net, part, resize=resize).cpu().numpy() for key, part in ends.items()}
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether this process, and no other, may write a file for now."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+
+
+def _save(result: dict[str, np.ndarray], path: Path) -> None:
+    with whole(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **result)  # type: ignore[arg-type]

@@ -1,0 +1,199 @@
+"""What benchmarks/evidence.py does, as data: sets of clips, arms, trainings and measurements of a budget. Pure."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fvdm import config as settings
+
+ROOT = Path(__file__).parents[2]
+BUDGETS = ("cpu-2h", "gpu-20min", "paper", "smoke")
+SCALAR = 0.0  # p of the baseline, Latte's one timestep per clip
+
+
+@dataclass(frozen=True)
+class SetConfig:
+    """One set of clips, and what is asked of it.
+
+    Attributes:
+        kind: videos, a folder of real videos; or digits, moving digits that are made.
+        size: side of the frames in pixels.
+        vae: VAE by name or path.
+        frames: frames of a clip.
+        stride: every so-many-th frame of a video.
+        hold_out: every so-many-th video is kept for tests.
+        clips_made: digits: clips made for training.
+        clips_held_out: digits: clips made for tests, on paths of their own.
+        model: size and patch of every arm.
+        models: other sizes, trained at p = 0.2.
+        p: the arms; 0 is the scalar baseline.
+        seeds: of trainings; each arm is trained once with each.
+        steps: optimizer steps.
+        train: further settings of the training, by name.
+        protocol: of the FVD; see fvdm.evaluation.protocols.
+        reference: the split that generated clips are compared with.
+        windows: clips cut from each video of the set.
+        clips: clips behind each number.
+        i3d: measure FVD and the distance of features.
+        samplers: SOLVER:STEPS, each used by the p = 0.2 arm of the first seed; the first is used by all.
+        tasks: tasks with given frames, of image-to-video, interpolate and long.
+        length: frames of the task long.
+        long_clips: clips of the task long.
+        guidance: of class-conditional models.
+    """
+
+    kind: Literal["videos", "digits"] = "videos"
+    size: int = 64
+    vae: str = "builtin"
+    frames: int = 16
+    stride: int = 1
+    hold_out: int = 5
+    clips_made: int = 1000
+    clips_held_out: int = 64
+    model: str = "XS/4"
+    models: tuple[str, ...] = ()
+    p: tuple[float, ...] = (0.0, 0.2, 1.0)
+    seeds: tuple[int, ...] = (0, 1)
+    steps: int = 1000
+    train: dict[str, Any] = field(default_factory=dict)
+    protocol: str = "even"
+    reference: Literal["train", "test"] = "test"
+    windows: int = 2
+    clips: int = 64
+    i3d: bool = True
+    samplers: tuple[str, ...] = ("ddim:50",)
+    tasks: tuple[str, ...] = ("image-to-video", "interpolate")
+    length: int = 128
+    long_clips: int = 16
+    guidance: float = 1.0
+
+    @property
+    def published(self) -> bool:
+        """Whether FVD follows a published protocol, which has its own stride and counts."""
+        return self.protocol != "even"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A size of the whole undertaking.
+
+    Attributes:
+        sets: the sets of clips by name.
+        cluster: where trainings run, as slurm_train.py has it.
+        nodes: nodes, or processes here, of each training.
+        gpus: GPUs of each training's node; -1 is as many as there are.
+        workers: trainings, and processes that measure, side by side on this machine.
+        batch: clips that are sampled at once.
+    """
+
+    sets: dict[str, SetConfig]
+    cluster: Literal["auto", "slurm", "local"] = "local"
+    nodes: int = 1
+    gpus: int = -1
+    workers: int = 2
+    batch: int = 8
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training.
+
+    Attributes:
+        data: name of its set.
+        model: size and patch.
+        p: probability of a timestep per frame.
+        seed: of initial weights, data order and noise: equal in all arms of that seed.
+    """
+
+    data: str
+    model: str
+    p: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return f"{self.data}_{self.model.replace('/', '-')}_p{self.p:g}_s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement: clips of one arm (or of none), made in one way.
+
+    Attributes:
+        data: name of the set.
+        arm: what makes the clips; None for real clips and for what needs no model.
+        task: generate, image-to-video, interpolate, long, or validation.
+        method: sampled, held, replacement, frozen, vae, test or train (real clips of that split), or loss.
+        sampler: SOLVER:STEPS; empty where nothing is sampled.
+        clips: how many.
+    """
+
+    data: str
+    arm: Arm | None
+    task: str
+    method: str
+    sampler: str
+    clips: int
+
+    @property
+    def name(self) -> str:
+        """Its folder, and what `--only` matches."""
+        who = self.arm.name if self.arm else self.data
+        return "/".join(filter(None, (who, self.task, self.method, self.sampler.replace(":", "-"))))
+
+
+def read_budget(name: str) -> Budget:
+    """The budget of configs/evidence/NAME.yaml.
+
+    Raises:
+        ValueError: if it holds a setting that there is not.
+    """
+    return settings.parse(Budget, ["--config", str(ROOT / "configs" / "evidence" / f"{name}.yaml")])
+
+
+def base_p(config: SetConfig) -> float:
+    """The probability at which samplers and sizes are compared: the paper's 0.2, or the smallest above 0."""
+    return 0.2 if 0.2 in config.p else min(p for p in config.p if p > SCALAR)
+
+
+def arms(name: str, config: SetConfig) -> list[Arm]:
+    """The trainings of a set: every p at one size, every other size at the base p; seed by seed."""
+    kinds = [(config.model, p) for p in config.p] + [(model, base_p(config)) for model in config.models]
+    return [Arm(name, model, p, seed) for seed in config.seeds for model, p in dict.fromkeys(kinds)]
+
+
+def jobs(name: str, config: SetConfig) -> Iterator[Job]:
+    """The measurements of a set."""
+    first = config.samplers[0]
+    for split in ("test", "train"):
+        yield Job(name, None, "generate", split, "", config.clips)
+    for arm in arms(name, config):
+        yield Job(name, arm, "generate", "sampled", first, config.clips)
+        if arm.model == config.model:
+            yield Job(name, arm, "validation", "loss", "", config.clips)
+    best = Arm(name, config.model, base_p(config), config.seeds[0])
+    for task in config.tasks:
+        clips = config.long_clips if task == "long" else config.clips
+        for seed in config.seeds:
+            for p, method in ((SCALAR, "replacement"), (base_p(config), "held")):
+                yield Job(name, Arm(name, config.model, p, seed), task, method, first, clips)
+        yield Job(name, None, task, "frozen", "", clips)
+        yield Job(name, best, task, "vae", "", clips)
+    for sampler in config.samplers[1:]:
+        yield Job(name, best, "generate", "sampled", sampler, config.clips)
+
+
+def rank(job: Job, config: SetConfig) -> int:
+    """What is measured first, so that a run that is stopped has answered the first questions: lower comes first."""
+    main = job.arm is not None and job.arm.model == config.model and job.arm.p in (SCALAR, base_p(config))
+    if job.method in ("test", "train"):
+        return 0
+    if job.method in ("frozen", "vae"):
+        return 5
+    if job.method == "loss":
+        return 3
+    if job.sampler != config.samplers[0]:
+        return 4
+    return 1 + (job.task != "generate") if main else 3

@@ -1,0 +1,1 @@
+"""Checkpoints: save, find, read and reshard; the writer that does it in the background."""

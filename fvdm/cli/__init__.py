@@ -1,0 +1,1 @@
+"""The console command `fvdm`: one file per command."""

@@ -1,0 +1,126 @@
+"""What is asked of the network in one forward pass: guidance by class and by history, and noise on given frames.
+
+Each is a model made of a model, called like one: `(x_t (b f c h w), t (b f), y (b) or None) -> estimate`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fvdm.diffusion.process import Diffusion, Model
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the estimate is pushed towards its conditions. The defaults push nothing.
+
+    Attributes:
+        scale: classifier-free guidance (Ho and Salimans, equation 6); 1 is the conditional model itself.
+        history: the same with the clean frames as condition (Song et al. 2025): the estimate is pushed away from that
+            of a model that sees noise in their place; 1 is none.
+        interval: timesteps (lowest, highest) of a frame between which it is guided (Kynkäänniemi et al. 2024).
+        rescale: 0 to 1: how far the estimate of each frame gets the standard deviation back that it had without
+            guidance (Lin et al. 2023, section 3.4).
+        null_class: the label that stands for no class.
+    """
+
+    scale: float = 1.0
+    history: float = 1.0
+    interval: tuple[int, int] | None = None
+    rescale: float = 0.0
+    null_class: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        if not 0.0 <= self.rescale <= 1.0:
+            raise ValueError(f"guidance rescale {self.rescale}: choose 0 (none) to 1")
+        if self.interval is not None and self.interval[0] > self.interval[1]:
+            raise ValueError(f"guidance interval {self.interval}: give the lower timestep first")
+
+
+def guided(model: Model, how: Guidance, diffusion: Diffusion, noise: Callable[[], Tensor]) -> Model:
+    """A model whose estimate is guided; the learned variance stays that of the conditional model.
+
+    The variants of the question go through the network as one batch, and only in rows where a frame is inside the
+    interval.
+
+    Args:
+        model: denoiser.
+        how: the scales.
+        diffusion: its noise process.
+        noise: draws what stands in place of the clean frames for `how.history`, `(b f c h w)`.
+    """
+    if how.scale == how.history == 1.0:
+        return model
+    hidden = noise() if how.history != 1.0 else None
+
+    def answer(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        inside = (t > 0) & _between(t, how.interval)
+        seen = (t == 0)[..., None, None, None]
+        by_class, by_history = how.scale != 1.0, hidden is not None and bool(seen.any())
+        if not inside.any() or not (by_class or by_history):
+            return model(x, t, y)
+        xs, ts, ys = [x], [t], [y]
+        if by_class:
+            assert y is not None
+            xs, ts, ys = [*xs, x], [*ts, t], [*ys, torch.full_like(y, how.null_class)]
+        if by_history and hidden is not None:
+            xs.append(torch.where(seen, hidden.to(x.dtype), x))
+            ts, ys = [*ts, torch.where(t == 0, diffusion.num_timesteps, t)], [*ys, y]
+        labels = None if y is None else torch.cat([label for label in ys if label is not None])
+        full, *others = model(torch.cat(xs), torch.cat(ts), labels).chunk(len(xs))
+        c = x.shape[2]
+        plain = full[:, :, :c]
+        scales = [how.scale] * by_class + [how.history] * by_history
+        pushed = plain
+        for scale, other in zip(scales, others, strict=True):
+            pushed = pushed + (scale - 1) * (plain - other[:, :, :c])
+        pushed = _rescaled(pushed, plain, how.rescale)
+        return torch.cat([torch.where(inside[..., None, None, None], pushed, plain), full[:, :, c:]], dim=2)
+
+    return answer
+
+
+def _between(t: Tensor, interval: tuple[int, int] | None) -> Tensor:
+    if interval is None:
+        return torch.ones_like(t, dtype=torch.bool)
+    return (t >= interval[0]) & (t <= interval[1])
+
+
+def _rescaled(pushed: Tensor, plain: Tensor, rescale: float) -> Tensor:
+    if not rescale:
+        return pushed
+    ratio = plain.flatten(2).std(2) / pushed.flatten(2).std(2).clamp(min=1e-12)
+    return pushed * (1 + rescale * (ratio - 1))[..., None, None, None]
+
+
+def noisy_given(model: Model, diffusion: Diffusion, level: int, noise: Callable[[], Tensor]) -> Model:
+    """A model that sees clean frames with a little noise, and is told so: it forgives their flaws.
+
+    Diffusion forcing (Chen et al. 2024, section 3.3) so steadies long videos, whose conditions are the model's own
+    frames. The clip itself is not touched: given frames stay bit-identical.
+
+    Args:
+        model: denoiser.
+        diffusion: its noise process.
+        level: timestep that frames at t = 0 are shown at; 0 is none.
+        noise: draws standard normal `(b f c h w)`.
+
+    Raises:
+        ValueError: unless 0 <= level <= T.
+    """
+    if not 0 <= level <= diffusion.num_timesteps:
+        raise ValueError(f"noise of level {level} on given frames: choose 0 (none) to {diffusion.num_timesteps}")
+    if not level:
+        return model
+    fixed = noise()
+
+    def answer(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        shown = torch.where(t == 0, level, t)
+        copies = len(x) // len(fixed)  # Guidance asks several questions about one clip.
+        noised = diffusion.q_sample(x, torch.full_like(t, level), fixed.repeat(copies, 1, 1, 1, 1).to(x.dtype))
+        return model(torch.where((t == 0)[..., None, None, None], noised, x), shown, y)
+
+    return answer

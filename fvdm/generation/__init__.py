@@ -1,0 +1,1 @@
+"""From a trained model, a task and given frames to videos."""

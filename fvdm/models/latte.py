@@ -1,0 +1,312 @@
+"""The network: Latte's transformer (alternating space and time blocks, adaLN-Zero) with a timestep per frame.
+
+Read top to bottom: `VideoDiT.forward` is the whole network in ten lines. The condition is `(b f d)`, one vector per
+frame, and is broadcast over the frame's tokens, so that modulation is computed once per frame.
+"""
+
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fvdm.diffusion.process import check_timesteps
+from fvdm.models.attention import attention
+from fvdm.models.config import Backend
+from fvdm.models.pretrained import Pretrained
+
+
+@dataclass(frozen=True)
+class LatteConfig:
+    """Shape of the network. The defaults are Latte-XL/2 on 256-pixel clips of 16 frames.
+
+    Attributes:
+        depth: number of blocks; even ones attend over space, odd ones over time.
+        width: channels d of a token.
+        heads: attention heads.
+        patch: side of a patch in latent pixels.
+        channels: latent channels c.
+        size: side of the latent frame.
+        frames: frames f of the longest clip.
+        num_classes: class labels; 0 is an unconditional model.
+        learned_variance: predict the reverse variance too, as c more channels.
+        attention: attention backend: auto, flash, sdpa or math.
+        activation_checkpointing: recompute the activations of every k-th block in the backward pass to save
+            memory; 0 is none.
+    """
+
+    depth: int = 28
+    width: int = 1152
+    heads: int = 16
+    patch: int = 2
+    channels: int = 4
+    size: int = 32
+    frames: int = 16
+    num_classes: int = 0
+    learned_variance: bool = True
+    attention: Backend = "auto"
+    activation_checkpointing: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse shapes that do not fit together."""
+        if self.depth < 2 or self.depth % 2:
+            raise ValueError(f"depth {self.depth} must be even: blocks come in pairs, space and time")
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"width {self.width} must be a multiple of 4 and of the {self.heads} heads")
+        if self.size % self.patch:
+            raise ValueError(f"patches of {self.patch} do not tile latent frames of {self.size} x {self.size}")
+
+
+SIZES = {  # name: depth, width, heads (Latte, table 1; T and XS are ours, for tests and for the demo)
+    "T": (2, 64, 2),
+    "XS": (6, 192, 3),
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
+PATCHES = (1, 2, 4, 8)
+EPS = 1e-6  # of every norm
+
+
+def preset(name: str) -> LatteConfig:
+    """The configuration of a named size, such as `XL/2`: the size XL with patches of 2.
+
+    Raises:
+        ValueError: if there is no such size; lists those there are.
+    """
+    size, _, patch = name.partition("/")
+    if size not in SIZES or patch not in map(str, PATCHES):
+        names = ", ".join(f"{known}/2" for known in SIZES)
+        raise ValueError(f"model {name!r} is unknown; choose one of {names} (or with patches /1, /4, /8)")
+    depth, width, heads = SIZES[size]
+    return replace(LatteConfig(), depth=depth, width=width, heads=heads, patch=int(patch))
+
+
+class Embedding(nn.Sequential):
+    """Sinusoids of a timestep, through two layers. In float32: integers above 256 are not exact in bfloat16."""
+
+    FREQUENCIES = 128
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Linear(2 * self.FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Embed `t (b f)` in 0..T as `(b f d)`, in the dtype of the weights.
+
+        The network counts its noise levels from 0, which is one step of noise; a clean frame shares that level.
+        """
+        # Not a buffer: a model that is cast to bfloat16 would cast the rates too.
+        exponents = torch.arange(self.FREQUENCIES, device=t.device, dtype=torch.float32) / self.FREQUENCIES
+        rates = torch.exp(-math.log(10000) * exponents)
+        angles = (t - 1).clamp(min=0).float()[..., None] * rates
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (b f 256)
+        return super().forward(waves.to(next(self.parameters()).dtype))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the tokens of a frame (`space`) or the frames of a token's place (`time`).
+
+    The rows of `qkv` are ordered (head, q/k/v, e), so that tokens and heads merge as a view: neither direction
+    copies its input or output to rearrange it.
+    """
+
+    def __init__(self, width: int, heads: int, axis: str, backend: Backend) -> None:
+        super().__init__()
+        self.heads, self.axis, self.backend = heads, axis, backend
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Residual tokens `(b f n d)`, their frames' shift and scale `(b f 1 d)` `-> (b f n d)`."""
+        _, f, n, _ = x.shape
+        qkv = modulated(self.qkv, x, shift, scale)  # (b f n 3d)
+        if self.axis == "space":
+            q, k, v = rearrange(qkv, "b f n (h three e) -> three (b f) n h e", h=self.heads, three=3)
+            return self.proj(rearrange(attention(q, k, v, self.backend), "(b f) n h e -> b f n (h e)", f=f))
+        q, k, v = rearrange(qkv, "b f n (h three e) -> three b f (n h) e", h=self.heads, three=3)
+        return self.proj(rearrange(attention(q, k, v, self.backend), "b f (n h) e -> b f n (h e)", n=n))
+
+
+class ModulatedLinear(torch.autograd.Function):
+    """`linear(layer_norm(x) (1 + scale) + shift)`, which keeps `x` alone for the backward pass.
+
+    The norm and the modulated tokens are made again there: two cheap passes in place of two tensors of the size of `x`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Tokens `(b f n d)`, shift and scale `(b f 1 d)`, weight `(e d)`, bias `(e)` `-> (b f n e)`."""
+        ctx.save_for_backward(x, shift, scale, weight)
+        tokens = torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)[0]
+        return F.linear(torch.addcmul(shift, tokens, 1 + scale, out=tokens), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of all five."""
+        (gradient,) = gradients
+        x, shift, scale, weight = ctx.saved_tensors
+        normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)
+        tokens = torch.addcmul(shift, normed, 1 + scale)
+        rows = gradient.flatten(0, 2)
+        to_weight = rows.T @ tokens.flatten(0, 2)
+        to_tokens = torch.mm(rows, weight, out=tokens.view(-1, x.shape[-1])).view_as(x)
+        to_scale = normed.mul_(to_tokens).sum(2, keepdim=True)
+        scaled = torch.mul(to_tokens, 1 + scale, out=normed)
+        mask = [True, False, False]
+        to_x = torch.ops.aten.native_layer_norm_backward(scaled, x, x.shape[-1:], mean, rstd, None, None, mask)[0]
+        return to_x, to_tokens.sum(2, keepdim=True), to_scale, to_weight, rows.sum(0)
+
+
+def modulated(linear: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """A linear layer of tokens `(b f n d)`, normalised and moved by their frame's `(b f 1 d)` shift and scale."""
+    # What wraps the layer (LoRA), looks into it (hooks) or casts it (autocast) goes before memory, and a compiler finds
+    # by itself what need not be kept.
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    bare = type(linear) is nn.Linear and not any(hooks)
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or not bare:
+        return linear(torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale))
+    return ModulatedLinear.apply(x, shift, scale, linear.weight, linear.bias)
+
+
+class GELU(nn.Module):
+    """GELU with the tanh approximation, in whichever of two equal forms is faster: `tanh(u) = 2 sigmoid(2u) - 1`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Elementwise, any shape."""
+        if torch.compiler.is_compiling():  # one pass either way; the sigmoid's costs half of the tanh's on CPUs
+            return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+        return F.gelu(x, approximate="tanh")
+
+
+class Block(nn.Module):
+    """A DiT block with adaLN-Zero (DiT, section 3.2); space and time differ only in what attention mixes."""
+
+    def __init__(self, width: int, heads: int, axis: str, backend: Backend) -> None:
+        super().__init__()
+        self.attn = Attention(width, heads, axis, backend)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), GELU(), nn.Linear(4 * width, width))
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Tokens `x (b f n d)`, activated condition `c (b f d)` `-> (b f n d)`."""
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(c).unsqueeze(2).chunk(6, dim=-1)
+        x = torch.addcmul(x, gate_1, self.attn(x, shift_1, scale_1))
+        up, activation, down = self.mlp
+        return torch.addcmul(x, gate_2, down(activation(modulated(up, x, shift_2, scale_2))))
+
+
+class Latte(Pretrained, nn.Module):
+    """The denoiser: `forward(x (b f c h w), t (b f), y (b) or None) -> (b f c h w)`, 2c with learned variance."""
+
+    Config = LatteConfig
+    space: Tensor
+    time: Tensor
+
+    def __init__(self, config: LatteConfig) -> None:
+        super().__init__()
+        self.config = config
+        c = config
+        self.x_embedder = nn.Linear(c.channels * c.patch**2, c.width)
+        self.t_embedder = Embedding(c.width)
+        # One more row than classes: the last stands for "no class", which guidance needs.
+        self.y_embedder = nn.Embedding(c.num_classes + 1, c.width) if c.num_classes else None
+        axes = ("space", "time")
+        self.blocks = nn.ModuleList(Block(c.width, c.heads, axes[i % 2], c.attention) for i in range(c.depth))
+        self.final_modulation = nn.Linear(c.width, 2 * c.width)
+        self.final_layer = nn.Linear(c.width, c.patch**2 * c.channels * (2 if c.learned_variance else 1))
+        self.register_buffer("space", space_table(c.width, c.size // c.patch), persistent=False)  # (n d)
+        self.register_buffer("time", sinusoids(c.width, torch.arange(c.frames)), persistent=False)  # (f d)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Draw the weights as DiT does: Xavier, small embeddings, and zeros where a block should begin as identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for name, weight in self.named_parameters():
+            if name.endswith("modulation.weight") or name == "final_layer.weight":
+                nn.init.zeros_(weight)
+            elif re.match(r"[ty]_embedder.*weight", name):
+                nn.init.normal_(weight, std=0.02)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Estimate the noise of every frame.
+
+        Args:
+            x: noisy latents `(b f c h w)`.
+            t: timesteps `(b f)` in 0..T, one per frame.
+            y: class labels `(b)`; `num_classes` stands for no class. None for an unconditional model.
+
+        Returns:
+            `(b f c h w)` in the dtype of the weights; `2c` channels with learned variance.
+
+        Raises:
+            ValueError: if the shapes do not fit the model, or labels are missing or not wanted.
+        """
+        self._check(x, t, y)
+        c = self.t_embedder(t)  # (b f d)
+        if self.y_embedder is not None:
+            c = c + self.y_embedder(y)[:, None]
+        c = F.silu(c)
+        x = self.x_embedder(patchify(x.to(c.dtype), self.config.patch))  # (b f n d)
+        x = x + self.space.to(x.dtype)
+        for i, block in enumerate(self.blocks):
+            if i == 1:
+                x = x + self.time[: x.shape[1], None].to(x.dtype)
+            x = self._run(i, block, x, c)
+        shift, scale = self.final_modulation(c).unsqueeze(2).chunk(2, dim=-1)
+        return unpatchify(modulated(self.final_layer, x, shift, scale), self.config.patch)
+
+    def _run(self, i: int, block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
+        every = self.config.activation_checkpointing
+        if every and i % every == 0 and torch.is_grad_enabled():
+            return checkpoint(block, x, c, use_reentrant=False)
+        return block(x, c)
+
+    def _check(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
+        check_timesteps(x, t)
+        c = self.config
+        if x.shape[2:] != (c.channels, c.size, c.size) or x.shape[1] > c.frames:
+            raise ValueError(
+                f"the model takes clips of up to {c.frames} frames of {c.channels} x {c.size} x {c.size}, "
+                f"not {tuple(x.shape[1:])}"
+            )
+        if (y is None) != (self.y_embedder is None):
+            raise ValueError(
+                "the model needs class labels y (b)" if y is None else "the model has no classes, but labels came"
+            )
+
+    def num_parameters(self) -> int:
+        """Parameters, with the fixed position tables, as the paper counts them."""
+        return sum(p.numel() for p in self.parameters()) + self.space.numel() + self.time.numel()
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """Cut frames into tokens: `(b f c h w) -> (b f n c*p*p)`."""
+    return rearrange(x, "b f c (h p) (w q) -> b f (h w) (c p q)", p=patch, q=patch)
+
+
+def unpatchify(x: Tensor, patch: int) -> Tensor:
+    """Put tokens back in place: `(b f n p*p*c) -> (b f c h w)`; frames are square."""
+    side = math.isqrt(x.shape[2])
+    return rearrange(x, "b f (h w) (p q c) -> b f c (h p) (w q)", h=side, p=patch, q=patch)
+
+
+def sinusoids(width: int, positions: Tensor) -> Tensor:
+    """Sine, then cosine, of positions `(n)` at `width / 2` rates: float32 `(n d)` (Transformer, section 3.5)."""
+    rates = 1 / 10000 ** (torch.arange(width // 2, dtype=torch.float64) / (width / 2))
+    angles = positions.double()[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+
+
+def space_table(width: int, side: int) -> Tensor:
+    """Positions in a square of tokens, `(side * side, d)`: the first half tells the column, the second the row."""
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    return torch.cat([sinusoids(width // 2, z.flatten()) for z in (column, row)], dim=1)

@@ -1,0 +1,1 @@
+"""Trained models in MLflow's registry."""

@@ -1,0 +1,202 @@
+"""What a training will need: `fvdm plan --model XL/2 --nodes 4 --gpus-per-node 8`.
+
+Counted from the shapes, not measured: parameters, bytes per rank under ZeRO-2, arithmetic per clip, bytes on the wire,
+and from a GPU's data sheet the time of a step and what fits.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+
+from fvdm.models.latte import Latte, LatteConfig, preset
+from fvdm.training.config import EngineConfig, PlanConfig
+from fvdm.training.engine import accumulation
+
+GPUS = {  # name: dense bf16 rate in TFLOP/s, memory in GiB (data sheets)
+    "a100-40": (312, 40),
+    "a100-80": (312, 80),
+    "h100": (989, 80),
+    "h200": (989, 141),
+    "b200": (2250, 180),
+    "l40s": (362, 48),
+    "4090": (165, 24),
+}
+BASE = {"cpu": 0.75e9, "gpu": 2.0e9}  # bytes of a process that holds nothing: libraries; CUDA, NCCL and their buffers
+OVERLAP = 2  # buckets of gradients that live at the same time
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank, by what holds them.
+
+    Attributes:
+        weights: the network, in the precision of training.
+        optimizer: this rank's share of masters, two Adam moments and EMA, float32.
+        gradients: this rank's share, float32, and once more while the optimizer takes it over.
+        buckets: gradients on their way, in the precision of training and in float32.
+        activations: what the forward pass keeps for the backward pass.
+        base: what the process holds before all that.
+    """
+
+    weights: float
+    optimizer: float
+    gradients: float
+    buckets: float
+    activations: float
+    base: float
+
+    @property
+    def peak(self) -> float:
+        """The larger of two moments: in the backward pass, when activations and gradients meet, and in the step."""
+        held = self.weights + self.optimizer + self.base + self.buckets
+        return held + max(self.activations + self.gradients / 4, self.gradients)
+
+
+@functools.cache
+def parameters(model: LatteConfig) -> int:
+    """Trainable parameters, counted without making the network."""
+    import torch
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in Latte(model).parameters())
+
+
+def tokens(model: LatteConfig) -> int:
+    """Tokens of a clip."""
+    return model.frames * (model.size // model.patch) ** 2
+
+
+def activation_bytes(model: LatteConfig, micro_batch: int, precision: str = "bf16") -> float:
+    """What the forward pass of `micro_batch` clips keeps; with activation checkpointing, every k-th block only its
+    input.
+
+    A block keeps 16 d numbers for each token: for attention the residual, q, k, v, the attended and the projected
+    tokens (6 d); for the MLP the residual, the hidden layer before and after GELU, and its output (10 d).
+    """
+    size = 2 if precision == "bf16" else 4
+    per_block = 16 * model.width * size + 4 * model.heads  # attention also keeps a float32 for each head
+    whole = [True] * model.depth
+    if model.activation_checkpointing:
+        whole = [i % model.activation_checkpointing != 0 for i in range(model.depth)]
+    kept = sum(per_block if keep else model.width * size for keep in whole)
+    again = per_block if not all(whole) else 0  # of the block that is being computed again
+    return micro_batch * tokens(model) * (kept + again)
+
+
+def memory(model: LatteConfig, engine: EngineConfig, world_size: int, micro_batch: int, device: str = "gpu") -> Memory:
+    """Bytes of a rank under ZeRO-2 (ZeRO, section 5: weights whole, the rest shared out).
+
+    Args:
+        model: the network, with the clip's frames and size.
+        engine: precision and buckets.
+        world_size: number of ranks.
+        micro_batch: clips that a rank takes at once.
+        device: gpu or cpu.
+    """
+    count = parameters(model)
+    size = 2 if engine.precision == "bf16" else 4
+    share = 4 * count / world_size
+    return Memory(
+        weights=size * count,
+        optimizer=4 * share,
+        gradients=2 * share,
+        buckets=min(engine.reduce_bucket_size, count) * OVERLAP * (size + 4 * (size != 4)),
+        activations=activation_bytes(model, micro_batch, engine.precision),
+        base=BASE[device],
+    )
+
+
+def flops(model: LatteConfig, training: bool = True) -> float:
+    """Floating-point operations of the matrix products for one clip: forward, and with `training` backward too.
+
+    A block does 24 d^2 for each token, attention 4 n d for each token among n, modulation 12 d^2 for each frame.
+    """
+    d, n, f = model.width, (model.size // model.patch) ** 2, model.frames
+    space = f * n * (24 * d * d + 4 * n * d) + f * 12 * d * d
+    time = f * n * (24 * d * d + 4 * f * d) + f * 12 * d * d
+    patch = 2 * f * n * d * model.channels * model.patch**2
+    ends = patch * (1 + 1 + model.learned_variance) + f * (2 * 256 * d + 2 * d * d + 4 * d * d)
+    forward = model.depth / 2 * (space + time) + ends
+    if not training:
+        return forward
+    again = (
+        len(range(0, model.depth, model.activation_checkpointing)) / model.depth
+        if model.activation_checkpointing
+        else 0.0
+    )
+    return forward * (3 + again)
+
+
+def wire_bytes(count: int, world_size: int, micro_batches: int, precision: str = "bf16") -> float:
+    """Bytes that a rank sends in a step: gradients in float32 after each micro-batch, weights gathered once.
+
+    DeepSpeed all-reduces a bucket of gradients and keeps the rank's slice of it, so that each gradient is sent twice:
+    as a part of a sum, and as a sum. benchmarks/train_comm.py counts the same on the wire.
+    """
+    rest = (world_size - 1) / world_size
+    return rest * count * (8 * micro_batches + (2 if precision == "bf16" else 4))
+
+
+def largest_micro_batch(model: LatteConfig, engine: EngineConfig, world_size: int, room: float) -> int:
+    """Clips that a rank can take at once within `room` bytes; 0 if not one."""
+    fits = 0
+    while memory(model, engine, world_size, fits + 1).peak <= room:
+        fits += 1
+        if fits == 1024:
+            break
+    return fits
+
+
+def report(options: PlanConfig) -> list[str]:
+    """The lines that `fvdm plan` prints.
+
+    Raises:
+        ValueError: if the batch does not divide among the ranks.
+    """
+    model = replace(
+        preset(options.model),
+        frames=options.frames,
+        channels=options.channels,
+        size=options.size,
+        activation_checkpointing=options.activation_checkpointing,
+    )
+    engine = EngineConfig(precision=options.precision, micro_batch=options.micro_batch)
+    world = options.world_size
+    batch_size = options.batch_size or world
+    micro, micros = accumulation(batch_size, engine.micro_batch, world)
+    count = parameters(model)
+    rate, room = GPUS[options.gpu]
+    device = "gpu" if options.gpus_per_node else "cpu"
+    need = memory(model, engine, world, micro, device)
+    step = micro * micros * flops(model) / (rate * 1e12 * options.mfu)
+    wire = wire_bytes(count, world, micros, engine.precision)
+    lines = [
+        f"{options.model}: {count / 1e6:.2f}M trainable parameters; clips of {model.frames} x {model.channels} x "
+        f"{model.size} x {model.size}, {tokens(model)} tokens",
+        f"{world} ranks, global batch {batch_size} = {world} x {micro} clips x {micros} micro-batches, "
+        f"{engine.precision}",
+        "",
+        "bytes of a rank (GB)",
+        *(f"  {name:12s} {value / 1e9:8.2f}" for name, value in vars(need).items()),
+        f"  {'peak':12s} {need.peak / 1e9:8.2f}",
+        f"  host copy while a checkpoint is written (checkpoint.background): {16 * count / world / 1e9:.2f}",
+        "",
+        f"arithmetic: {flops(model) / 1e12:.2f} TFLOP a clip in training, {flops(model, False) / 1e12:.2f} forward",
+        f"on the wire: {wire / 1e9:.2f} GB a rank and step, {wire / 1e9 / options.bandwidth:.2f} s at "
+        f"{options.bandwidth:g} GB/s if nothing overlaps",
+    ]
+    if device == "gpu":
+        lines += [
+            f"a step on {options.gpu} at {options.mfu:.0%} of {rate} TFLOP/s: {step:.2f} s, "
+            f"{batch_size / step:.1f} clips/s",
+            "",
+            f"what fits on {options.gpu} ({room} GiB, a tenth kept free), clips a rank:",
+            *(
+                f"  {text:28s} {largest_micro_batch(each, engine, world, 0.9 * room * 2**30)}"
+                for text, each in (
+                    ("all activations kept", replace(model, activation_checkpointing=0)),
+                    ("every 2nd block again", replace(model, activation_checkpointing=2)),
+                    ("every block again", replace(model, activation_checkpointing=1)),
+                )
+            ),
+        ]
+    return lines

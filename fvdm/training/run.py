@@ -1,0 +1,255 @@
+"""A training run: its settings, the parts it is made of, and how it is kept in, and taken up from, its folder."""
+
+import fcntl
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+
+from fvdm import config as settings
+from fvdm.checkpoints import checkpoint as ckpt
+from fvdm.checkpoints.writer import Writer
+from fvdm.data.shards import LatentShards
+from fvdm.diffusion.process import Diffusion
+from fvdm.distributed import HangDetector, Ranks
+from fvdm.files import write_text
+from fvdm.models.latte import Latte, LatteConfig, preset
+from fvdm.models.official import read_model
+from fvdm.tracking.provenance import environment, git_patch
+from fvdm.tracking.tracker import Tracker
+from fvdm.training.config import TrainConfig
+from fvdm.training.continuity import changes, identity
+from fvdm.training.ema import EMA
+from fvdm.training.engine import Engine, accumulation
+
+logger = logging.getLogger(__name__)
+
+LOCK_PATIENCE = 10.0  # seconds
+
+
+@dataclass
+class Progress:
+    """How far a run has come; with the weights it is the whole state.
+
+    Attributes:
+        step: steps taken, skipped ones included.
+        updates: steps that moved the weights; Adam's count.
+        consumed: samples used up by all ranks.
+        skipped: steps in a row that moved nothing.
+    """
+
+    step: int = 0
+    updates: int = 0
+    consumed: int = 0
+    skipped: int = 0
+
+
+def model_config(config: TrainConfig, shards: LatentShards) -> LatteConfig:
+    """The network that fits the settings and the data.
+
+    Raises:
+        ValueError: if labels are wanted and the data has none, or frames are not square.
+    """
+    c, h, w = shards.latent_shape
+    if h != w:
+        raise ValueError(f"the latents in {config.data.path} are {h} x {w}; the model takes square frames")
+    if config.conditional and not shards.classes:
+        raise ValueError(f"conditional is set, but the shards in {config.data.path} have no class labels")
+    return replace(
+        preset(config.model),
+        channels=c,
+        size=h,
+        frames=config.data.frames,
+        num_classes=len(shards.classes) if config.conditional else 0,
+        learned_variance=config.diffusion.learned_variance,
+        attention=config.attention,
+        activation_checkpointing=config.activation_checkpointing,
+    )
+
+
+def initial_weights(init: str, model: Latte) -> None:
+    """Begin with other weights than random ones: most come to a timestep per frame from a scalar-timestep model.
+
+    Args:
+        init: see `TrainConfig`; of a run, its averaged weights.
+        model: takes them.
+
+    Raises:
+        ValueError: if there are none, or they are of another network.
+    """
+    path = Path(init)
+    if path.is_file() or (path / "config.json").is_file():
+        weights = dict(read_model(path).state_dict())
+    else:
+        weights = ckpt.read_weights(ckpt.resolve(path))
+    theirs, own = ({(name, w.shape) for name, w in each.items()} for each in (weights, model.state_dict()))
+    odd = sorted({name for name, _ in theirs ^ own})
+    if odd:
+        raise ValueError(
+            f"the weights of --init {init} do not fit the model of this run: {len(odd)} differ, such as {odd[0]}; "
+            f"choose the same size, latent channels, classes and learned variance"
+        )
+    model.load_state_dict(weights)
+
+
+def check(config: TrainConfig, world_size: int) -> None:
+    """Find, before a job waits in a queue, what would end it at its start.
+
+    Raises:
+        ValueError: if the data cannot be read, or model, data, batch, ranks and the run so far do not fit each other.
+    """
+    shards = LatentShards(config.data.path, config.data.split, config.data.cache)
+    model_config(config, shards)
+    for folder in reversed(ckpt.checkpoints(config.checkpoints)):
+        if ckpt.validate(folder, deep=False) is None:
+            changes(ckpt.read_state(folder), settings.flatten(config), shards)
+            break
+    if config.init and not Path(config.init).exists():
+        raise ValueError(f"init {config.init}: there is no such file or folder")
+    accumulation(config.data.batch_size, config.engine.micro_batch, world_size)
+
+
+@contextmanager
+def run_lock(folder: Path, patience: float) -> Iterator[None]:
+    """Refuse a second training of the same run while one goes on.
+
+    Args:
+        folder: the run's.
+        patience: seconds to wait for what is left of an earlier start of the same job, on a node that was lost.
+
+    Raises:
+        ValueError: if the run is already being trained.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    me = {"host": platform.node(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID", "")}
+    with (folder / ".lock").open("a+") as lock:
+        began = time.monotonic()
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                lock.seek(0)
+                holder = json.loads(lock.readline() or "{}")
+            same_job = me["job"] and holder.get("job") == me["job"]
+            if time.monotonic() - began > (patience if same_job else LOCK_PATIENCE):
+                by = f"process {holder.get('pid')} on {holder.get('host')}"
+                raise ValueError(f"{folder} is being trained by another job, {by}; wait for it, or use another name")
+            time.sleep(1)  # The ranks of a killed job take a moment to end.
+        lock.truncate(0)
+        lock.write(json.dumps(me) + "\n")
+        lock.flush()
+        yield
+
+
+def newest_checkpoint(config: TrainConfig, ranks: Ranks) -> Path | None:
+    """Where the run goes on from: its newest whole checkpoint, as rank 0 finds it. Collective."""
+    found: list[Path | None] = [None]
+    if ranks.is_main:
+        ckpt.clean(config.checkpoints)
+        found = [ckpt.newest(config.checkpoints)]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+class Run:
+    """The parts of a training run, and what is kept of it."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        network: LatteConfig,
+        engine: Engine,
+        ema: EMA,
+        ranks: Ranks,
+        shards: LatentShards,
+    ) -> None:
+        self.config, self.network, self.engine, self.ema = config, network, engine, ema
+        self.ranks, self.shards = ranks, shards
+        self.diffusion = Diffusion(config.diffusion)
+        self.progress = Progress()
+        self.first = 0  # the step at which this start began
+        self.root = config.checkpoints
+        self.hang_detector = HangDetector(config.engine.timeout)
+        self.writer = Writer(config.checkpoint.background, config.checkpoint.timeout)
+
+    def resume(self, folder: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: if it is of another model, or of other latents.
+        """
+        state = ckpt.read_state(folder)
+        changed = changes(state, settings.flatten(self.config), self.shards)
+        if state["names"] != {name: list(shape) for name, shape in self.engine.names.items()}:
+            raise ValueError(
+                f"{folder} holds a model of another shape ({state['settings']['model']}) than {self.config.model} on "
+                f"these data; give the run another name, or its own settings"
+            )
+        slices = {name: ckpt.read_slice(folder, name, self.engine.slice) for name in ckpt.SLICES}
+        self.progress = Progress(**state["progress"])
+        self.first = self.progress.step
+        self.engine.load_state(slices, self.progress.updates)
+        self.ema.shards[0][: len(self.engine.slice)] = slices["ema"].to(self.engine.device)
+        if self.ranks.is_main:
+            logger.info("resuming %s from step %d", self.config.name, self.progress.step)
+            if changed:
+                logger.warning("from here on its samples are not those of the unbroken run: %s", "; ".join(changed))
+
+    def save(self) -> None:
+        """Write a checkpoint and remove those that the policy does not keep. Collective."""
+        own = slice(len(self.engine.slice))
+        step, begin = self.progress.step, self.engine.slice.start
+        state = {
+            "progress": dict(vars(self.progress)),
+            "names": self.engine.names,
+            "settings": settings.plain(self.config),
+            "network": settings.plain(self.network),
+            "vae": self.shards.manifest.vae,
+            "normalisation": self.shards.manifest.normalisation,
+            "classes": list(self.shards.classes),
+            "size": self.shards.manifest.size,
+        } | identity(self.shards)
+
+        def write(slices: dict[str, Tensor]) -> None:
+            ranks = self.ranks
+            folder = ckpt.save(self.root, step, slices, begin, state, ranks.rank, ranks.world_size, self.writer.barrier)
+            if ranks.is_main:
+                ckpt.prune(self.root, self.config.checkpoint)
+                logger.info("checkpoint %s", folder)
+
+        self.writer.begin(self.engine.state() | {"ema": self.ema.shards[0][own]}, write)
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint. Collective.
+
+        Raises:
+            OSError: on all ranks, if it could not be written.
+        """
+        error = self.writer.wait()
+        if error:
+            raise OSError(
+                f"the last checkpoint, of step {self.progress.step}, could not be written ({error}); make room on the "
+                f"disk of {self.root} and start the run again: it goes on from the checkpoint before"
+            )
+
+    def begin_tracking(self) -> Tracker:
+        """Write down what this run is, and begin (or continue) its MLflow run."""
+        folder = self.config.folder
+        settings.save(self.config, folder / "config.yaml")
+        write_text(folder / "environment.json", json.dumps(environment(), indent=1))
+        write_text(folder / "git.patch", git_patch())
+        flat = settings.flatten(self.config)
+        tracker = Tracker(folder, self.config.tracking, self.config.name, flat, {"kind": "train"})
+        tracker.artifact(folder / "config.yaml")
+        tracker.artifact(folder / "environment.json")
+        tracker.artifact(folder / "git.patch")
+        return tracker

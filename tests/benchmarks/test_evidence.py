@@ -1,0 +1,369 @@
+"""benchmarks/evidence.py: scores against known ones, splits that keep apart, and every stage once, small."""
+
+import json
+import os
+import shlex
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("torchmetrics", reason="pip install torchmetrics")
+
+from benchmarks.evidence import __main__ as evidence
+from benchmarks.evidence import measure as evidence_measure
+from benchmarks.evidence import text as evidence_text
+from benchmarks.evidence.claims import Claim, verdict
+from benchmarks.evidence.data import folders, prepare
+from benchmarks.evidence.measure import Bench, claimed, windows
+from benchmarks.evidence.plan import BUDGETS, Arm, Job, SetConfig, arms, jobs, read_budget
+from benchmarks.evidence.results import Results
+from benchmarks.evidence.scores import LEVELS, OWN, centres, difference, interval, neighbour_table, path_residual
+from benchmarks.evidence.stages import Evidence
+from data_prep.moving_digits import bounce, clips, read_digits
+from fvdm.config import parse
+from fvdm.diffusion.config import DiffusionConfig
+from fvdm.diffusion.process import Diffusion
+from fvdm.evaluation.fvd import frechet_distance
+from fvdm.training.config import TrainConfig
+from fvdm.training.engine import accumulation
+
+ROOT = Path(__file__).parents[2]
+PLAIN = Diffusion(DiffusionConfig(learned_variance=False))
+
+
+def disc(kinds: int = 2) -> torch.Tensor:
+    """Digits of a kind: round, so that their centre is where they are."""
+    y, x = torch.meshgrid(torch.arange(28) - 13.5, torch.arange(28) - 13.5, indexing="ij")
+    return torch.stack([((x**2 + y**2).sqrt() < 6 + kind).float() for kind in range(kinds)])
+
+
+def test_digits_are_where_their_paths_say():
+    made = clips(disc(), 4, 24, 48, held_out=False, seed=0)
+    again = clips(disc(), 4, 24, 48, held_out=False, seed=0)
+    other = clips(disc(), 4, 24, 48, held_out=True, seed=0)
+    video, truth = torch.stack([clip for clip, _ in made]), np.stack([path for _, path in made])
+    assert np.abs(centres(video) - truth).max() < 0.4
+    assert torch.equal(video, torch.stack([clip for clip, _ in again]))
+    assert not np.allclose(truth, np.stack([path for _, path in other])), "held-out clips fly other ways"
+    speed = np.linalg.norm(np.diff(truth, axis=1), axis=2)
+    assert speed.max() <= 48 / 20 + 1e-6
+
+
+def test_a_path_that_can_be_flown_leaves_nothing_and_others_do():
+    truth = np.stack([path for _, path in clips(disc(), 8, 16, 48, held_out=False, seed=3)])
+    generator = np.random.default_rng(0)
+    assert path_residual(truth, 48).max() < 0.4
+    assert path_residual(truth[:, generator.permutation(16)], 48).min() > 0.5
+    assert path_residual(np.repeat(truth[:, :1], 16, axis=1), 48).min() > 0.5, "standing still is no flight"
+    np.testing.assert_allclose(bounce(np.array([-1.0, 0, 5, 6, 11]), 5), [1, 0, 5, 4, 1])
+
+
+def test_digits_are_read_from_both_forms_and_a_wrong_file_is_refused(tmp_path):
+    images = (disc() * 255).byte().numpy()
+    np.savez(tmp_path / "d.npz", images=images)
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "0.json").write_text(json.dumps({"data": disc().flatten().tolist()}))
+    assert torch.equal(read_digits(str(tmp_path / "d.npz")), read_digits(str(tmp_path)))
+    with pytest.raises(ValueError, match="holds no digits"):
+        read_digits(str(tmp_path / "none.npz"))
+
+
+def test_the_neighbour_table_tells_a_copy_from_an_estimate():
+    x_0 = torch.randn(6, 5, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def says(answer):
+        """A noise estimate that comes to `answer` as the clean clip."""
+
+        def model(x, t, y):
+            alpha, sigma = (level.float() for level in PLAIN.levels(t))
+            return (x - alpha * answer) / sigma.clamp(min=1e-6)
+
+        return model
+
+    right = neighbour_table(says(x_0), PLAIN, x_0, seed=1).numpy()
+    copied = neighbour_table(says(torch.roll(x_0, -1, dims=1)), PLAIN, x_0, seed=1).numpy()
+    assert right.shape == (6, len(OWN), len(LEVELS), 3)
+    assert np.abs(right[..., [0, 2]]).max() < 1e-3
+    np.testing.assert_allclose(copied[..., 0], copied[..., 1], rtol=1e-3)
+    np.testing.assert_allclose(copied[..., 2], 1, atol=1e-3)
+
+
+def test_the_neighbour_table_is_made_where_the_latents_are():
+    """The meta device stands for a GPU: it too refuses tensors of the CPU."""
+    x_0, hidden = torch.zeros(2, 5, 2, 4, 4, device="meta"), torch.full((2,), 7, device="meta")
+    classes = []
+
+    def model(x, t, y):
+        classes.append(y)
+        return x * t[..., None, None, None]
+
+    table = neighbour_table(model, Diffusion(PLAIN.config), x_0, 1, hidden)
+    assert table.device.type == "meta"
+    assert table.shape == (2, len(OWN), len(LEVELS), 3)
+    assert all(y is hidden for y in classes)
+
+
+class OnGpu:
+    """Features or a table on a GPU: no numbers before they are brought back."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def cpu(self):
+        return self.values
+
+
+def stub(tmp_path, **changed):
+    """A bench of 20 videos of each split; nothing is read."""
+    bench = Bench("ffs", SetConfig(**changed), tmp_path, lambda job: tmp_path / job.name, 2)
+    bench.sources = {
+        "train": SimpleNamespace(
+            lengths=[60] * 20, names=[f"{k}" for k in range(20)], describe=lambda: {"codec": "h264"}
+        ),
+        "test": SimpleNamespace(lengths=[60] * 4, names=[f"{k}" for k in range(4)], read=read),
+    }
+    return bench
+
+
+def read(clips):
+    """Pictures of noise for clips."""
+    shape = (len(clips), len(clips[0].frames), 3, 8, 8)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_scores_come_back_from_the_gpu_and_classes_are_hidden(tmp_path, monkeypatch):
+    bench = stub(tmp_path, vae="builtin", tasks=("image-to-video",))
+    bench.net = None
+    shown = []
+
+    def features(net, video, resize):
+        shown.append(video.shape[0])
+        return OnGpu(torch.zeros(len(video), 400))
+
+    def table(model, diffusion, latents, seed, y=None):
+        assert y.tolist() == [101, 101]
+        return OnGpu(torch.zeros(2, 4, 4, 3))
+
+    monkeypatch.setattr("benchmarks.evidence.measure.fvd.features", features)
+    monkeypatch.setattr(evidence_measure, "neighbour_table", table)
+    model = SimpleNamespace(config=SimpleNamespace(num_classes=101))
+    vae = SimpleNamespace(encode_mean=lambda pictures: torch.zeros(len(pictures), 16, 4, 1, 1))
+    monkeypatch.setattr(bench, "trained", lambda job: SimpleNamespace(model=model, vae=vae, diffusion=PLAIN))
+    arm = Arm("ffs", "XL/2", 0.2, 0)
+    assert bench.measure(Job("ffs", arm, "validation", "loss", "", 4), range(2))["table"].shape == (2, 4, 4, 3)
+    assert bench.measure(Job("ffs", None, "generate", "test", "", 4), range(2))["features"].shape == (2, 400)
+    assert shown == [2]
+
+
+def test_each_worker_has_a_gpu_of_its_own(tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for worker in range(6):
+        monkeypatch.setenv("LOCAL_RANK", str(worker))
+        evidence.main(["--budget", "smoke", "--out", str(tmp_path), "--stages", "worker"])
+    assert [device.index for device in taken] == [0, 1, 2, 3, 0, 1]
+
+
+@pytest.mark.filterwarnings("ignore:the Fréchet distance")
+def test_a_published_protocol_keeps_all_clips_and_says_where_it_departs(tmp_path):
+    bench = stub(
+        tmp_path, protocol="styleganv", reference="train", stride=3, clips=30, seeds=(0,), p=(0.0, 0.2), size=256
+    )
+    arm = Arm("ffs", bench.config.model, 0.2, 0)
+    sampled = Job("ffs", arm, "generate", "sampled", "ddim:50", 30)
+    real = Job("ffs", None, "generate", "train", "", 30)
+    assert {step for clip in bench.clips(real) for step in np.diff(clip.frames)} == {1}, "the protocol's stride"
+    truth = bench.clips(Job("ffs", arm, "image-to-video", "held", "ddim:50", 30))
+    assert {step for clip in truth for step in np.diff(clip.frames)} == {3}, "the training run's stride"
+    assert len(bench.clips(real)) == 20
+    results = Results(bench)
+    rng = np.random.default_rng(0)
+    results.tables = {
+        real.name: {"features": rng.normal(size=(20, 5)), "seconds": np.ones(1)},
+        sampled.name: {"features": rng.normal(size=(30, 5)) + 1, "seconds": np.ones(1)},
+    }
+    row = results.row([sampled], ["fvd"])
+    assert (row["clips"], row["real"]) == (30, 20)
+    a, b = (results.tables[job.name]["features"] for job in (real, sampled))
+    assert row["fvd"][0] == frechet_distance(a, b)
+    assert row["fvd"][1] < row["fvd"][0] < row["fvd"][2]
+    card = results.card()
+    assert card["departs from it"] == [
+        "30 generated clips, not 2048",
+        "20 real clips, as many as there are videos, not 2048",
+    ]
+    assert results.clips([sampled]) == 30, "held-out videos are four, and do not count here"
+
+
+def test_a_task_of_other_clips_is_compared_with_its_own_truth(tmp_path):
+    bench = stub(tmp_path, protocol="styleganv", reference="train", tasks=("image-to-video",), seeds=(0,))
+    job = Job("ffs", Arm("ffs", bench.config.model, 0.2, 0), "image-to-video", "held", "ddim:50", 64)
+    results = Results(bench)
+    fake, truth = np.ones((4, 5)), np.zeros((4, 5))
+    test = {"features": np.full((4, 5), 9.0)}
+    results.tables = {job.name: {"features": fake, "truth_features": truth}, "ffs/generate/test": test}
+    assert results.number([job], "distance")[0] == pytest.approx(5**0.5)
+
+
+def test_intervals_hold_the_mean_and_pairs_are_narrower():
+    rows = np.random.default_rng(0).normal(3, 1, 100)
+    other = rows + 0.5 + 0.01 * np.random.default_rng(1).normal(size=100)
+    value, low, high = interval(lambda k: float(rows[k.clips].mean()), 100, 200)
+    assert low < value < high
+    assert high - low == pytest.approx(4 * rows.std() / 10, rel=0.2)
+    pair = difference(lambda k: float(other[k.clips].mean()), lambda k: float(rows[k.clips].mean()))
+    paired = interval(pair, 100, 200)
+    assert paired[2] - paired[1] < 0.02
+
+
+@pytest.mark.parametrize(
+    ("found", "seeds", "same", "said"),
+    [
+        ([5.0, 2.0, 8.0], [4.0, 6.0], False, "reproduced"),
+        ([5.0, 2.0, 8.0], [-1.0, 11.0], False, "not reproduced: no"),
+        ([5.0, -1.0, 8.0], [4.0, 6.0], False, "not reproduced: no"),
+        ([-5.0, -8.0, -1.0], [-4.0, -6.0], False, "not reproduced: the other way"),
+        ([5.0, 2.0, 8.0], [5.0], True, "reproduced"),
+        ([25.0, 14.0, 38.0], [25.0], True, "not reproduced: they differ by more"),
+        ([50.0, -5.0, 400.0], [50.0], True, "not reproduced: these clips cannot tell"),
+        ([1.0, -60.0, 60.0], [1.0], True, "not reproduced: these clips cannot tell"),
+        ([1.0, -5.0, 5.0], [-20.0, 22.0], True, "not reproduced: these clips cannot tell"),
+    ],
+)
+def test_a_verdict_wants_an_interval_and_agreeing_seeds(found, seeds, same, said):
+    measures = {"fvd": {"difference": found, "by_seed": seeds, "better": 100.0, "worse": 100.0 + found[0]}}
+    claim = Claim("", "", [], [], ("fvd",), same)
+    assert verdict(claim, measures).startswith(said)
+    assert verdict(claim, measures, seeds=2).endswith(" (one seed)") == (len(seeds) == 1)
+    for still, limited in ((90.0, True), (101.0, False)):
+        measures["fvd"]["still"] = still
+        assert ("a frozen frame beats both" in verdict(claim, measures)) == limited
+    assert verdict(Claim("", "", [], [], ("fvd",), same), {}) == "not run yet"
+
+
+def test_every_budget_reads_and_its_names_are_its_own():
+    for name in BUDGETS:
+        for data, config in read_budget(name).sets.items():
+            names = [job.name for job in jobs(data, config)]
+            assert len(set(names)) == len(names)
+            assert {arm.seed for arm in arms(data, config)} == set(config.seeds)
+    paper = read_budget("paper").sets
+    assert set(paper) == {"ffs", "sky", "ucf101", "taichi"}
+    assert all(config.model == "XL/2" and config.clips == 2048 for config in paper.values())
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_every_training_of_a_budget_fits_one_to_eight_gpus(name, tmp_path):
+    budget = read_budget(name)
+    whole = Evidence(name, budget, Namespace(out=str(tmp_path)))
+    for data, config in budget.sets.items():
+        words = whole.command(arms(data, config)[0])
+        run = parse(TrainConfig, words[words.index("--config") :])
+        for ranks in (1, 2, 4, 8) if name == "paper" else (1,):
+            accumulation(run.data.batch_size, run.engine.micro_batch, ranks)
+        if name == "paper":
+            same = parse(TrainConfig, ["--config", str(ROOT / "configs" / f"{data}_xl.yaml")])
+            assert (run.data.batch_size, run.steps, run.engine) == (same.data.batch_size, same.steps, same.engine)
+            assert run.conditional == same.conditional
+
+
+def test_held_out_videos_are_never_trained_on(tmp_path, monkeypatch):
+    videos = tmp_path / "videos" / "deep"
+    videos.mkdir(parents=True)
+    for k in range(10):
+        (videos / f"{k}.mp4").write_bytes(b"\0\0\0\0ftyp")
+    monkeypatch.setattr("benchmarks.evidence.data._encode", lambda *_: None)
+    config = SetConfig(hold_out=5)
+    prepare("x", config, tmp_path / "out", tmp_path / "videos", "")
+    split = {s: {p.resolve() for p in (tmp_path / "out" / s).rglob("*.mp4")} for s in ("train", "test")}
+    assert len(split["train"]) == 8
+    assert len(split["test"]) == 2
+    assert not split["train"] & split["test"]
+    prepare("x", config, tmp_path / "out", None, "")
+    (videos / "new.mp4").write_bytes(b"\0\0\0\0ftyp")
+    with pytest.raises(ValueError, match="held-out clips would mix"):
+        prepare("x", config, tmp_path / "out", tmp_path / "videos", "")
+    with pytest.raises(ValueError, match="needs real videos: give a folder"):
+        prepare("x", config, tmp_path / "other", None, "")
+    assert folders([f"x={videos}"], {"x": config}) == {"x": videos}
+    with pytest.raises(ValueError, match="NAME=DIR"):
+        folders([f"y={videos}"], {"x": config})
+
+
+def test_windows_are_spread_and_one_process_holds_a_part(tmp_path):
+    found = windows(SetConfig(stride=2, windows=2), [40, 10, 40], 16, 10)
+    assert [(clip.video, clip.frames[0]) for clip in found] == [(0, 0), (0, 9), (2, 0), (2, 9)]
+    with pytest.raises(ValueError, match="videos have 31 frames"):
+        windows(SetConfig(stride=2), [40, 10], 16, 10)
+    with claimed(tmp_path / "part.npz") as mine, claimed(tmp_path / "part.npz") as theirs:
+        assert mine
+        assert not theirs
+
+
+def test_the_page_holds_the_tables_of_its_numbers():
+    page, numbers = ROOT / "docs" / "evidence.md", ROOT / "docs" / "evidence" / "results.json"
+    text = page.read_text()
+    for picture in sorted((ROOT / "docs" / "evidence").glob("*.png")):
+        assert f"(evidence/{picture.name})" in text, "a picture that nobody sees"
+    pictures = {path.stem: f"evidence/{path.name}" for path in (ROOT / "docs" / "evidence").glob("*.png")}
+    tables = evidence_text.render(json.loads(numbers.read_text()), pictures)
+    assert evidence_text.into(text, tables) == text, "run benchmarks/evidence.py with --docs docs/evidence.md"
+
+
+@pytest.mark.slow
+def test_every_stage_is_one_command_that_goes_on(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    np.savez(tmp_path / "digits.npz", images=(disc(10) * 255).byte().numpy())
+    (tmp_path / "page.md").write_text(f"# Page\n\n{evidence_text.BEGIN}\n{evidence_text.END}\n\nEnd.\n")
+    words = ["--budget", "smoke", "--out", "out", "--digits", "digits.npz", "--docs", "page.md"]
+    evidence.main(words)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(results["sets"]) == {"digits", "clips"}
+    assert all(results["runs"].values()), "every number has a run"
+    verdicts = [row["verdict"] for entry in results["sets"].values() for row in entry["comparisons"]]
+    assert all(verdict.startswith(("reproduced", "not reproduced")) for verdict in verdicts)
+    page = (tmp_path / "page.md").read_text()
+    assert page.endswith("End.\n")
+    assert results["parent"] in page
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "measured").rglob("part-*.npz")}
+    next(iter(kept)).unlink()
+    capfd.readouterr()
+    evidence.main([*words, "--stages", "measure", "report"])
+    shown = capfd.readouterr().out
+    assert "measurements: 1 to do" in shown
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["runs"] == results["runs"]
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("evidence").experiment_id], max_results=1000)
+    below = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == results["parent"]]
+    assert {run.info.run_id for run in below} == set(results["runs"].values())
+    by_name = {run.info.run_name: run for run in below}
+    for entry in results["sets"].values():
+        for row in (*entry["generation"], *(row for rows in entry["tasks"].values() for row in rows)):
+            shown = by_name[row["jobs"][0]].data
+            task = shown.params["task"]
+            for measure in ("fvd", "kvd", "motion", "psnr", "residual"):
+                if measure in row:
+                    ends = ("", "_low_95", "_high_95")
+                    assert [shown.metrics[f"{task}/{measure}{end}"] for end in ends] == row[measure]
+            assert {"--videos", "--digits", "--out", "--only"} <= set(shlex.split(shown.tags["command"]))
+            assert by_name[row["jobs"][0]].inputs.dataset_inputs
+    files = {file.path for file in client.list_artifacts(results["parent"], "videos")}
+    assert "videos/digits_long.mp4" in files
+
+
+def test_misuse_ends_with_a_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evidence.main(["--budget", "smoke", "--out", str(tmp_path), "--videos", "/nowhere"])
+    assert stopped.value.code == 2
+    assert "is not a folder" in capsys.readouterr().err
