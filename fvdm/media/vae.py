@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fvdm.media.frames import FrameMap
+
 BUILTIN = Path(__file__).parents[1] / "weights" / "builtin_vae"
 CHUNK = 16  # frames that are decoded at once; bounds the memory
 
@@ -73,6 +75,7 @@ class VAE:
         identity: hash of its weights and configuration; shards and checkpoints remember it.
         channels: channels of a latent.
         factor: how many times smaller a latent is than its picture.
+        frame_map: from pixel frames to latent frames; one to one, as this encodes images.
         normalisation: of its latents.
     """
 
@@ -82,6 +85,7 @@ class VAE:
         self.identity = _identity(model)
         self.channels = int(config.latent_channels)
         self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.frame_map = FrameMap(1)
         self.normalisation = _normalisation(config)
         self.device, self.dtype = device, dtype
         self.model = model.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
