@@ -23,3 +23,8 @@ def undisturbed(latents, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     train(2, words(latents, folder, "run", "--steps", 8), folder)
     return folder
+
+
+def pytest_collection_modifyitems(items):
+    """The tests on a Slurm cluster start first: they wait more than they compute, beside the other workers."""
+    items.sort(key=lambda item: "slurm" not in item.path.parts)

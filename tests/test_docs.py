@@ -45,3 +45,16 @@ def test_the_commands_of_the_readme_parse_and_come_after_the_environment():
     assert len(commands) >= 5
     for command in commands:
         settings.parse(GenerateCommand, shlex.split(command.partition("fvdm generate ")[2]))
+
+
+def test_the_ten_answers_of_contributing_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| [^|]+\? \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == 10
+    for row in rows:
+        files = [ROOT / name for name in re.findall(r"\]\(([^)]+)\)", row)]
+        assert files
+        assert all(file.exists() for file in files), row
+        source = "".join(file.read_text() for file in files if file.is_file())
+        for name in re.findall(r"`([A-Za-z_.]+)`", row):
+            assert name.rpartition(".")[2] in source, f"{name} is not in {row}"
