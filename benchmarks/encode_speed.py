@@ -81,7 +81,7 @@ def measure(config: "EncodeConfig", vae: "VAE", repeats: int) -> dict[str, float
     """All numbers by name."""
     import torch
 
-    from data_prep.layouts import PAPER, list_videos
+    from fvdm.media.layouts import PAPER, list_videos
     from fvdm.media.memory import keep_freed_memory
     from fvdm.media.vae import load_vae
     from fvdm.media.videos import read_video
@@ -146,7 +146,7 @@ def _plain(config: "EncodeConfig", names: list[str], batch: int) -> float:
     import numpy as np
     import torch
 
-    from data_prep.layouts import PAPER
+    from fvdm.media.layouts import PAPER
     from fvdm.media.videos import to_square
 
     begun = time.perf_counter()
@@ -181,8 +181,8 @@ def _pure(config: "EncodeConfig", vae: "VAE", chunks: "list[Tensor]") -> None:
 def _decoding(config: "EncodeConfig", names: list[str]) -> None:
     """The decoders of encode_latents.py, with nobody to wait for."""
     from data_prep.decoding import Task, decode
-    from data_prep.layouts import PAPER
     from data_prep.options import workers
+    from fvdm.media.layouts import PAPER
 
     tasks = (Task(k, str(Path(config.videos) / name), config.size, PAPER["ffs"], 4) for k, name in enumerate(names))
     for _ in decode(tasks, workers=workers(config)):

@@ -122,8 +122,8 @@ class _Decoded:
         import numpy as np
         import torch
 
-        from data_prep.layouts import PAPER
         from fvdm.data.loader import draw_frames
+        from fvdm.media.layouts import PAPER
         from fvdm.media.videos import to_square
 
         video = index % len(self.files)

@@ -6,10 +6,8 @@ import math
 import os
 import sys
 from dataclasses import dataclass
-from typing import Literal, get_args
 
-LayoutName = Literal["auto", "ffs", "ucf101", "sky", "taichi", "mixed"]
-LAYOUTS: tuple[str, ...] = get_args(LayoutName)
+from fvdm.media.config import LAYOUTS
 
 
 @dataclass(frozen=True)

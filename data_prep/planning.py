@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from data_prep.decoding import estimate
-from data_prep.layouts import PAPER, Listing, Source, list_videos
 from data_prep.options import EncodeConfig, Stopped, chunk, device, precision, workers
 from data_prep.shards import Plan, assign, atomic, write_rejected
+from fvdm.media.layouts import PAPER, Listing, Source, list_videos
 
 if TYPE_CHECKING:
     from fvdm.media.vae import VAE

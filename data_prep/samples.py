@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_prep.layouts import Source
+from fvdm.media.layouts import Source
 
 
 def tar_writer(file: BinaryIO) -> Any:

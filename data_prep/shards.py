@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_prep.layouts import Source
 from data_prep.samples import file_sha256, index_tar, key_of, read_samples, tar_writer
 from fvdm.data.shards import Manifest, ShardInfo, index_name
 from fvdm.files import whole
+from fvdm.media.layouts import Source
 
 WORK = ".work"
 PATIENCE = 600.0  # seconds to wait for another copy of the job; a machine that is lost may hold its lock for ever

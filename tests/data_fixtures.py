@@ -147,9 +147,9 @@ def make_shards(
 
     The video `spoilt` holds nan instead; `manifest` are other fields of it than those of `manifest_fields`.
     """
-    from data_prep.layouts import Source
     from data_prep.samples import make_sample
     from data_prep.shards import Plan, ShardPlan, Work, finish
+    from fvdm.media.layouts import Source
 
     sources = [Source(f"video{number}.mp4", "file", number % 2 if labels else None) for number in range(len(lengths))]
     shards = [

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from benchmarks.evidence.plan import ROOT, SetConfig
 from benchmarks.smoke import smoke_clips
-from data_prep.layouts import list_videos
 from fvdm.files import write_text
+from fvdm.media.layouts import list_videos
 
 VIDEOS = "FVDM_EVIDENCE_VIDEOS"
 DIGITS = "FVDM_EVIDENCE_DIGITS"

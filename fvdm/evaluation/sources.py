@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.layouts import PAPER, list_videos
 from fvdm.data.shards import LatentShards
 from fvdm.diffusion.solvers import solver
 from fvdm.evaluation.protocols import Clip
 from fvdm.generation.pipeline import Trained, load
+from fvdm.media.layouts import PAPER, list_videos
 from fvdm.media.vae import load_vae, sample_latents
 from fvdm.media.videos import Info, VideoError, even_step, frame_files, read_video
 

@@ -17,10 +17,10 @@ import torch
 
 from data_prep import shards as shard_files
 from data_prep.encode_latents import run
-from data_prep.layouts import PAPER, Source
 from data_prep.options import parse
 from data_prep.shards import Plan, assign
 from fvdm.data.shards import LatentShards
+from fvdm.media.layouts import PAPER, Source
 from fvdm.media.vae import load_vae
 from fvdm.media.videos import Info, Preprocess, read_video
 from tests.data_fixtures import LAYOUTS, cut, make_tree, make_vae, rejected, test_data, write_frames, write_video

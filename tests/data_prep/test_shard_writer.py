@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from data_prep import shards as shard_files
-from data_prep.layouts import Source
 from data_prep.samples import make_sample
 from data_prep.shards import Plan, ShardPlan, Work, stamp_of
+from fvdm.media.layouts import Source
 
 VIDEOS = 8
 SHARD = ShardPlan("train-000000.tar", "train", 0, VIDEOS)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from data_prep.options import LAYOUTS, LayoutName
+from fvdm.media.config import LAYOUTS, LayoutName
 from fvdm.media.videos import IMAGE_SUFFIXES, Preprocess
 
 VIDEO_SUFFIXES = frozenset(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.layouts import list_videos
+from fvdm.media.layouts import list_videos
 from tests.data_fixtures import LAYOUTS, cut, make_tree, write_frames, write_video
 
 
