@@ -7,10 +7,9 @@ some rejected (see rejected.jsonl), 2 nothing usable or wrong usage.
 """
 
 import errno
-import fcntl
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ if __package__ in (None, ""):  # run as a file: the folder above holds the packa
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.options import EncodeConfig, Stopped, check, encoders, parse, print_any_name, workers
+from fvdm.files import LockHeldError, lock
 
 if TYPE_CHECKING:
     from data_prep.encoder import Progress
@@ -183,15 +183,13 @@ def _finish(config: EncodeConfig, plan: "Plan", vae: "VAE", report: "Report", fr
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """Holds the folder's lock: a second run on this machine is refused with a sentence."""
-    with open(out / ".lock", "wb") as lock:
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            held.enter_context(lock(out / ".lock", timeout=0))
+        except LockHeldError:
             raise ValueError(
                 f"Another encode_latents.py is writing to {str(out)!r}: wait for it, or stop it."
             ) from None
-        except OSError:  # a file system without locks
-            pass
         yield
 
 

@@ -8,13 +8,11 @@ and a name that exists is a whole file.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,11 +20,11 @@ from typing import Any, BinaryIO
 
 from data_prep.samples import file_sha256, index_tar, key_of, read_samples, tar_writer
 from fvdm.data.shards import Manifest, ShardInfo, index_name
-from fvdm.files import whole
+from fvdm.files import LockHeldError, atomic_write, lock
 from fvdm.media.layouts import Source
 
 WORK = ".work"
-PATIENCE = 600.0  # seconds to wait for another copy of the job; a machine that is lost may hold its lock for ever
+LOCK_TIMEOUT = 600.0  # seconds to wait for another copy of the job; a lost machine may hold its lock for ever
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def _shard_plan(split: str, numbers: dict[str, int], first: int, end: int) -> Sh
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears under its name whole, flushed to disk, or not at all."""
-    with whole(path, mark=f".{secrets.token_hex(8)}") as temporary, temporary.open("wb") as file:
+    with atomic_write(path, mark=f".{secrets.token_hex(8)}") as temporary, temporary.open("wb") as file:
         yield file
 
 
@@ -277,18 +275,11 @@ class _MadeError(Exception):
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Keeps other copies of this job from the folder of a shard's parts, where the file system has locks."""
+    """Keeps other copies of this job from the folder of a shard's parts."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "wb") as file:
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.2)
-            except OSError:  # no locks here
-                break
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(LockHeldError):
+            held.enter_context(lock(folder / "lock", LOCK_TIMEOUT))
         yield
 
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fvdm.files import whole
+from fvdm.files import atomic_write
 
 IMAGES = {".jpg", ".jpeg", ".png"}
 VIDEOS = {".mp4", ".avi", ".mkv", ".webm"}
@@ -185,7 +185,7 @@ def export(model: Any, pictures: list[Tensor], out: Path) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
         copy.half().save_pretrained(temporary)
         for name in ("diffusion_pytorch_model.safetensors", "config.json"):
-            with whole(out / name) as place:
+            with atomic_write(out / name) as place:
                 shutil.copyfile(os.path.join(temporary, name), place)
 
 

@@ -31,6 +31,7 @@ DOORS = {
     "deepspeed": {"fvdm/training/engine.py"},
     "mlflow": {"fvdm/tracking/tracker.py", "fvdm/tracking/logged_model.py", "fvdm/serving/pyfunc.py"},
     "flash_attn": {"fvdm/models/attention.py"},
+    "filelock": {"fvdm/files.py"},
     "diffusers": {
         "fvdm/media/vae.py",
         "data_prep/train_vae.py",

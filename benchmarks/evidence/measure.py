@@ -4,12 +4,11 @@ Several processes share the parts: who holds a part's lock does it. A killed pro
 does what it left.
 """
 
-import fcntl
 import json
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from fvdm.evaluation.i3d import I3D, load_i3d
 from fvdm.evaluation.protocols import Clip, protocol, select_real
 from fvdm.evaluation.scores import drawn, psnr
 from fvdm.evaluation.sources import Files, device
-from fvdm.files import whole
+from fvdm.files import LockHeldError, atomic_write, lock
 from fvdm.generation.pipeline import Trained
 
 FIRST_SEED = 1000  # of the first sampled clip; clip k has this + k in every arm, so that arms are compared on the same
@@ -228,15 +227,15 @@ class Bench:
 def claimed(path: Path) -> Iterator[bool]:
     """Whether this process, and no other, may write a file for now."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            held.enter_context(lock(path.with_suffix(".lock"), timeout=0))
+        except LockHeldError:
             yield False
             return
         yield True
 
 
 def _save(result: dict[str, np.ndarray], path: Path) -> None:
-    with whole(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **result)  # type: ignore[arg-type]

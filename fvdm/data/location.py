@@ -1,6 +1,5 @@
 """Where latent shards lie: local folders, shared file systems, and URLs as WebDataset takes them."""
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -11,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from fvdm.files import whole
+from fvdm.files import atomic_write, lock
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -142,8 +141,7 @@ class Location:
         if kept.exists():
             return kept
         self.cache.mkdir(parents=True, exist_ok=True)
-        with open(f"{kept}.lock", "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with lock(Path(f"{kept}.lock")):
             if not kept.exists():
                 self._fetch(name, sha256, kept)
         return kept
@@ -157,7 +155,7 @@ class Location:
                     file.write(block)
             return digest.hexdigest()
 
-        with whole(kept) as partial:
+        with atomic_write(kept) as partial:
             try:
                 found = retry(fetch, self.url(name))
             except MissingError as error:

@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from fvdm.files import whole
+from fvdm.files import atomic_write
 
 EXACT = {"fflags": "bitexact"}  # no random numbers in a file's header
 GIF_RATE = 50  # frames per second; of faster ones, viewers make slow ones
@@ -43,7 +43,7 @@ def open_webm(path: Path, fps: float = 8.0) -> AbstractContextManager[Put]:
 def _open_video(path: Path, fps: float, container: str, codec: str, options: dict[str, object]) -> Iterator[Put]:
     import av
 
-    with whole(path) as temporary, av.open(str(temporary), "w", format=container, options=EXACT) as file:
+    with atomic_write(path) as temporary, av.open(str(temporary), "w", format=container, options=EXACT) as file:
         stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
         assert isinstance(stream, av.VideoStream)
         stream.pix_fmt, stream.options = "yuv420p", options
@@ -69,7 +69,7 @@ def open_frames(path: Path, fps: float = 8.0) -> Iterator[Put]:
     numbers = count()
 
     def put(frame: Tensor) -> None:
-        with whole(path / f"{next(numbers):05d}.png") as temporary:
+        with atomic_write(path / f"{next(numbers):05d}.png") as temporary:
             Image.fromarray(_picture(frame)).save(temporary, "PNG")
 
     yield put
@@ -86,7 +86,7 @@ def open_gif(path: Path, fps: float = 8.0) -> Iterator[Put]:
     from PIL import GifImagePlugin, Image
 
     every, numbers = gif_stride(fps), count()
-    with whole(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
 
         def put(frame: Tensor) -> None:
             number = next(numbers)
@@ -143,7 +143,7 @@ def write_strips(videos: Tensor, path: Path, columns: int = 8, rows: int = 1) ->
     missing = rows * columns - chosen.shape[1]
     chosen = torch.cat([chosen, chosen.new_zeros((len(chosen), missing, *chosen.shape[2:]))], dim=1)
     picture = rearrange(chosen, "b (r f) c h w -> (b r h) (f w) c", r=rows).cpu().numpy()
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         Image.fromarray(picture).save(temporary, "PNG")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fvdm.config import current_names
-from fvdm.files import whole, write_text
+from fvdm.files import atomic_write, write_text
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -39,7 +39,7 @@ class Pretrained:
         weights: dict[str, Tensor] = self.state_dict()  # type: ignore[attr-defined]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with whole(folder / WEIGHTS) as temporary:
+            with atomic_write(folder / WEIGHTS) as temporary:
                 save_file({k: v.detach().to(dtype).cpu().contiguous() for k, v in weights.items()}, temporary)
             write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
         except OSError as error:

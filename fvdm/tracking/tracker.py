@@ -6,7 +6,6 @@ what could not be sent, because the server was away or the run was killed, is se
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fvdm.files import whole, write_text
+from fvdm.files import atomic_write, lock, write_text
 from fvdm.tracking.config import TrackingConfig
 from fvdm.tracking.logged_model import Model, deliver
 from fvdm.tracking.provenance import git_commit
@@ -41,11 +40,9 @@ def _open(uri: str) -> Any:
     if not uri.startswith(SQLITE):
         return MlflowClient(uri)
     database = Path(uri.removeprefix(SQLITE).partition("?")[0])
-    with database.with_name(f".{database.name}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock(database.with_name(f".{database.name}.lock")):
         if not database.exists():
-            (database.parent / f".tmp-{database.name}").unlink(missing_ok=True)  # of a process that was killed
-            with whole(database) as temporary:
+            with atomic_write(database) as temporary:
                 MlflowClient(f"{SQLITE}{temporary}")
         return MlflowClient(uri)
 

@@ -1,15 +1,14 @@
 """A training run: its settings, the parts it is made of, and how it is kept in, and taken up from, its folder."""
 
-import fcntl
 import json
 import logging
 import os
 import platform
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -20,7 +19,7 @@ from fvdm.checkpoints.writer import Writer
 from fvdm.data.shards import LatentShards
 from fvdm.diffusion.process import Diffusion
 from fvdm.distributed import HangDetector, Ranks
-from fvdm.files import write_text
+from fvdm.files import LockHeldError, lock, write_text
 from fvdm.models.latte import Latte, LatteConfig, preset
 from fvdm.models.official import read_model
 from fvdm.tracking.provenance import environment, git_patch
@@ -130,24 +129,31 @@ def run_lock(folder: Path, patience: float) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     me = {"host": platform.node(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID", "")}
-    with (folder / ".lock").open("a+") as lock:
-        began = time.monotonic()
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                lock.seek(0)
-                holder = json.loads(lock.readline() or "{}")
+    holder_file = folder / ".holder"
+    with ExitStack() as held:
+        try:
+            held.enter_context(lock(folder / ".lock", LOCK_PATIENCE))  # the ranks of a killed job take a moment to end
+        except LockHeldError:
+            holder = _holder(holder_file)
             same_job = me["job"] and holder.get("job") == me["job"]
-            if time.monotonic() - began > (patience if same_job else LOCK_PATIENCE):
+            try:
+                held.enter_context(lock(folder / ".lock", max(patience - LOCK_PATIENCE, 0) if same_job else 0))
+            except LockHeldError:
+                holder = _holder(holder_file)
                 by = f"process {holder.get('pid')} on {holder.get('host')}"
-                raise ValueError(f"{folder} is being trained by another job, {by}; wait for it, or use another name")
-            time.sleep(1)  # The ranks of a killed job take a moment to end.
-        lock.truncate(0)
-        lock.write(json.dumps(me) + "\n")
-        lock.flush()
+                raise ValueError(
+                    f"{folder} is being trained by another job, {by}; wait for it, or use another name"
+                ) from None
+        write_text(holder_file, json.dumps(me))
         yield
+
+
+def _holder(path: Path) -> dict[str, Any]:
+    """Host, process and job of who holds a run; empty where that is not known."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return {}
 
 
 def newest_checkpoint(config: TrainConfig, ranks: Ranks) -> Path | None:
