@@ -2,13 +2,15 @@
 
 import dataclasses
 import difflib
+import itertools
+import json
 import math
 import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -72,18 +74,24 @@ def _shorten(parser: ArgumentParser) -> None:
 
 
 def _words(parser: ArgumentParser, argv: list[str]) -> list[str]:
-    """`--given-noise` for `--given_noise`, and a switch without a value for true."""
-    words = []
-    for k, word in enumerate(argv):
+    """`--given-noise` for `--given_noise`, a switch without a value for true, and several values as one list."""
+    words: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
         name, equals, value = word.partition("=")
-        known = name.replace("-", "_").replace("__", "--", 1)
-        if name.startswith("--") and known in parser._option_string_actions:
-            word, name = known + equals + value, known
+        spelled = name.replace("-", "_").replace("__", "--", 1)
+        if name.startswith("--") and spelled in parser._option_string_actions:
+            word, name = spelled + equals + value, spelled
+        kind = getattr(parser._option_string_actions.get(name), "_typehint", None)
+        values = list(itertools.takewhile(lambda word: not word.startswith("--"), [] if equals else rest))
+        if kind is bool and not equals and not values:
+            word += "=true"
+        elif get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis and values and values[0][:1] != "[":
+            text = get_args(kind)[0] not in (int, float)
+            word += f"=[{', '.join(map(json.dumps, values) if text else values)}]"
+            del rest[: len(values)]
         words.append(word)
-        action = parser._option_string_actions.get(name)
-        alone = k + 1 == len(argv) or argv[k + 1].startswith("--")
-        if action is not None and not equals and alone and getattr(action, "_typehint", None) is bool:
-            words[-1] += "=true"
     return words
 
 

@@ -169,3 +169,27 @@ def test_a_training_setting_out_of_its_range_is_refused_in_one_sentence(name, va
     with pytest.raises(ValueError, match=sentence) as caught:
         settings.parse(TrainConfig, ["--name", "n", "--data.path", "p", f"--{name}={value}"])
     assert "\n" not in str(caught.value)
+
+
+@dataclass(frozen=True)
+class Several:
+    """Settings that take several values.
+
+    Attributes:
+        names: words.
+        p: numbers.
+        pair: two numbers.
+        on: a switch.
+    """
+
+    names: tuple[str, ...] = ()
+    p: tuple[float, ...] = (1.0,)
+    pair: tuple[float, float] = (0.0, 1.0)
+    on: bool = False
+
+
+def test_a_setting_of_several_values_takes_them_as_words():
+    found = settings.parse(Several, ["--names", "a", "1", "--p", "0", "0.5", "--on", "--pair", "[2, 3]"])
+    assert found == Several(("a", "1"), (0.0, 0.5), (2.0, 3.0), True)
+    assert settings.parse(Several, ["--names", "[a, b]", "--p=[3]"]) == Several(("a", "b"), (3.0,))
+    assert settings.parse(Several, ["--names", "a=b", "--on=false"]) == Several(("a=b",))
