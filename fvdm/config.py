@@ -2,19 +2,19 @@
 
 import dataclasses
 import difflib
-import itertools
 import json
 import math
 import re
 import sys
-from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_origin
-
-from jsonargparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from fvdm.files import write_text
+from fvdm.help import help_text, list_of, switch_of
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
 
 T = TypeVar("T")
 
@@ -27,6 +27,7 @@ FORMER_NAMES = {
     "engine.clip_from": "engine.grad_clip_start",
     "engine.bucket": "engine.reduce_bucket_size",
     "show_matrix": "show_schedule",
+    "keep_damaged": "keep_corrupt",
 }
 
 
@@ -35,14 +36,20 @@ def parse(
     argv: Sequence[str] | None = None,
     description: str | None = None,
     positional: Sequence[str] = (),
+    prog: str | None = None,
 ) -> T:
     """Fill a dataclass from `--config FILE.yaml` and `--dotted.name value`; later words win.
+
+    `--given-noise` is the same as `--given_noise`; a switch needs no value, and `--no-NAME` turns it off; a setting
+    that takes several values takes the words up to the next option. `--help` prints what `fvdm.help` makes of the
+    dataclass, and ends the program.
 
     Args:
         cls: a frozen dataclass; its fields may be dataclasses. Its docstrings are the text of `--help`.
         argv: the words; those of the command line when not given.
         description: what the program does.
         positional: settings that the first words give without their names.
+        prog: what is typed to run the program; the name of its file when not given.
 
     Returns:
         An instance of `cls`.
@@ -50,12 +57,19 @@ def parse(
     Raises:
         ValueError: for an unknown or ill-typed setting; names the nearest that exists.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(words):
+        print(help_text(cls, prog or Path(sys.argv[0]).name, description, positional), end="")
+        raise SystemExit(0)
+    from argparse import ArgumentError
+
+    from jsonargparse import ArgumentParser
+
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of settings; words after it override it")
     parser.add_class_arguments(cls)
     _shorten(parser)
     try:
-        words = list(sys.argv[1:] if argv is None else argv)
         named = [f"--{name}={word}" for name, word in zip(positional, words, strict=False) if word[:1] != "-"]
         values = parser.parse_args(_words(parser, _rename_words(parser, named + words[len(named) :])))
         values.pop("config", None)
@@ -64,7 +78,7 @@ def parse(
         raise ValueError(_explain(str(error), _names(parser.get_defaults()))) from None
 
 
-def _shorten(parser: ArgumentParser) -> None:
+def _shorten(parser: "ArgumentParser") -> None:
     """A field that had to be called `class_` is the option `--class`."""
     for action in list(parser._actions):
         for option in [option for option in action.option_strings if option.endswith("_")]:
@@ -73,25 +87,30 @@ def _shorten(parser: ArgumentParser) -> None:
             parser._option_string_actions[short] = parser._option_string_actions.pop(option)
 
 
-def _words(parser: ArgumentParser, argv: list[str]) -> list[str]:
-    """`--given-noise` for `--given_noise`, a switch without a value for true, and several values as one list."""
+def _words(parser: "ArgumentParser", argv: list[str]) -> list[str]:
+    """`--given_noise` for `--given-noise`, true or false for a switch, and one list for several values."""
     words: list[str] = []
+    options = parser._option_string_actions
     rest = list(argv)
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
-        spelled = name.replace("-", "_").replace("__", "--", 1)
-        if name.startswith("--") and spelled in parser._option_string_actions:
-            word, name = spelled + equals + value, spelled
-        kind = getattr(parser._option_string_actions.get(name), "_typehint", None)
-        values = list(itertools.takewhile(lambda word: not word.startswith("--"), [] if equals else rest))
-        if kind is bool and not equals and not values:
-            word += "=true"
-        elif get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis and values and values[0][:1] != "[":
-            text = get_args(kind)[0] not in (int, float)
-            word += f"=[{', '.join(map(json.dumps, values) if text else values)}]"
-            del rest[: len(values)]
-        words.append(word)
+        own = name.replace("-", "_").replace("__", "--", 1)
+        if not name.startswith("--") or own not in options:
+            on = re.sub(r"^(--(?:.*\.)?)no_", r"\1", own)
+            off = name.startswith("--") and not equals and switch_of(getattr(options.get(on), "_typehint", None))
+            words.append(f"{on}=false" if off else word)
+            continue
+        kind = getattr(options[own], "_typehint", None)
+        values = 0 if equals else next((k for k, other in enumerate(rest) if other.startswith("--")), len(rest))
+        if not equals and not values and switch_of(kind):
+            words.append(f"{own}=true")
+        elif list_of(kind) and values and not (values == 1 and rest[0].startswith("[")):
+            quote = str if list_of(kind) in (int, float) else json.dumps
+            words.append(f"{own}=[{', '.join(quote(other) for other in rest[:values])}]")
+            del rest[:values]
+        else:
+            words.append(own + equals + value)
     return words
 
 
@@ -104,7 +123,7 @@ def current_names(values: dict[str, Any], section: str = "") -> dict[str, Any]:
     return renamed
 
 
-def _rename_words(parser: ArgumentParser, words: list[str]) -> list[str]:
+def _rename_words(parser: "ArgumentParser", words: list[str]) -> list[str]:
     """Words, and YAML files, with former names of settings replaced; says so on stderr."""
     import yaml
 
@@ -139,7 +158,7 @@ def _has(values: Any, dotted: str) -> bool:
     return isinstance(values, dict) and key in values and (not rest or _has(values[key], rest))
 
 
-def _names(defaults: Namespace) -> list[str]:
+def _names(defaults: "Namespace") -> list[str]:
     return [name for name in defaults.keys() if name not in ("config", "help", "print_config")]  # noqa: SIM118
 
 

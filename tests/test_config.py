@@ -1,3 +1,4 @@
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -76,18 +77,89 @@ def test_flattened_names_are_dotted():
     assert settings.flatten(Outer("n")) == {"name": "n", "inner.rate": 0.5, "inner.kind": "a", "words": ("x",)}
 
 
-def test_every_setting_is_explained():
-    """--help has a text for each: jsonargparse shows only the type where a docstring says nothing."""
-    import contextlib
-    import io
-    import re
+def help_of(cls, capsys, **words):
+    with pytest.raises(SystemExit) as end:
+        settings.parse(cls, ["--help"], **words)
+    assert end.value.code == 0
+    return capsys.readouterr().out
 
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
-        settings.parse(TrainConfig, ["--help"])
-    text = out.getvalue()
-    assert re.findall(r"^  (--[\w.]+) \S+\n? {5,}\(type", text, re.M) == []
+
+def test_every_setting_is_explained(capsys):
+    from fvdm.help import settings_of
+
+    assert [setting.name for setting in settings_of(TrainConfig) if not setting.text] == []
+    text = help_of(TrainConfig, capsys, prog="python train.py")
+    assert text.startswith("usage: python train.py --name NAME --data.path PATH [options]\n")
     assert len(re.findall(r"^  --", text, re.M)) > 50
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is read.
+
+    Attributes:
+        folder: where it is.
+        flip: store the flipped copy.
+    """
+
+    folder: str = "here"
+    flip: bool | None = None
+
+
+@dataclass(frozen=True)
+class Command(Base):
+    """A command.
+
+    Attributes:
+        kind: what to do.
+        names: 100% of them [all of them]
+        rate: a number.
+        on: a switch.
+        inner: more.
+    """
+
+    kind: Literal["a", "b"] = "a"
+    names: tuple[str, ...] = field(default=(), metadata={"metavar": "WORD"})
+    rate: float = 2.0
+    on: bool = False
+    inner: Inner = field(default_factory=Inner)
+
+
+def test_help_shows_each_default_once_and_groups_what_belongs_together(capsys):
+    text = help_of(Command, capsys, prog="fvdm command", positional=("kind",), description="Does it.")
+    assert text.startswith("usage: fvdm command KIND [options]\n\nDoes it.\n")
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    for line in (
+        *("options:", "What is read:", "Inner settings:", "--folder FOLDER where it is [here]"),
+        *("--flip, --no-flip store the flipped copy", "KIND what to do [a]", "--rate X a number [2]", "--on a switch"),
+        *(
+            "--names WORD [WORD ...] 100% of them [all of them]",
+            "--inner.kind {a,b} a word [a]",
+            "--inner.rate X a number [0.5]",
+        ),
+    ):
+        assert line in lines
+    assert not re.search(r"\(type|print_config|default:", text)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["b", "--no-flip"], Command(kind="b", flip=False)),
+        (["--flip", "--on"], Command(flip=True, on=True)),
+        (["--flip=false"], Command(flip=False)),
+        (["--names", "a=1", "2", "--rate", "3"], Command(names=("a=1", "2"), rate=3.0)),
+        (["--names", "[a, b]"], Command(names=("a", "b"))),
+    ],
+)
+def test_switches_and_lists(words, expected):
+    assert settings.parse(Command, words, positional=("kind",)) == expected
+
+
+@pytest.mark.parametrize("words", [["--no-rate"], ["--no-nothing"], ["--no-flip", "x"]])
+def test_only_switches_are_turned_off(words):
+    with pytest.raises(ValueError, match=r"setting|argument|flip"):
+        settings.parse(Command, words)
 
 
 @pytest.mark.parametrize("name", ["demo", "ffs_xl", "sky_xl", "ucf101_xl", "taichi_xl"])

@@ -30,7 +30,7 @@ class CheckpointCommand:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     try:
-        config = settings.parse(CheckpointCommand, argv, __doc__, positional=("action", "run", "out"))
+        config = settings.parse(CheckpointCommand, argv, __doc__, ("action", "run", "out"), "fvdm checkpoint")
         if (config.action == "export") != bool(config.out):
             raise ValueError("export needs a folder to write, and list and verify take none")
         run(config)

@@ -60,7 +60,7 @@ def convert(config: ConvertConfig) -> "Latte":
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     try:
-        config = settings.parse(ConvertConfig, argv, __doc__, positional=("src", "dst"))
+        config = settings.parse(ConvertConfig, argv, __doc__, ("src", "dst"), "fvdm convert")
         model = convert(config)
     except ValueError as error:
         settings.fail(error)

@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        config = settings.parse(GenerateCommand, argv, __doc__)
+        config = settings.parse(GenerateCommand, argv, __doc__, prog="fvdm generate")
         import torch.distributed as dist
 
         from fvdm.distributed import Ranks, from_environment

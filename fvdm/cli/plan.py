@@ -13,7 +13,7 @@ from fvdm.training.config import PlanConfig
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     try:
-        config = settings.parse(PlanConfig, argv, __doc__)
+        config = settings.parse(PlanConfig, argv, __doc__, prog="fvdm plan")
         from fvdm.training.plan import report
 
         print("\n".join(report(config)))

@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        config = settings.parse(RegistryConfig, argv, __doc__)
+        config = settings.parse(RegistryConfig, argv, __doc__, prog="fvdm register")
         from fvdm.serving.registry import register
 
         print(register(config))
