@@ -12,7 +12,7 @@ help:
 	@echo "make demo       real clips -> latents -> 2-rank ZeRO-2 training -> videos -> FVD -> MLflow"
 	@echo "make test       lint, types and every test (test-fast leaves out the slow ones)"
 	@echo "make chaos      a training on a real Slurm of this machine, hit by 30 random failures"
-	@echo "make ui         MLflow on http://127.0.0.1:5000"
+	@echo "make ui         look at the runs in MLflow, on http://127.0.0.1:5000"
 	@echo "make install    the virtual environment alone, in $(VENV)"
 	@echo "make lint       ruff and mypy"
 
@@ -40,7 +40,7 @@ lint: install
 	$(BIN)/mypy
 
 ui: install
-	$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --host 127.0.0.1 --port 5000
+	$(BIN)/fvdm ui
 
 clean:
 	rm -rf demo runs/demo build *.egg-info

@@ -162,7 +162,7 @@ class Ablation:
         if run_id:
             name = f"fvd/{options.protocol}_{options.frames}f_{point.sampler.replace(':', '_')}"
             found = Report("fvd", "fvd", [(point.step, {name: result["fvd"]})])
-            send(found, self.out, into=run_id, tracking=TrackingConfig(experiment=options.experiment))
+            send(found, self.out, run_id=run_id, tracking=TrackingConfig(experiment=options.experiment))
 
     def draw(self, found: dict[Spot, float]) -> dict[str, Path]:
         """The three figures: p, samplers, model scales."""
@@ -211,7 +211,7 @@ def report(ablation: Ablation, found: dict[Spot, float]) -> None:
         tracker.image(path, f"figures/{name}", options.steps)
     tracker.artifact(out / "results.json")
     for child in filter(None, (run_of(ablation.folder(cell)) for cell in ablation.cells)):
-        tracker.adopt(child)
+        tracker.set_parent(child)
     tracker.close()
 
 

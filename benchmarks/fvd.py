@@ -292,7 +292,7 @@ def report(result: dict[str, Any], options: argparse.Namespace) -> None:
         [out / "fvd.json", out / "card.txt"],
         data=[Data(Path(path).name, path, side, result["taken"][side]) for side, path in sides],
     )
-    send(found, out, into=run_of(Path(options.run or options.fake)))
+    send(found, out, run_id=run_of(Path(options.run or options.fake)))
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -69,7 +69,7 @@ def send(
     report: Report,
     out: Path,
     *,
-    into: str = "",
+    run_id: str = "",
     parent: str = "",
     renew: str = "",
     tracking: TrackingConfig | None = None,
@@ -79,7 +79,7 @@ def send(
     Args:
         report: what was found.
         out: folder of the benchmark, where the journal of this report is kept.
-        into: id of a training run that gets it all instead.
+        run_id: id of a training run that gets it all instead.
         parent: id of the run that this one is a child of.
         renew: id of this report's own run of an earlier time, which is brought up to date with its tags.
         tracking: where to; the database of this folder when not given.
@@ -91,9 +91,9 @@ def send(
     tags = {"kind": report.kind} | machine() | dict(report.tags)
     tags |= {"mlflow.parentRunId": parent} if parent else {}
     folder = out / ".tracking" / f"{report.kind}-{time.time_ns()}"
-    tracker = Tracker(folder, tracking, report.name, dict(report.params), tags, into=into or renew)
+    tracker = Tracker(folder, tracking, report.name, dict(report.params), tags, run_id=run_id or renew)
     if renew:
-        tracker.retag(dict(report.tags))
+        tracker.set_tags(dict(report.tags))
     for step, values in report.metrics:
         tracker.metrics(dict(values), step)
     for path in report.files:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from fvdm.tracking.pages import where_to_look
+
 RUN = Path("runs/demo")
 TASKS = {
     "generate": [],
@@ -62,13 +64,10 @@ def main() -> None:
             print(f"\nthe demo stopped at: {title} (exit code {code}); run make demo again to go on", file=sys.stderr)
             raise SystemExit(code)
     result = json.loads(Path("demo/fvd/fvd.json").read_text())
-    place = json.loads((RUN / "tracking.json").read_text())
-    page = f"#/experiments/{place.get('experiment_id', 0)}/runs/{place.get('run_id', '')}"
     print(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes.")
     print(f"  videos   {Path('demo/videos').resolve()}")
     print(f"  FVD      {result['fvd']:.1f} ({result['clips']} clips: far too few to compare with published numbers)")
-    print("  MLflow   make ui, then open http://127.0.0.1:5000")
-    print(f"           the run: http://127.0.0.1:5000/{page}")
+    print(f"  MLflow   {where_to_look(RUN)}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import _make_sbatch_string
 
 from fvdm.distributed import free_port
+from fvdm.tracking.provenance import command_line
 from launchers.after import Files, ask
 from launchers.job import POLL, Job
 from launchers.resources import ROOT, Resources, array_numbers
@@ -87,6 +88,7 @@ def launch(jobs: Sequence[Job], folder: Path, name: str, options: argparse.Names
         ValueError: if the job cannot be submitted.
     """
     resources = jobs[0].resources
+    os.environ.setdefault("FVDM_COMMAND", command_line())  # The ranks report it as what was typed.
     if options.dry_run:
         print(sbatch_file(resources, folder, name))
         return 0

@@ -25,11 +25,13 @@ LAYERS = (
 )
 # What only collects names, and the former names of commands.
 OUTSIDE = {
-    f"fvdm.{name}" for name in ("__main__", "generate", "convert", "checkpoint", "plan", "registry", "train")
+    f"fvdm.{name}"
+    for name in ("__main__", "generate", "convert", "checkpoint", "pipeline", "plan", "registry", "train")
 } | {"fvdm"}
 DOORS = {
     "deepspeed": {"fvdm/training/engine.py"},
-    "mlflow": {"fvdm/tracking/tracker.py", "fvdm/tracking/logged_model.py", "fvdm/serving/pyfunc.py"},
+    "mlflow": {f"fvdm/tracking/{name}.py" for name in ("server", "delivery", "logged_model", "system_metrics")}
+    | {"fvdm/serving/pyfunc.py"},
     "flash_attn": {"fvdm/models/attention.py"},
     "filelock": {"fvdm/files.py"},
     "diffusers": {

@@ -32,7 +32,7 @@ def _parent(whole: Evidence, metrics: dict[str, float], files: Sequence[Path], i
         {"budget": whole.name, "sets": " ".join(whole.budget.sets)},
         {"kind": "evidence", "command": whole.again} | machine(),
     )
-    tracker.retag({"command": whole.again})
+    tracker.set_tags({"command": whole.again})
     if metrics:
         tracker.metrics(metrics, 0)
     for name, path in images.items():
@@ -43,7 +43,7 @@ def _parent(whole: Evidence, metrics: dict[str, float], files: Sequence[Path], i
     for arm in whole.arms():
         run = run_of(whole.out / "runs" / arm.name)
         if run:
-            tracker.adopt(run)
+            tracker.set_parent(run)
     tracker.close()
     return tracker.run_id or ""
 

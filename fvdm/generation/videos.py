@@ -176,7 +176,7 @@ def report(files: Sequence[Path], config: GenerateCommand, trained: Trained) -> 
         config.tracking,
         f"generate-{config.task}",
         tags={"kind": "generate"},
-        into=run_of(trained.folder),
+        run_id=run_of(trained.folder),
     )
     for path in files:
         if path.suffix == ".png":

@@ -12,7 +12,7 @@ class RegistryConfig:
     Attributes:
         checkpoint: a run's folder (its newest checkpoint is taken) or a checkpoint; or a folder of `fvdm convert`.
         name: name in the registry; empty takes the run's.
-        out: folder where the model is put together; empty is registered/NAME.
+        out: folder in which the model is assembled; empty is registered/NAME.
         tracking: where it is logged.
     """
 

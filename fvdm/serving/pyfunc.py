@@ -1,4 +1,4 @@
-"""What MLflow runs to answer with a trained model. It copies this file beside the weights and executes it there.
+"""The code with which MLflow predicts. It copies this file beside the weights and executes it there.
 
 So nothing is pickled: `mlflow.pyfunc.load_model("models:/demo/1")` needs fvdm installed, and reads safetensors.
 """
@@ -11,7 +11,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from fvdm.generation.pipeline import Trained, load
-from fvdm.serving.registry import answer
+from fvdm.serving.registry import predict
 
 
 class Clips(PythonModel):
@@ -26,9 +26,9 @@ class Clips(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> np.ndarray:
-        """Clips, uint8 `(n f 3 h w)`, of a table of n rows; see `fvdm.serving.registry.answer`."""
+        """Clips, uint8 `(n f 3 h w)`, of a table of n rows; see `fvdm.serving.registry.predict`."""
         rows = [{k: v for k, v in row.items() if not pd.isna(v)} for row in model_input.to_dict("records")]
-        return answer(self.trained, rows)
+        return predict(self.trained, rows)
 
 
 set_model(Clips())

@@ -1,11 +1,11 @@
-"""Trained models in MLflow: `fvdm register --checkpoint runs/demo`; a training does the same at its end.
+"""Trained models in MLflow: `fvdm register --checkpoint runs/demo`; a training run does the same at its end.
 
     import mlflow, pandas
 
     model = mlflow.pyfunc.load_model("models:/demo/1")
     clips = model.predict(pandas.DataFrame({"task": ["generate"], "seed": [7], "steps": [50]}))  # uint8 (1 f 3 h w)
 
-A model is the averaged weights in the form of `save_pretrained`, and fvdm/serving/pyfunc.py, which answers with them.
+A model is the averaged weights in the form of `save_pretrained`, and fvdm/serving/pyfunc.py, which predicts with them.
 """
 
 import io
@@ -33,7 +33,7 @@ from fvdm.models.inference import INFERENCE, InferenceConfig, read_inference_con
 from fvdm.models.latte import Latte, LatteConfig
 from fvdm.models.official import read_model
 from fvdm.serving.config import RegistryConfig
-from fvdm.tracking.logged_model import Model
+from fvdm.tracking.logged_model import LoggedModel
 from fvdm.tracking.provenance import git_commit
 from fvdm.tracking.tracker import Tracker, run_of
 
@@ -63,12 +63,12 @@ def signature(size: int) -> dict[str, list[dict[str, Any]]]:
     return {"inputs": inputs, "outputs": [{"type": "tensor", "tensor-spec": clips}]}
 
 
-def answer(trained: Trained, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+def predict(trained: Trained, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """A clip for each row.
 
     Args:
         trained: from `fvdm.load`.
-        rows: settings by `columns`, those that are not wanted left out; `given` is the content of a picture or of a
+        rows: settings by `columns`, a missing one has its default; `given` is the content of an image or of a
             video file.
 
     Returns:
@@ -93,7 +93,7 @@ def answer(trained: Trained, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
 
 
 def frames_of(content: bytes, size: int) -> Tensor:
-    """Frames, uint8 `(n 3 size size)`, of the content of a picture or of a video file.
+    """Frames, uint8 `(n 3 size size)`, of the content of an image or of a video file.
 
     Raises:
         ValueError: if it is neither.
@@ -117,7 +117,7 @@ class Packed:
 
     Attributes:
         folder: where it lies.
-        step: training step; 0 where that is not known.
+        step: training step; 0 if unknown.
         size: side of a frame in pixels.
     """
 
@@ -158,7 +158,7 @@ def _write(checkpoint: Path, folder: Path, state: dict[str, Any]) -> None:
     try:
         if Path(use.vae).is_dir():
             shutil.copytree(use.vae, folder / "vae", dirs_exist_ok=True)
-        # Last, for it makes the folder whole.
+        # Last: with this file the folder is complete.
         write_inference_config(folder, use)
     except OSError as error:
         raise ValueError(f"cannot write the model to {folder}: {error}") from None
@@ -171,18 +171,18 @@ def log_model(tracker: Tracker, checkpoint: Path, root: Path, name: str) -> str:
         tracker: of the run that it is logged to.
         checkpoint: see `pack`.
         root: see `pack`; stays on disk until the model is sent.
-        name: in the registry; what MLflow takes in no name is replaced.
+        name: in the registry; characters that MLflow takes in no name are replaced.
 
     Returns:
-        The name that it gets.
+        The name in the registry.
 
     Raises:
         ValueError: see `pack`.
     """
     packed = pack(checkpoint, root)
     registered = re.sub(r"[/:]", "-", name)
-    tracker.model(
-        Model(
+    tracker.log_model(
+        LoggedModel(
             folder=str(packed.folder.resolve()),
             code=str(Path(__file__).with_name("pyfunc.py").resolve()),
             name=ckpt.STEP.format(packed.step),
@@ -191,14 +191,14 @@ def log_model(tracker: Tracker, checkpoint: Path, root: Path, name: str) -> str:
             signature=signature(packed.size),
             example=EXAMPLE,
             requirements=[f"{package}=={version(package).partition('+')[0]}" for package in PACKAGES],
-            about={"fvdm": __version__, "git_commit": git_commit(), "step": packed.step},
+            metadata={"fvdm": __version__, "git_commit": git_commit(), "step": packed.step},
         )
     )
     return registered
 
 
 def register(config: RegistryConfig) -> str:
-    """Log and register a model; what to say about it.
+    """Log and register a model; returns a message for the terminal.
 
     Raises:
         ValueError: if there is no such model, or MLflow refuses it.
@@ -209,7 +209,7 @@ def register(config: RegistryConfig) -> str:
     name = config.name or (checkpoint.parent.parent if inside else checkpoint).resolve().name
     root = Path(config.out or Path("registered") / name)
     tracker = Tracker(
-        root / ".tracking", config.tracking, f"register-{name}", tags={"kind": "register"}, into=run_of(checkpoint)
+        root / ".tracking", config.tracking, f"register-{name}", tags={"kind": "register"}, run_id=run_of(checkpoint)
     )
     try:
         registered = log_model(tracker, checkpoint, root, name)

@@ -1,6 +1,6 @@
 """A trained model as MLflow keeps it: logged to the run that made it, and a version in the registry.
 
-`fvdm.tracking.tracker` sends it; `fvdm.serving.registry` says what it is; fvdm/serving/pyfunc.py is what MLflow runs.
+`fvdm.tracking.delivery` sends it; `fvdm.serving.registry` describes it; MLflow executes fvdm/serving/pyfunc.py.
 """
 
 import json
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from fvdm.tracking.server import global_uri, refuses
 
-BUSY = (408, 429)  # answers of a server that will take it later
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Model:
-    """A trained model, as MLflow keeps it: a folder of weights, and the source file that answers with them.
+class LoggedModel:
+    """A trained model, as MLflow keeps it: a folder of weights, and the source file that predicts with them.
 
     Attributes:
         folder: the weights; must stay on disk until they are sent.
@@ -29,7 +29,7 @@ class Model:
         signature: columns that it takes and tensor that it returns, in MLflow's form.
         example: rows that it takes.
         requirements: packages with their versions, as pip has them.
-        about: more that is known of it.
+        metadata: more that is known of it.
     """
 
     folder: str
@@ -40,20 +40,33 @@ class Model:
     signature: dict[str, list[dict[str, Any]]]
     example: list[dict[str, Any]]
     requirements: list[str]
-    about: dict[str, Any]
+    metadata: dict[str, Any]
+
+    def event(self) -> dict[str, Any]:
+        """The model as an event of a journal."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_event(cls, event: dict[str, Any]) -> "LoggedModel":
+        """The model of an event; version 0.1 called the metadata `about`."""
+        values = dict(event)
+        if "about" in values:
+            values["metadata"] = values.pop("about")
+        return cls(**values)
 
 
-def deliver(client: Any, run_id: str, model: Model, uploading: threading.Event) -> bool:
-    """Log and register a model, from wherever an earlier try was cut short; what is there is left alone.
+def deliver(client: Any, run_id: str, model: LoggedModel, uploading: threading.Event, uri: str) -> bool:
+    """Log and register a model, from wherever an earlier attempt was cut short; what is there is left alone.
 
-    A model that cannot be sent, because its folder is gone or the server refuses it, is told of and passed over: it
-    holds up nothing that comes after it.
+    A model that cannot be sent, because its folder is gone or the server refuses it, is skipped with a warning: it does
+    not hold up the events that follow.
 
     Args:
         client: an MlflowClient.
         run_id: the run that made it.
         model: what to send.
         uploading: set while the weights are on their way.
+        uri: the client's address.
 
     Returns:
         Whether it is there now.
@@ -64,12 +77,12 @@ def deliver(client: Any, run_id: str, model: Model, uploading: threading.Event) 
         logger.warning("the model in %s is gone: it is not logged to MLflow", model.folder)
         return False
     try:
-        _register(client, run_id, _log(client, run_id, model, uploading), model.registered)
+        _register(client, run_id, _log(client, run_id, model, uploading), model.registered, uri)
     except MlflowException as error:
-        if not 400 <= error.get_http_status_code() < 500 or error.get_http_status_code() in BUSY:
+        if not refuses(error):
             raise
         logger.warning(
-            "MLflow refuses the model in %s (%s); mend it, and log it with fvdm register",
+            "MLflow refuses the model in %s (%s); fix this, and log it with: fvdm register",
             model.folder,
             error,
         )
@@ -77,7 +90,7 @@ def deliver(client: Any, run_id: str, model: Model, uploading: threading.Event) 
     return True
 
 
-def _log(client: Any, run_id: str, model: Model, uploading: threading.Event) -> str:
+def _log(client: Any, run_id: str, model: LoggedModel, uploading: threading.Event) -> str:
     experiment = client.get_run(run_id).info.experiment_id
     found = client.search_logged_models([experiment], f"source_run_id = '{run_id}' AND name = '{model.name}'")
     logged = found[0] if found else client.create_logged_model(experiment, model.name, run_id)
@@ -90,7 +103,7 @@ def _log(client: Any, run_id: str, model: Model, uploading: threading.Event) -> 
     return str(logged.model_id)
 
 
-def _upload(client: Any, run_id: str, model_id: str, model: Model) -> None:
+def _upload(client: Any, run_id: str, model_id: str, model: LoggedModel) -> None:
     from mlflow import models, pyfunc
     from mlflow.entities import LoggedModelOutput
     from pandas import DataFrame
@@ -105,7 +118,7 @@ def _upload(client: Any, run_id: str, model_id: str, model: Model) -> None:
             signature=models.ModelSignature.from_dict(signature),
             input_example=DataFrame(model.example),
             pip_requirements=model.requirements,
-            metadata=model.about,
+            metadata=model.metadata,
             mlflow_model=models.Model(run_id=run_id, model_uuid=model_id, model_id=model_id),
         )
         client.log_model_artifacts(model_id, place)
@@ -113,7 +126,7 @@ def _upload(client: Any, run_id: str, model_id: str, model: Model) -> None:
     client.finalize_logged_model(model_id, "READY")
 
 
-def _register(client: Any, run_id: str, model_id: str, name: str) -> None:
+def _register(client: Any, run_id: str, model_id: str, name: str, uri: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -123,4 +136,5 @@ def _register(client: Any, run_id: str, model_id: str, name: str) -> None:
             raise
     source = f"models:/{model_id}"
     if all(version.source != source for version in client.search_model_versions(f"name = '{name}'")):
-        client.create_model_version(name, source, run_id, model_id=model_id)
+        with global_uri(uri):  # A database's registry looks for the model at the global address.
+            client.create_model_version(name, source, run_id, model_id=model_id)

@@ -1,54 +1,38 @@
 """MLflow, behind a journal: what a run reports is first a line on disk, and reaches the server when it can.
 
-The package `fvdm.tracking` alone speaks to mlflow while a run goes on; rank 0 alone makes a Tracker. Training
-never waits for a server: `events.jsonl` beside the run takes every event at once, a thread sends them in order, and
-what could not be sent, because the server was away or the run was killed, is sent by the next start of the same run.
+Rank 0 alone makes a Tracker. Training never waits for a server: `events.jsonl` in the run's folder takes every event at
+once, a thread sends them in order, and what could not be sent, because the server was away or the run was killed, is
+sent by the next start of the same run or by `close_run`.
 """
 
 import contextlib
 import json
 import logging
-import os
 import queue
 import re
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fvdm.files import atomic_write, lock, write_text
-from fvdm.tracking.config import TrackingConfig
-from fvdm.tracking.logged_model import Model, deliver
-from fvdm.tracking.provenance import git_commit
+from fvdm.files import LockHeldError
+from fvdm.tracking.config import TrackingConfig, check_uri, experiment_name, tracking_uri
+from fvdm.tracking.delivery import Sender
+from fvdm.tracking.description import duration
+from fvdm.tracking.journal import Journal
+from fvdm.tracking.logged_model import LoggedModel
+from fvdm.tracking.provenance import git_commit, source_tags
+from fvdm.tracking.server import ExperimentDeletedError, prepare
+from fvdm.tracking.system_metrics import SystemMetrics
 
 logger = logging.getLogger(__name__)
 
-SQLITE = "sqlite:///"
-PATIENCE = 30.0  # seconds that the end of a run waits for a server that does not answer
-
-
-def tracking_uri(uri: str = "") -> str:
-    """The tracking address that applies: the given one, the environment's, or a database in this folder."""
-    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{Path('mlflow.db').resolve()}"
-
-
-def _open(uri: str) -> Any:
-    """A client. A database is made by one process alone, under another name: two at once, or a kill, would spoil it."""
-    from mlflow.tracking import MlflowClient
-
-    if not uri.startswith(SQLITE):
-        return MlflowClient(uri)
-    database = Path(uri.removeprefix(SQLITE).partition("?")[0])
-    with lock(database.with_name(f".{database.name}.lock")):
-        if not database.exists():
-            with atomic_write(database) as temporary:
-                MlflowClient(f"{SQLITE}{temporary}")
-        return MlflowClient(uri)
+TIMEOUT = 30.0  # seconds that the end of a run waits for a server that does not answer
+LONGEST_PAUSE = 30.0  # seconds between two attempts to reach a server that is away
 
 
 class Tracker:
-    """Reports one run to MLflow. Every method returns at once."""
+    """Reports one run to MLflow. Every method but `close` returns at once."""
 
     def __init__(
         self,
@@ -57,54 +41,66 @@ class Tracker:
         name: str,
         params: dict[str, Any] | None = None,
         tags: dict[str, str] | None = None,
-        into: str = "",
+        run_id: str = "",
+        description: str = "",
     ) -> None:
         """Begin, or continue, the run whose journal lies in `folder`.
 
         Args:
-            folder: the run's folder; holds `events.jsonl` and `tracking.json` (run id, bytes sent), below `into`.
+            folder: the run's folder; holds the journal. Reports into another run have theirs in a folder of its id.
             config: where to.
             name: the run's name in MLflow.
             params: settings; one that changed since it was first reported becomes a tag, as parameters cannot change.
             tags: tags of the run, such as its kind.
-            into: id of a run of somebody else's to report into; its state and settings stay as they are. If the server
-                has no such run, the report gets one of its own.
+            run_id: id of an existing run to report into; its state and settings stay as they are. If the server has no
+                such run, the report gets a run of its own.
+            description: Markdown for the run's page; how it ended and its newest images are added.
+
+        Raises:
+            ValueError: if MLflow keeps no runs at the address.
         """
-        folder = folder / into  # A journal is of one run: what comes for another one has its own.
-        self.folder, self.config, self.name = folder, config, name
-        self.params = {k: str(v) for k, v in (params or {}).items()}
-        self.into = into
-        self.tags = {"git_commit": git_commit()} | (tags or {})
-        folder.mkdir(parents=True, exist_ok=True)
-        self._journal = (folder / "events.jsonl").open("ab+", buffering=0)
-        self._pending = b""
-        self._mend()
+        uri = tracking_uri(config.uri)
+        check_uri(uri)
+        self.config, self.name, self.uri = config, name, uri
+        self.folder = folder / run_id
+        start = {
+            "name": name,
+            "experiment": experiment_name(config.experiment),
+            "params": {k: str(v) for k, v in (params or {}).items()},
+            "tags": source_tags() | {"git_commit": git_commit()} | (tags or {}),
+            "description": description,
+            "run_id": run_id,
+            "uri": uri,
+        }
+        self._journal = Journal(self.folder)
+        self._sender = Sender(self._journal, start, uri)
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._warned = False
-        self._monitor: Any = None
-        self._uploading = threading.Event()
-        self._over = threading.Event()  # the patience with a server that does not answer
-        self.refused = False  # whether a model could not be logged
+        self._over = threading.Event()  # set when the end of the run no longer waits for the server
+        self._step = 0
+        self._write({"start": start})
+        own = config.system_metrics and not run_id
+        self._system_metrics = SystemMetrics(self._report_system) if own else None
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
-        self._wake.put(True)
-
-    def _mend(self) -> None:
-        """End a line that a kill cut short, so that the next event begins one of its own."""
-        if self._journal.tell():
-            self._journal.seek(-1, os.SEEK_END)
-            if self._journal.read(1) != b"\n":
-                self._pending = b"\n"
 
     @property
     def run_id(self) -> str | None:
-        """The MLflow run, once the server has given it a name."""
-        return self._position().get("run_id")
+        """The MLflow run, once the server has given it an id."""
+        return self._journal.position().get("run_id")
+
+    @property
+    def refused(self) -> bool:
+        """Whether a model could not be logged."""
+        return self._sender.refused_model
 
     def metrics(self, values: dict[str, float], step: int) -> None:
-        """Report numbers of a training step; what MLflow takes in no name, such as a plus or a comma, is replaced."""
-        named = {re.sub(r"[^\w\-. :/]", "_", name.replace("+", "p")): value for name, value in values.items()}
-        self._write({"metrics": named, "step": step})
+        """Report points of curves at a training step; characters that MLflow takes in no name are replaced."""
+        self._step = max(self._step, step)
+        self._write({"metrics": {_name(name): value for name, value in values.items()}, "step": step})
+
+    def figures(self, values: dict[str, float]) -> None:
+        """Report numbers that are not points of a curve: parameters of the run, and a table in its description."""
+        self._write({"figures": {_name(name): value for name, value in values.items()}})
 
     def artifact(self, path: Path, to: str = "") -> None:
         """Report a file that stays on disk, under the artifact folder `to`."""
@@ -118,57 +114,57 @@ class Tracker:
         """Report a data set that went into the run: where it lies, what was taken of it, and as what, such as real."""
         self._write({"dataset": {"name": name, "uri": uri, "digest": digest, "role": role, "clips": clips}})
 
-    def model(self, model: Model) -> None:
+    def log_model(self, model: LoggedModel) -> None:
         """Report a trained model: log it to the run, and register it; a model that is there already is left alone."""
-        self._write({"model": vars(model)})
+        self._write({"model": model.event()})
 
-    def retag(self, tags: dict[str, str]) -> None:
-        """Report tags of a run that began earlier; they take the place of those of that name."""
+    def set_tags(self, tags: dict[str, str]) -> None:
+        """Report tags of a run that began earlier; they replace those of the same name."""
         self._write({"tags": tags})
 
-    def adopt(self, run_id: str) -> None:
-        """Show another run, of the same experiment, below this one."""
+    def set_parent(self, run_id: str) -> None:
+        """Make this run the parent of another run of the same experiment, which MLflow then shows below it."""
         self._write({"adopt": run_id})
 
-    def _write(self, event: dict[str, Any]) -> None:
-        line = json.dumps(event | {"time": int(time.time() * 1000)})
-        self._pending += line.encode() + b"\n"
-        try:
-            while self._pending:
-                self._pending = self._pending[self._journal.write(self._pending) :]
-        except OSError as error:  # A full disk ends no training; what could not be written waits for the next event.
-            logger.warning("%s cannot be written (%s); keeping its events for later", self._journal.name, error)
-        self._wake.put(True)
-
     def close(self, status: str = "FINISHED") -> None:
-        """End the run as FINISHED, FAILED or KILLED, once everything is sent or the server's patience is over."""
+        """End the run as FINISHED, FAILED or KILLED, once everything is sent or the server has not answered in time."""
+        if self._system_metrics:
+            self._system_metrics.stop()
         self._write({"status": status})
         self._wake.put(False)
-        self._thread.join(PATIENCE)
-        while self._thread.is_alive() and self._uploading.is_set():
+        self._thread.join(TIMEOUT)
+        while self._thread.is_alive() and self._sender.uploading.is_set():
             self._thread.join(1.0)  # A model of some gigabytes is on its way to a server that answers.
-        self._over.set()  # The journal is the next start's.
-        if self._monitor:
-            self._monitor.finish()
-        self._journal.close()
+        self._over.set()  # The journal is the next sender's.
+        self._wake.put(False)
         if self.unsent():
             logger.warning(
-                "MLflow at %s took not everything; the rest is in %s and is sent when the run is started again",
-                tracking_uri(self.config.uri),
-                self.folder / "events.jsonl",
+                "MLflow at %s has not taken everything; the rest is in %s and is sent when the run is started again",
+                self.uri,
+                self._journal.path,
             )
-
-    def _position(self) -> dict[str, Any]:
-        path = self.folder / "tracking.json"
-        return json.loads(path.read_text()) if path.exists() else {"sent": 0}
+        self._journal.close()
 
     def unsent(self) -> bool:
-        """Whether the journal holds what the server has not taken."""
-        return self._position()["sent"] < (self.folder / "events.jsonl").stat().st_size
+        """Whether the journal holds events that the server has not taken."""
+        return self._journal.unsent()
+
+    def _write(self, event: dict[str, Any]) -> None:
+        self._journal.append(event)
+        self._wake.put(True)
+
+    def _report_system(self, values: dict[str, float]) -> None:
+        self._write({"metrics": values, "step": self._step})
 
     def _send_all(self) -> None:
         """The thread: send what the journal holds whenever something came, again and again while it fails."""
-        going, wait = True, 0.0
+        prepare()
+        with contextlib.ExitStack() as held:
+            self._send_until_over(held)
+
+    def _send_until_over(self, held: contextlib.ExitStack) -> None:
+        outage = Outage(self.uri)
+        going, locked, wait = True, False, 0.0
         while going or (self.unsent() and not self._over.is_set()):
             with contextlib.suppress(queue.Empty):
                 going = self._wake.get(timeout=wait or None) and going
@@ -177,110 +173,47 @@ class Tracker:
             if self._over.is_set():
                 return
             try:
-                self._send()
+                if not locked:  # The process of an earlier start that was cut off may still be sending.
+                    held.enter_context(self._journal.sender_lock())
+                    locked = True
+                self._sender.send()
+                outage.over()
                 wait = 0.0
             except Exception as error:  # Whatever the server or the network does, the run goes on.
-                if not self._warned:
-                    logger.warning("MLflow does not answer (%s); the run goes on and keeps its events", error)
-                self._warned, wait = True, min(30.0, 2 * wait or 1.0)
+                outage.failed(error)
+                wait = min(LONGEST_PAUSE, 2 * wait or 1.0)
 
-    def _send(self) -> None:
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        client = _open(tracking_uri(self.config.uri))
-        position = self._position()
-        if "run_id" not in position:
-            found = self._find(client)
-            position |= {"run_id": found or self._create(client), "own": not found}
-            position["experiment_id"] = client.get_run(position["run_id"]).info.experiment_id
-            write_text(self.folder / "tracking.json", json.dumps(position))
-        own = position.get("own", not self.into)
-        if self._monitor is None and own:
-            self._begin(client, position["run_id"])
-        with (self.folder / "events.jsonl").open("rb") as journal:
-            journal.seek(position["sent"])
-            for events, end in _batches(journal):
-                self._deliver(client, position["run_id"], events, own)
-                position["sent"] = end
-                write_text(self.folder / "tracking.json", json.dumps(position))
 
-    def _find(self, client: Any) -> str:
-        """The run to report into; empty when it is to be made."""
-        from mlflow.exceptions import MlflowException
+class Outage:
+    """Reports a server that does not answer: one warning at its beginning, and its length at its end."""
 
-        try:
-            return client.get_run(self.into).info.run_id if self.into else ""
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            logger.warning("MLflow has no run %s here: the report gets a run of its own", self.into)
-            return ""
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._since = 0.0
 
-    def _create(self, client: Any) -> str:
-        found = client.get_experiment_by_name(self.config.experiment)
-        if found is None:
-            local = tracking_uri(self.config.uri).startswith("sqlite")
-            # A relative artifact folder would move with whoever opens the database.
-            place = Path("mlartifacts").resolve().as_uri() if local else None
-            experiment = client.create_experiment(self.config.experiment, artifact_location=place)
+    def failed(self, error: Exception) -> None:
+        """Count a failure; the first of an outage is reported."""
+        if self._since:
+            return
+        self._since = time.monotonic()
+        if isinstance(error, ExperimentDeletedError):
+            logger.warning("%s; the run goes on and keeps its events until then", error)
+        elif isinstance(error, LockHeldError):
+            logger.warning("another process still sends the events of this run; it goes on and keeps its own")
         else:
-            experiment = found.experiment_id
-        return client.create_run(experiment, run_name=self.name, tags=self.tags).info.run_id
+            reason = " ".join(str(error).split())
+            logger.warning("MLflow at %s does not answer (%s); the run goes on and keeps its events", self.uri, reason)
 
-    def _begin(self, client: Any, run_id: str) -> None:
-        """Say that the run is going, and with which settings."""
-        from mlflow.entities import Param, RunTag
+    def over(self) -> None:
+        """Count a success; if an outage ends with it, its length is reported."""
+        if self._since:
+            length = duration(time.monotonic() - self._since)
+            logger.warning("MLflow at %s answers again after %s; the events since then are sent", self.uri, length)
+        self._since = 0.0
 
-        client.update_run(run_id, status="RUNNING")
-        before = client.get_run(run_id).data.params
-        params = {k: v[:6000] for k, v in self.params.items()}
-        new = [Param(k, v) for k, v in params.items() if k not in before]
-        changed = [RunTag(f"changed.{k}", v) for k, v in params.items() if before.get(k, v) != v]
-        for i in range(0, len(new), 100):
-            client.log_batch(run_id, params=new[i : i + 100])
-        if changed:
-            client.log_batch(run_id, tags=changed)
-        self._monitor = False
-        if self.config.system_metrics:
-            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-            self._monitor = SystemMetricsMonitor(
-                run_id, resume_logging=bool(before), tracking_uri=tracking_uri(self.config.uri)
-            )
-            self._monitor.start()
-
-    def _deliver(self, client: Any, run_id: str, events: list[dict[str, Any]], own: bool) -> None:
-        from mlflow.entities import Metric, RunTag
-
-        metrics = [
-            Metric(key, value, event["time"], event["step"])
-            for event in events
-            for key, value in event.get("metrics", {}).items()
-        ]
-        for i in range(0, len(metrics), 1000):
-            client.log_batch(run_id, metrics=metrics[i : i + 1000])
-        for event in events:
-            path = Path(event.get("artifact") or event.get("image") or "")
-            if "status" in event:
-                if own:  # The end of somebody else's run is not ours to tell.
-                    client.set_terminated(run_id, event["status"])
-            elif "dataset" in event:
-                client.log_inputs(run_id, [_dataset(**event["dataset"])])
-            elif "tags" in event:
-                client.log_batch(run_id, tags=[RunTag(name, value) for name, value in event["tags"].items()])
-            elif "adopt" in event:
-                _adopt(client, event["adopt"], run_id)
-            elif "model" in event:
-                self.refused |= not deliver(client, run_id, Model(**event["model"]), self._uploading)
-            elif not path.is_file():
-                continue  # Metrics, or a file that its owner has since removed.
-            elif "artifact" in event:
-                client.log_artifact(run_id, str(path), event["to"] or None)
-            else:
-                from PIL import Image
-
-                client.log_image(run_id, Image.open(path), key=event["key"], step=event["step"])
+def _name(name: str) -> str:
+    return re.sub(r"[^\w\-. :/]", "_", name.replace("+", "p"))
 
 
 def run_of(folder: Path) -> str:
@@ -289,39 +222,3 @@ def run_of(folder: Path) -> str:
         with contextlib.suppress(OSError, ValueError, KeyError):
             return str(json.loads((place / "tracking.json").read_text())["run_id"])
     return ""
-
-
-def _adopt(client: Any, child: str, parent: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.set_tag(child, "mlflow.parentRunId", parent)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        logger.warning("MLflow has no run %s here: it is not shown below %s", child, parent)
-
-
-def _dataset(name: str, uri: str, digest: str, role: str, clips: int) -> Any:
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    source, profile = json.dumps({"uri": uri}), json.dumps({"clips": clips})
-    dataset = Dataset(name=name, digest=digest, source_type="local", source=source, profile=profile)
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", role)])
-
-
-def _batches(journal: Any, size: int = 200) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """Whole lines of the journal from its position on, with the position after them."""
-    events: list[dict[str, Any]] = []
-    begin = end = journal.tell()
-    for line in journal:
-        if not line.endswith(b"\n"):
-            break  # A kill cut it short; or it is being written now.
-        end += len(line)
-        with contextlib.suppress(json.JSONDecodeError):
-            events.append(json.loads(line))
-        if len(events) == size:
-            yield events, end
-            events = []
-    if end > begin:
-        yield events, end

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import platform
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ from fvdm.distributed import HangDetector, Ranks
 from fvdm.files import LockHeldError, lock, write_text
 from fvdm.models.latte import Latte, LatteConfig, preset
 from fvdm.models.official import read_model
-from fvdm.tracking.provenance import environment, git_patch
+from fvdm.tracking.description import training_description
+from fvdm.tracking.provenance import command_line, environment, git_patch
 from fvdm.tracking.tracker import Tracker
 from fvdm.training.config import TrainConfig
 from fvdm.training.continuity import changes, identity
@@ -254,7 +256,17 @@ class Run:
         write_text(folder / "environment.json", json.dumps(environment(), indent=1))
         write_text(folder / "git.patch", git_patch())
         flat = settings.flatten(self.config)
-        tracker = Tracker(folder, self.config.tracking, self.config.name, flat, {"kind": "train"})
+        text = training_description(
+            flat,
+            command_line(),
+            parameters=sum(math.prod(shape) for shape in self.engine.names.values()),
+            latent_shape=self.shards.latent_shape,
+            videos=len(self.shards),
+            vae=self.shards.manifest.vae,
+            classes=self.network.num_classes,
+            ranks=self.ranks.world_size,
+        )
+        tracker = Tracker(folder, self.config.tracking, self.config.name, flat, {"kind": "train"}, description=text)
         tracker.artifact(folder / "config.yaml")
         tracker.artifact(folder / "environment.json")
         tracker.artifact(folder / "git.patch")

@@ -160,9 +160,9 @@ def test_a_result_finds_the_run_of_its_model_or_gets_its_own(tmp_path, monkeypat
     owner.close()
     assert run_of(tmp_path / "run") == run_of(tmp_path / "run" / "checkpoints" / "step-1") == owner.run_id
     found = Report("fvd", "fvd", [(7, {"fvd/x": 1.5})], data=[Data("clips", "/clips", "real", [1, 2])])
-    assert send(found, tmp_path, into=owner.run_id) == owner.run_id
+    assert send(found, tmp_path, run_id=owner.run_id) == owner.run_id
     assert run_of(tmp_path) == ""
-    own = send(found, tmp_path, into="0123456789abcdef0123456789abcdef")
+    own = send(found, tmp_path, run_id="0123456789abcdef0123456789abcdef")
     assert own not in ("", owner.run_id)
     assert "a run of its own" in caplog.text
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")

@@ -13,10 +13,10 @@ import torch
 from fvdm import config as settings
 from fvdm.generation.pipeline import load
 from fvdm.serving import registry
-from fvdm.serving.registry import RegistryConfig, answer, columns, pack, register
+from fvdm.serving.registry import RegistryConfig, columns, pack, predict, register
 from fvdm.tracking import tracker as tracking
 from fvdm.tracking.config import TrackingConfig
-from fvdm.tracking.logged_model import Model
+from fvdm.tracking.logged_model import LoggedModel
 from fvdm.tracking.tracker import Tracker
 from fvdm.training.config import TrainConfig
 from tests.data_fixtures import make_shards, real_frames, write_video
@@ -44,7 +44,7 @@ def run(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def patience(monkeypatch):
     """A busy machine may take its time."""
-    monkeypatch.setattr(tracking, "PATIENCE", 120.0)
+    monkeypatch.setattr(tracking, "TIMEOUT", 120.0)
 
 
 @pytest.fixture
@@ -116,12 +116,12 @@ def test_a_model_waits_for_a_server_that_is_away(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-    monkeypatch.setattr(tracking, "PATIENCE", 2.0)
+    monkeypatch.setattr(tracking, "TIMEOUT", 2.0)
     server = Server(tmp_path)
     config = RegistryConfig(str(run), "later", tracking=TrackingConfig(server.uri, **QUIET))
     (run / "tracking.json").unlink(missing_ok=True)
     assert "type the same command again" in register(config)
-    monkeypatch.setattr(tracking, "PATIENCE", 120.0)
+    monkeypatch.setattr(tracking, "TIMEOUT", 120.0)
     server.start()
     try:
         assert "later: registered" in register(config)
@@ -158,7 +158,7 @@ def test_an_upload_that_was_cut_short_is_taken_up(run, tmp_path, monkeypatch):
 def test_a_model_that_is_gone_is_said_and_blocks_nothing(tmp_path, caplog):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     tracker = Tracker(tmp_path / "run", TrackingConfig(uri, **QUIET), "gone")
-    tracker.model(Model(str(tmp_path / "no"), "", "step-1", "gone", 1, {}, [], [], {}))
+    tracker.log_model(LoggedModel(str(tmp_path / "no"), "", "step-1", "gone", 1, {}, [], [], {}))
     tracker.metrics({"after": 1.0}, 2)
     tracker.close()
     assert "is gone" in caplog.text
@@ -176,7 +176,7 @@ def test_a_model_that_the_server_refuses_is_said_and_blocks_nothing(tmp_path, mo
     monkeypatch.setattr(mlflow_model, "_upload", refuse)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     tracker = Tracker(tmp_path / "run", TrackingConfig(uri, **QUIET), "refused")
-    tracker.model(Model(str(tmp_path), "", "step-1", "refused", 1, {}, [], [], {}))
+    tracker.log_model(LoggedModel(str(tmp_path), "", "step-1", "refused", 1, {}, [], [], {}))
     tracker.close()
     assert "MLflow refuses the model" in caplog.text
     assert tracker.refused
@@ -213,7 +213,7 @@ def test_a_vae_of_a_folder_goes_with_the_model(run, tmp_path):
 def test_rows_are_clips_and_a_wrong_one_is_named(run, tmp_path):
     trained = load(run)
     clip = write_video(tmp_path / "clip.mp4", real_frames()[:40]).read_bytes()
-    made = answer(trained, [{"steps": 1, "class": "dog"}, {"task": "interpolate", "steps": 1, "given": clip}])
+    made = predict(trained, [{"steps": 1, "class": "dog"}, {"task": "interpolate", "steps": 1, "given": clip}])
     assert (made.dtype, made.shape) == (np.uint8, (2, FRAMES, 3, SIDE, SIDE))
     for row, sentence in (
         ({"class": "bird"}, "row 2: class 'bird'"),
@@ -222,7 +222,7 @@ def test_rows_are_clips_and_a_wrong_one_is_named(run, tmp_path):
         ({"task": "any"}, "row 2: "),
     ):
         with pytest.raises(ValueError, match=sentence):
-            answer(trained, [{"steps": 1}, {"steps": 1} | row])
+            predict(trained, [{"steps": 1}, {"steps": 1} | row])
     assert {"task", "seed", "steps", "class", "given"} <= columns().keys()
     assert not {"num", "batch_size", "guidance_interval"} & columns().keys()
 

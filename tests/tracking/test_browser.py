@@ -80,7 +80,7 @@ def run(server, tmp_path_factory):
     write_mp4(tile([frames[:24].byte(), frames[24:].byte()]), folder / "generate.mp4")
     tracker.artifact(folder / "generate.mp4", VIDEO)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tracking, "PATIENCE", 120.0)  # A busy machine may take its time.
+        patch.setattr(tracking, "TIMEOUT", 120.0)  # A busy machine may take its time.
         tracker.close()
     assert tracker.run_id
     with urllib.request.urlopen(f"{server}/api/2.0/mlflow/runs/get?run_id={tracker.run_id}") as answer:

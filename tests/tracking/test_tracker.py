@@ -24,7 +24,7 @@ QUIET = {"experiment": "tests", "system_metrics": False}
 @pytest.fixture(autouse=True)
 def patience(monkeypatch):
     """A busy machine may take its time."""
-    monkeypatch.setattr(tracking, "PATIENCE", 120.0)
+    monkeypatch.setattr(tracking, "TIMEOUT", 120.0)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_runs_that_start_at_once_make_one_database(tmp_path):
     program = (
         "import sys, time; from pathlib import Path; import mlflow.tracking\n"
         "from fvdm.tracking import tracker as module; from fvdm.tracking.config import TrackingConfig\n"
-        "from fvdm.tracking.tracker import Tracker; module.PATIENCE = 120\n"
+        "from fvdm.tracking.tracker import Tracker; module.TIMEOUT = 120\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
         "config = TrackingConfig(f'sqlite:///{sys.argv[1]}/mlflow.db', 'tests', False)\n"
         "tracker = Tracker(Path(sys.argv[1]) / sys.argv[2], config, sys.argv[2]); tracker.close()\n"
@@ -98,7 +98,7 @@ def test_runs_that_start_at_once_make_one_database(tmp_path):
 
 @pytest.mark.slow
 def test_a_kill_while_the_database_is_made_spoils_nothing(config, tmp_path):
-    program = "import sys; from fvdm import tracking; tracking._open(sys.argv[1])"
+    program = "import sys; from fvdm.tracking.server import open_client; open_client(sys.argv[1])"
     victim = subprocess.Popen([sys.executable, "-c", program, config.uri], cwd=tmp_path)
     wait_until((tmp_path / ".tmp-mlflow.db").exists)
     victim.kill()
@@ -151,7 +151,7 @@ def test_every_setting_is_a_parameter_whatever_its_number_and_length(client, con
 def test_reporting_into_a_run_leaves_its_state_alone(client, config, tmp_path):
     owner = Tracker(tmp_path / "run", config, "run")
     owner.close("KILLED")
-    guest = Tracker(tmp_path / "guest", config, "guest", {"x": 1}, into=owner.run_id)
+    guest = Tracker(tmp_path / "guest", config, "guest", {"x": 1}, run_id=owner.run_id)
     guest.metrics({"fvd": 12.0}, 0)
     guest.close()
     run = client.get_run(owner.run_id)
@@ -165,7 +165,7 @@ def test_a_folder_reports_into_the_run_that_is_named(client, config, tmp_path):
     for owner in owners:
         owner.close()
     for value, owner in enumerate([owners[0], owners[1], owners[0]]):
-        guest = Tracker(tmp_path / "guest", config, "guest", into=owner.run_id)
+        guest = Tracker(tmp_path / "guest", config, "guest", run_id=owner.run_id)
         guest.metrics({"fvd": float(value)}, value)
         guest.close()
     assert history(client, owners[0].run_id, "fvd") == [(0, 0.0), (2, 2.0)]
@@ -175,8 +175,8 @@ def test_a_folder_reports_into_the_run_that_is_named(client, config, tmp_path):
 def test_a_report_renews_an_earlier_run_with_its_tags(client, config, tmp_path):
     first = Tracker(tmp_path / "run", config, "run", tags={"command": "old", "kept": "yes"})
     first.close()
-    again = Tracker(tmp_path / "again", config, "run", into=first.run_id)
-    again.retag({"command": "new"})
+    again = Tracker(tmp_path / "again", config, "run", run_id=first.run_id)
+    again.set_tags({"command": "new"})
     again.close()
     tags = client.get_run(first.run_id).data.tags
     assert (tags["command"], tags["kept"]) == ("new", "yes")
@@ -303,7 +303,7 @@ def test_what_was_not_sent_is_sent_by_the_next_start(tmp_path, monkeypatch, capl
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
-    monkeypatch.setattr(tracking, "PATIENCE", 3.0)
+    monkeypatch.setattr(tracking, "TIMEOUT", 3.0)
     server = Server(tmp_path)
     config = TrackingConfig(server.uri, **QUIET)
     first = Tracker(tmp_path / "run", config, "run")
@@ -315,7 +315,7 @@ def test_what_was_not_sent_is_sent_by_the_next_start(tmp_path, monkeypatch, capl
     try:
         again = Tracker(tmp_path / "run", config, "run")
         again.metrics({"loss": 2.0}, 2)
-        monkeypatch.setattr(tracking, "PATIENCE", 60.0)
+        monkeypatch.setattr(tracking, "TIMEOUT", 60.0)
         again.close()
         assert sorted(history(MlflowClient(server.uri), again.run_id, "loss")) == [(1, 1.0), (2, 2.0)]
     finally:
@@ -334,7 +334,8 @@ def test_the_address_is_the_given_one_the_environments_or_a_file_here(monkeypatc
 def test_events_are_on_disk_at_once(tmp_path, config):
     tracker = Tracker(tmp_path / "run", config, "run")
     tracker.metrics({"loss": 1.0}, 7)
-    (event,) = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    start, event = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert start["start"]["name"] == "run"
     assert event["metrics"] == {"loss": 1.0}
     assert event["step"] == 7
     tracker.close()
