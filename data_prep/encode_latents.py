@@ -159,7 +159,7 @@ def _finish(config: EncodeConfig, plan: "Plan", vae: "VAE", report: "Report", fr
     """Writes the manifest, prints the summary and returns the exit status."""
     from data_prep.planning import latent_shape
     from data_prep.shards import finish
-    from fvdm.data.shards import FORMAT
+    from fvdm.data.former import FORMAT
 
     about = {
         "format": FORMAT,

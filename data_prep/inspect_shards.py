@@ -24,7 +24,8 @@ from data_prep.options import print_any_name
 if TYPE_CHECKING:
     import numpy as np
 
-    from fvdm.data.shards import LatentShards, Manifest
+    from fvdm.data.former import Manifest
+    from fvdm.data.shards import LatentShards
     from fvdm.media.vae import VAE
 
 ROWS, COLUMNS = 8, 8  # of the contact sheet
@@ -64,12 +65,10 @@ def verify(folder: Path) -> list[str]:
     Raises:
         ValueError: the folder holds no shards, or shards of another format.
     """
-    from fvdm.data.shards import Manifest
-
     path = folder / "manifest.json"
     if not path.exists():
         raise ValueError(f"{str(folder)!r} has no manifest.json: is it a folder that encode_latents.py finished?")
-    manifest = Manifest.from_json(path.read_bytes(), str(path))
+    manifest = _manifest(folder)
     problems = [line for shard in manifest.shards for line in _verify_shard(folder, manifest, shard.name)]
     if not problems:
         keys = Counter(key for split in _splits(manifest) for key in _open(folder, split).keys)
@@ -82,7 +81,8 @@ def _verify_shard(folder: Path, manifest: "Manifest", name: str) -> Iterator[str
     import numpy as np
 
     from data_prep.samples import file_sha256, index_tar
-    from fvdm.data.shards import index_name, to_float32
+    from fvdm.data.former import index_name
+    from fvdm.data.shards import to_float32
 
     info = next(shard for shard in manifest.shards if shard.name == name)
     path, index = folder / name, folder / index_name(name)
@@ -111,9 +111,9 @@ def _verify_shard(folder: Path, manifest: "Manifest", name: str) -> Iterator[str
 
 def table(folder: Path) -> str:
     """A table of the splits, and one of the classes, as text."""
-    from fvdm.data.shards import Manifest, index_name
+    from fvdm.data.former import index_name
 
-    manifest = Manifest.from_json((folder / "manifest.json").read_bytes(), str(folder))
+    manifest = _manifest(folder)
     lines = [
         f"{folder}: {manifest.size} px, latents {' x '.join(map(str, manifest.latent_shape))} as {manifest.dtype}"
         f"{', with mirrored twins' if manifest.flip else ''}; VAE {manifest.vae} ({manifest.vae_identity}); "
@@ -146,10 +146,9 @@ def write_images(folder: Path, to: Path, vae_name: str | None, videos: str | Non
     """
     import torch
 
-    from fvdm.data.shards import Manifest
     from fvdm.media.vae import load_vae
 
-    manifest = Manifest.from_json((folder / "manifest.json").read_bytes(), str(folder))
+    manifest = _manifest(folder)
     shards = _open(folder, _splits(manifest)[0])
     vae = load_vae(vae_name or manifest.vae, device="cuda" if torch.cuda.is_available() else "cpu")
     shards.require(vae_identity=vae.identity)
@@ -222,6 +221,17 @@ def _save(rows: "list[np.ndarray]", path: Path) -> None:
     grid = np.concatenate([np.concatenate(list(row), axis=2) for row in rows], axis=1)
     with atomic(path) as file:
         Image.fromarray(grid.transpose(1, 2, 0)).save(file, format="png")
+
+
+def _manifest(folder: Path) -> "Manifest":
+    from fvdm.data.former import Manifest
+    from fvdm.data.opening import read_manifest
+
+    path = folder / "manifest.json"
+    manifest = read_manifest(path.read_bytes(), str(path))
+    if not isinstance(manifest, Manifest):
+        raise ValueError(f"{str(path)!r} is of the format {manifest.format!r}, which is not shown here yet.")
+    return manifest
 
 
 def _splits(manifest: "Manifest") -> list[str]:

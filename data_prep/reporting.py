@@ -10,7 +10,7 @@ from tqdm import tqdm
 from data_prep.shards import WORK, atomic
 
 if TYPE_CHECKING:
-    from fvdm.data.shards import Manifest
+    from fvdm.data.former import Manifest
     from fvdm.tracking.tracker import Tracker
 
 JOURNAL = ".mlflow"  # folder of the tracker's journal, in the folder of the shards

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_prep.samples import file_sha256, index_tar, key_of, read_samples, tar_writer
-from fvdm.data.shards import Manifest, ShardInfo, index_name
+from fvdm.data.former import Manifest, ShardInfo, index_name
 from fvdm.files import LockHeldError, atomic_write, lock
 from fvdm.media.layouts import Source
 

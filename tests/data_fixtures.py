@@ -171,9 +171,99 @@ def make_shards(
     return folder
 
 
+def make_clip_shards(
+    folder: Path,
+    clips: Sequence[tuple[int, int]],
+    *,
+    per_shard: int = 3,
+    buckets: Sequence[tuple[int, int, int]] = ((5, 4, 6), (1, 4, 4)),
+    stride: int = 4,
+    text: bool = True,
+    flip: bool = True,
+    dtype: str = "float16",
+) -> Path:
+    """Shards of format 2 with random latents: clip number v of `clips` has (bucket, captions).
+
+    Frame i of clip v holds v + i / 1000 in its mean, negated in the flipped copy; the embedding of caption k holds
+    v + k / 10 in each of its k + 1 tokens, and that of the empty prompt -1 in its one.
+    """
+    import hashlib
+
+    import torch
+    import webdataset as wds
+
+    from fvdm.data.clips import index_shard, make_clip, npy
+    from fvdm.data.format import (
+        CLIP_FORMAT,
+        EMPTY_PROMPT,
+        Bucket,
+        Clip,
+        ClipManifest,
+        ClipShard,
+        IndexInfo,
+        TextEncoderInfo,
+        Window,
+        index_file,
+    )
+    from fvdm.data.index import write_index
+
+    def stored(array: np.ndarray) -> np.ndarray:
+        half = torch.from_numpy(array).to(getattr(torch, dtype))
+        return half.view(torch.uint16).numpy() if dtype == "bfloat16" else half.numpy()
+
+    def sha256(name: str) -> str:
+        return hashlib.sha256((folder / name).read_bytes()).hexdigest()
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = []
+    for number, first in enumerate(range(0, len(clips), per_shard)):
+        name = f"train-{number:06d}.tar"
+        chosen = range(first, min(first + per_shard, len(clips)))
+        with wds.TarWriter(str(folder / name), encoder=False, mtime=0, user="", group="") as tar:
+            for v in chosen:
+                bucket, count = clips[v]
+                f, h, w = buckets[bucket]
+                moments = np.full((f, 8, h, w), -30, np.float32)
+                moments[:, :4] = v + np.arange(f, dtype=np.float32)[:, None, None, None] / 1000
+                flipped = np.concatenate([-moments[:, :4], moments[:, 4:]], axis=1)
+                captions = tuple(f"caption {k} of {v}" for k in range(count)) if text else ()
+                texts = [stored(np.full((k + 1, 3), v + k / 10, np.float32)) for k in range(len(captions))]
+                window = Window(81 * v, stride * (f - 1) + 1)
+                clip = Clip(f"video{v}.mp4", window, 16.0 if f > 1 else None, None, bucket, f, captions)
+                tar.write(make_clip(f"{v:09d}", clip, stored(moments), stored(flipped) if flip else None, texts))
+        shards.append(ClipShard(name, "train", len(chosen), (folder / name).stat().st_size, sha256(name)))
+    index = index_file("train")
+    rows = write_index(folder / index, [index_shard(folder / shard.name) for shard in shards])
+    (folder / EMPTY_PROMPT).write_bytes(npy(stored(np.full((1, 3), -1, np.float32))))
+    counts = [sum(bucket == number for bucket, _ in clips) for number in range(len(buckets))]
+    manifest = ClipManifest(
+        format=CLIP_FORMAT,
+        vae="none",
+        vae_class="AutoencoderKLWan",
+        vae_identity="0123",
+        temporal_stride=stride,
+        channels=4,
+        normalisation={"shift": [0.0] * 4, "scale": [1.0] * 4},
+        dtype=dtype,
+        flip=flip,
+        layout="mixed",
+        preprocess={},
+        classes=(),
+        text=TextEncoderInfo("t5", "4567", 3, 4, EMPTY_PROMPT, sha256(EMPTY_PROMPT)) if text else None,
+        buckets=tuple(
+            Bucket(f, h, w, (8 * h, 8 * w), {"train": n}) for (f, h, w), n in zip(buckets, counts, strict=True)
+        ),
+        indices=(IndexInfo(index, "train", rows, (folder / index).stat().st_size, sha256(index)),),
+        shards=tuple(shards),
+        rejected=0,
+    )
+    (folder / "manifest.json").write_text(manifest.to_json())
+    return folder
+
+
 def manifest_fields(flip: bool) -> dict[str, object]:
     """The fields of a manifest that the encoder fills in."""
-    from fvdm.data.shards import FORMAT
+    from fvdm.data.former import FORMAT
 
     return {
         "format": FORMAT,

@@ -1,24 +1,12 @@
-"""The format of latent shards, and reading single frames from them.
-
-A folder of shards holds
-
-    manifest.json              what made them: VAE, size, preprocessing; the shards with their checksums
-    train-000000.tar           WebDataset tar, per video: KEY.moments.npy (f 2c h w), KEY.flip.npy (the
-    mirrored
-                               twin, where the layout has one), KEY.crc.npy (f, 1 or 2) crc32 of each frame,
-                               KEY.json
-    train-000000.index.json    where in the tar each video's arrays begin, so that single frames are read
-    rejected.jsonl             the videos that could not be used, each with its reason
-
-Moments are the VAE's raw mean and log-variance, unscaled, as float16, or as bfloat16 in an array of uint16.
-"""
+"""Opens a folder of latent shards, of format 2 or 1, and reads clips and text embeddings from it."""
 
 import hashlib
-import json
+import io
 import os
 import zlib
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,90 +14,17 @@ import numpy as np
 import torch
 
 from fvdm.data.location import CorruptShardError, Location, MissingError, retry
+from fvdm.data.opening import Shard, check_sizes, open_samples, read_manifest
 
 if TYPE_CHECKING:
     from fvdm.media.vae import Normalisation
 
-FORMAT = "fvdm-latents/1"
 OPEN_FILES = 64  # shards held open at a time, per process
-
-
-@dataclass(frozen=True)
-class ShardInfo:
-    """One shard, as the manifest lists it: file name, split, counts, size in bytes, sha256 of tar and index."""
-
-    name: str
-    split: str
-    samples: int
-    frames: int
-    bytes: int
-    sha256: str
-    index_sha256: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What made a folder of shards.
-
-    Attributes:
-        format: `FORMAT`.
-        vae: name the VAE was loaded by.
-        vae_identity: hash of its weights; shards of another identity are refused.
-        normalisation: its shift and scale per channel, `Normalisation.to_dict()`.
-        latent_shape: (c, h, w) of one frame's latent.
-        size: side of the encoded frames, in pixels.
-        dtype: `float16` or `bfloat16`.
-        flip: the mirrored twins are stored.
-        layout: layout of the source folder.
-        preprocess: the preprocessing, by name.
-        classes: class names, sorted by label; empty without labels.
-        rejected: number of videos that could not be used.
-        shards: the shards of all splits.
-    """
-
-    format: str
-    vae: str
-    vae_identity: str
-    normalisation: dict[str, Any]
-    latent_shape: tuple[int, int, int]
-    size: int
-    dtype: str
-    flip: bool
-    layout: str
-    preprocess: dict[str, Any]
-    classes: tuple[str, ...]
-    rejected: int
-    shards: tuple[ShardInfo, ...]
-
-    def to_json(self) -> str:
-        """JSON text, the same for the same manifest."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str | bytes, where: str) -> "Manifest":
-        """Reads a manifest; `where` names it in errors.
-
-        Raises:
-            ValueError: not a manifest, or of another format version.
-        """
-        try:
-            data = json.loads(text)
-            found = data["format"]
-            if found == FORMAT:
-                data["shards"] = tuple(ShardInfo(**shard) for shard in data["shards"])
-                data["latent_shape"] = tuple(data["latent_shape"])
-                data["classes"] = tuple(data["classes"])
-                return cls(**data)
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{where} is not a manifest of latent shards: encode the videos again.") from None
-        raise ValueError(
-            f"{where} is of format {found!r}, this version reads {FORMAT!r}: encode the videos again, "
-            "or use the version of fvdm that made them."
-        )
+GAP = 256 << 10  # bytes; pieces of a shard that are no further apart are read in one go
 
 
 class LatentShards:
-    """All videos of one split of a folder of shards, in the order of the manifest.
+    """All samples of one split of a folder of shards, in the order of the manifest.
 
     Args:
         path: as `Location` takes it.
@@ -117,67 +32,58 @@ class LatentShards:
         cache: folder for fetched files.
 
     Attributes:
-        manifest: what made the shards.
-        keys: key of each video.
-        sources: name of each video's file.
-        frames: int64 (videos) number of frames of each.
-        labels: int64 (videos) class of each, -1 for none.
+        manifest: what made the shards, and their buckets.
+        shards: the shards of the split, as the manifest lists them.
+        samples: the table of all samples.
+        first: int64 (shards + 1), row of each shard's first sample, and the number of rows.
 
     Raises:
         ValueError: no shards there, of another format, or of another size than the manifest says.
     """
 
     def __init__(self, path: str | Path, split: str = "train", cache: str | None = None) -> None:
-        """Reads the manifest and the indices."""
+        """Reads the manifest and maps the tables; does not open the shards yet."""
         self.location = Location(os.fspath(path), cache)
-        self.manifest = Manifest.from_json(self.location.read("manifest.json"), self.location.url("manifest.json"))
+        self.manifest = read_manifest(self.location.read("manifest.json"), self.location.url("manifest.json"))
         named = self.location.names
+        listed: Sequence[Shard] = self.manifest.shards
         self.shards = [
             shard
-            for shard in self.manifest.shards
+            for shard in listed
             if (shard.split == split if named is None else shard.name in named) and shard.samples
         ]
         if not self.shards:
-            splits = sorted({shard.split for shard in self.manifest.shards})
+            splits = sorted({shard.split for shard in listed})
             raise ValueError(f"{str(path)!r} holds no videos of the split {split!r}; it has {', '.join(splits)}.")
-        rows = [(number, row) for number, shard in enumerate(self.shards) for row in self._index(shard)]
-        self.keys = [str(row["key"]) for _, row in rows]
-        self.sources = [str(row["source"]) for _, row in rows]
-        self.frames = np.array([row["frames"] for _, row in rows], dtype=np.int64)
-        self.labels = np.array([-1 if row["label"] is None else row["label"] for _, row in rows], dtype=np.int64)
-        self._shard = np.array([number for number, _ in rows], dtype=np.int64)
-        self._offsets = np.array([[row["moments"], row["flip"] or 0, row["crc"]] for _, row in rows], dtype=np.int64)
+        self.first = np.cumsum([0, *(shard.samples for shard in self.shards)])
+        self.samples = open_samples(self.location, self.manifest, self.shards)
+        if not self.location.remote:
+            check_sizes(self.location, self.shards)
         self._open: OrderedDict[int, int] = OrderedDict()
 
-    def _index(self, shard: ShardInfo) -> list[dict[str, Any]]:
-        name = index_name(shard.name)
-        path = self.location.local(name, shard.index_sha256)
-        try:
-            data = retry(path.read_bytes, str(path))
-        except MissingError as error:
-            raise CorruptShardError(f"Cannot read the index {str(path)!r}: {error}. Copy it again.") from None
-        if hashlib.sha256(data).hexdigest() != shard.index_sha256:
-            raise CorruptShardError(
-                f"{self.location.url(name)!r} is not the file that the manifest lists: copy it again."
-            )
-        if not self.location.remote:
-            self._check_size(shard)
-        return list(json.loads(data)["samples"])
-
-    def _check_size(self, shard: ShardInfo) -> None:
-        url = self.location.url(shard.name)
-        try:
-            size = retry(lambda: os.stat(url).st_size, url)
-        except MissingError as error:
-            raise CorruptShardError(f"Cannot read the shard {url!r}: {error}.") from None
-        if size != shard.bytes:
-            raise CorruptShardError(
-                f"The shard {url!r} has {size} bytes, the manifest says {shard.bytes}: copy it again."
-            )
-
     def __len__(self) -> int:
-        """Number of videos."""
-        return len(self.keys)
+        """Number of samples."""
+        return len(self.samples)
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Key of each sample."""
+        return self.samples.table.column("key").to_pylist()
+
+    @cached_property
+    def sources(self) -> list[str]:
+        """Name of the video or image of each sample."""
+        return self.samples.table.column("source").to_pylist()
+
+    @cached_property
+    def frames(self) -> np.ndarray:
+        """int64 (samples), latent frames of each."""
+        return self.samples.numbers("frames", 0, len(self)).astype(np.int64)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """int64 (samples), class of each, -1 for none."""
+        return self.samples.numbers("label", 0, len(self)).astype(np.int64)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -186,7 +92,7 @@ class LatentShards:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(c, h, w) of one frame's latent."""
+        """(c, h, w) of one latent frame, of the first bucket."""
         return self.manifest.latent_shape
 
     @property
@@ -214,40 +120,115 @@ class LatentShards:
                 f"{made.size} pixels), not {tuple(latent_shape)}: encode the videos again, or change the model's input."
             )
 
-    def read(self, video: int, frames: np.ndarray, *, flip: bool = False) -> np.ndarray:
-        """Reads single frames of one video, and checks each.
+    def shape(self, sample: int) -> tuple[int, int, int, int]:
+        """(f, c, h, w) of a sample's latents."""
+        bucket = self.manifest.buckets[self.samples.number("bucket", sample)]
+        return self.samples.number("frames", sample), self.latent_shape[0], bucket.height, bucket.width
+
+    def usable(self, frames: int) -> np.ndarray:
+        """int64 (buckets, shards): how many samples of each shard have at least `frames` frames, or are images."""
+        buckets = self.manifest.buckets
+        least = np.array([1 if bucket.frames == 1 else frames for bucket in buckets])
+        found = np.zeros(len(buckets) * len(self.shards), dtype=np.int64)
+        for start, length, bucket in zip(
+            self.samples.starts, self.samples.chunks("frames"), self.samples.chunks("bucket"), strict=False
+        ):
+            shard = np.searchsorted(self.first, np.arange(start, start + len(length)), side="right") - 1
+            found += np.bincount((bucket * len(self.shards) + shard)[length >= least[bucket]], minlength=len(found))
+        return found.reshape(len(buckets), len(self.shards))
+
+    def rows(self, shard: int, bucket: int, frames: int) -> np.ndarray:
+        """The samples of a shard that `usable` counts in a bucket, ascending."""
+        begin, end = int(self.first[shard]), int(self.first[shard + 1])
+        least = 1 if self.manifest.buckets[bucket].frames == 1 else frames
+        fits = self.samples.numbers("frames", begin, end) >= least
+        return begin + np.flatnonzero(fits & (self.samples.numbers("bucket", begin, end) == bucket))
+
+    def read(self, sample: int, frames: np.ndarray, *, flip: bool = False) -> np.ndarray:
+        """Reads single frames of one sample, and checks each.
 
         Args:
-            video: index, 0 <= video < len(self).
+            sample: index, 0 <= sample < len(self).
             frames: int (n), frame numbers.
-            flip: read the mirrored twin.
+            flip: read the flipped copy.
 
         Returns:
-            float32 (n 2c h w), raw moments.
+            float32 (n 2c h w), moments.
 
         Raises:
-            CorruptShardError: the bytes are not those that were written; names the shard and the video.
+            CorruptShardError: the bytes are not those that were written; names the shard and the sample.
             UnreachableError: disk, network or server do not give the bytes.
-            ValueError: flip, and no mirrored twins are stored.
+            ValueError: flip, and no flipped copies are stored.
         """
         if flip and not self.manifest.flip:
-            raise ValueError(f"The shards in {self.location.path!r} hold no mirrored twins: encode with --flip.")
-        c, h, w = self.latent_shape
+            raise ValueError(f"The shards in {self.location.path!r} hold no flipped copies: encode with --flip.")
+        total, c, h, w = self.shape(sample)
         size = 2 * c * h * w * 2
-        shard = int(self._shard[video])
-        moments, mirrored, crc = (int(offset) for offset in self._offsets[video])
+        shard = self._shard(sample)
+        start = self.samples.number("flip" if flip else "moments", sample)
         columns = 2 if self.manifest.flip else 1
-        sums = np.frombuffer(self._pread(shard, crc, 4 * columns * int(self.frames[video])), "<u4").reshape(-1, columns)
-        start = mirrored if flip else moments
-        contiguous = len(frames) > 1 and bool((np.diff(frames) == 1).all())
-        if contiguous:
-            data = self._pread(shard, start + int(frames[0]) * size, len(frames) * size)
-        else:
-            data = b"".join(self._pread(shard, start + int(frame) * size, size) for frame in frames)
-        for row, frame in enumerate(frames):
-            if zlib.crc32(data[row * size : (row + 1) * size]) != sums[frame, int(flip)]:
-                raise self._corrupt(shard, f"frame {frame} of {self.sources[video]!a} ({self.keys[video]})")
-        return to_float32(data, self.manifest.dtype).reshape(len(frames), 2 * c, h, w)
+        spans = [(self.samples.number("crc", sample), 4 * columns * total)]
+        sums, *data = self._read(shard, spans + [(start + int(frame) * size, size) for frame in frames])
+        expected = np.frombuffer(sums, "<u4").reshape(-1, columns)[:, int(flip)]
+        for piece, frame in zip(data, frames, strict=True):
+            if zlib.crc32(piece) != expected[frame]:
+                raise self._corrupt(shard, sample, f"frame {frame} of ")
+        return to_float32(b"".join(data), self.manifest.dtype).reshape(len(frames), 2 * c, h, w)
+
+    def embedding(self, sample: int, caption: int) -> np.ndarray:
+        """float32 (n e): the text embedding of one of a sample's captions; of the empty prompt, if it has none.
+
+        Raises:
+            CorruptShardError: the bytes are not those that were written.
+            UnreachableError: disk, network or server do not give the bytes.
+        """
+        assert self.manifest.text is not None
+        tokens = self.samples.value("tokens", sample)
+        if not tokens:
+            return self.empty_prompt
+        shard, width = self._shard(sample), self.manifest.text.width
+        span = (self.samples.number("embeddings", sample), sum(tokens) * width * 2)
+        (data,) = self._read(shard, [span])
+        if zlib.crc32(data) != self.samples.number("embeddings_crc", sample):
+            raise self._corrupt(shard, sample, "the text embeddings of ")
+        begin = sum(tokens[:caption])
+        return to_float32(bytes(data), self.manifest.dtype).reshape(-1, width)[begin : begin + tokens[caption]]
+
+    @cached_property
+    def empty_prompt(self) -> np.ndarray:
+        """float32 (n e): the text embedding of the empty prompt."""
+        assert self.manifest.text is not None
+        name = self.manifest.text.empty_prompt
+        data = self.location.read(name)
+        if hashlib.sha256(data).hexdigest() != self.manifest.text.empty_prompt_sha256:
+            raise CorruptShardError(
+                f"{self.location.url(name)!r} is not the file that the manifest lists: copy it again."
+            )
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+        return to_float32(array.tobytes(), self.manifest.dtype).reshape(-1, self.manifest.text.width)
+
+    def _shard(self, sample: int) -> int:
+        return int(np.searchsorted(self.first, sample, side="right")) - 1
+
+    def _read(self, shard: int, spans: list[tuple[int, int]]) -> list[memoryview]:
+        """The bytes at each (offset, size); what lies close together is read in one go."""
+        groups: list[list[int]] = []
+        end = 0
+        for k in sorted(range(len(spans)), key=spans.__getitem__):
+            offset, size = spans[k]
+            if groups and offset - end <= GAP:
+                groups[-1].append(k)
+                end = max(end, offset + size)
+            else:
+                groups.append([k])
+                end = offset + size
+        found = [memoryview(b"")] * len(spans)
+        for group in groups:
+            begin, end = spans[group[0]][0], max(sum(spans[k]) for k in group)
+            data = memoryview(self._pread(shard, begin, end - begin))
+            for k in group:
+                found[k] = data[spans[k][0] - begin :][: spans[k][1]]
+        return found
 
     def _pread(self, shard: int, offset: int, size: int) -> bytes:
         def read() -> bytes:
@@ -261,9 +242,9 @@ class LatentShards:
         try:
             data = retry(read, self.location.url(self.shards[shard].name))
         except MissingError as error:
-            raise self._corrupt(shard, str(error)) from None
+            raise self._corrupt(shard, None, str(error)) from None
         if len(data) != size:
-            raise self._corrupt(shard, "it ends too early")
+            raise self._corrupt(shard, None, "it ends too early")
         return data
 
     def _file(self, shard: int) -> int:
@@ -277,7 +258,9 @@ class LatentShards:
             os.close(self._open.popitem(last=False)[1])
         return self._open[shard]
 
-    def _corrupt(self, shard: int, what: str) -> CorruptShardError:
+    def _corrupt(self, shard: int, sample: int | None, what: str) -> CorruptShardError:
+        if sample is not None:
+            what += f"{self.samples.value('source', sample)!a} ({self.samples.value('key', sample)})"
         url = self.location.url(self.shards[shard].name)
         return CorruptShardError(
             f"The shard {url!r} is corrupt: {what}. Copy it again or encode its videos again, or leave such "
@@ -285,13 +268,13 @@ class LatentShards:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Open files stay in the process that opened them."""
-        return {**self.__dict__, "_open": OrderedDict()}
+        """Open files and mapped tables stay in the process that opened them."""
+        return {**self.__dict__, "_open": OrderedDict(), "samples": None}
 
-
-def index_name(shard: str) -> str:
-    """File name of a shard's index."""
-    return shard.removesuffix(".tar") + ".index.json"
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Maps the tables again."""
+        self.__dict__.update(state)
+        self.samples = open_samples(self.location, self.manifest, self.shards)
 
 
 def to_float32(data: bytes, dtype: str) -> np.ndarray:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from fvdm.data.location import CorruptShardError, Location
-from fvdm.data.shards import LatentShards, Manifest
+from fvdm.data.opening import read_manifest
+from fvdm.data.shards import LatentShards
 from tests.data_fixtures import make_shards
 from tests.loading import LENGTHS, config, sequence, take
 
@@ -103,10 +104,10 @@ def test_other_shards_are_refused_with_a_sentence(folder, shards, tmp_path):
         shards.require(latent_shape=(4, 8, 8))
     manifest = json.loads((folder / "manifest.json").read_text())
     with pytest.raises(ValueError, match="is of format 'fvdm-latents/0', this version reads"):
-        Manifest.from_json(json.dumps(manifest | {"format": "fvdm-latents/0"}), "x")
+        read_manifest(json.dumps(manifest | {"format": "fvdm-latents/0"}), "x")
     for text in ("", "[]", "{}", json.dumps(manifest | {"size_of_it": 3})):
         with pytest.raises(ValueError, match="x is not a manifest"):
-            Manifest.from_json(text, "x")
+            read_manifest(text, "x")
     with pytest.raises(ValueError, match="holds no videos of the split 'test'; it has train"):
         LatentShards(folder, "test")
     with pytest.raises(ValueError, match=r"Cannot read .*no such file"):
