@@ -12,7 +12,6 @@ import logging
 import shutil
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from fvdm.config import fail
 from fvdm.diffusion.process import Diffusion
 from fvdm.diffusion.timesteps import sample_timesteps
 from fvdm.distributed import Ranks, from_environment, seed_everything
-from fvdm.models.latte import Latte, preset
+from fvdm.models.loading import build, preset
 from fvdm.training.config import EngineConfig
 from fvdm.training.ema import EMA
 from fvdm.training.engine import Engine, initialise
@@ -37,12 +36,12 @@ class Trained:
 
     def __init__(self, options: argparse.Namespace, ranks: Ranks) -> None:
         """Collective."""
-        config = replace(preset(options.model), size=options.size, frames=options.frames)
+        config = preset(options.model).fit((4, options.size, options.size), options.frames)
         settings = EngineConfig(grad_clip_start=0)
         self.device = initialise(settings.timeout)
-        self.engine = Engine(Latte(config).to(self.device), settings, ranks.world_size, ranks)
+        self.engine = Engine(build(config).to(self.device), settings, ranks.world_size, ranks)
         self.ema, self.ranks, self.out = EMA(self.engine.masters), ranks, options.out
-        self.shape = (1, config.frames, config.channels, config.size, config.size)
+        self.shape = (1, *config.clip_shape)
         self.taken = 0
 
     def step(self) -> float:

@@ -10,8 +10,9 @@ from fvdm.diffusion.config import DiffusionConfig
 from fvdm.diffusion.process import Diffusion
 from fvdm.generation.pipeline import Trained, load
 from fvdm.media.vae import load_vae
+from fvdm.models.backbone import Backbone
 from fvdm.models.config import BACKENDS, Backend
-from fvdm.models.latte import Latte, LatteConfig, preset
+from fvdm.models.loading import build, preset
 
 RANDOM = "random:"
 
@@ -36,16 +37,17 @@ def open_model(checkpoint: str, precision: str = "", attention: Backend = "auto"
     if checkpoint.startswith(RANDOM):
         return _random(checkpoint.removeprefix(RANDOM), precision, attention, frames)
     trained = load(checkpoint, precision=precision)
-    return replace(trained, model=_with(trained.model.config, trained.model, attention))
+    return replace(trained, model=_with(trained.model, attention))
 
 
 def _random(size: str, precision: str, attention: Backend, frames: int) -> Trained:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae = load_vae("builtin", device)
-    config = replace(preset(size), channels=vae.channels, size=64 // vae.factor, frames=frames, attention=attention)
+    side = 64 // vae.factor
+    config = replace(preset(size).fit((vae.channels, side, side), frames), attention=attention)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Latte(config)
+        model = build(config)
         for weight in model.parameters():
             if not weight.any():  # A new model's output is zero, and all solvers would agree.
                 nn.init.normal_(weight, std=0.02)
@@ -56,11 +58,11 @@ def _random(size: str, precision: str, attention: Backend, frames: int) -> Train
     return Trained(model, diffusion, vae, (), 64, 1, 0, Path(f"random-{size.replace('/', '-')}"))
 
 
-def _with(config: LatteConfig, model: Latte, attention: Backend) -> Latte:
+def _with(model: Backbone, attention: Backend) -> Backbone:
     """The same weights with another attention backend."""
-    if attention == config.attention:
+    if attention == model.config.attention:
         return model
     weight = next(model.parameters())
-    other = Latte(replace(config, attention=attention)).to(weight.device, weight.dtype)
+    other = build(replace(model.config, attention=attention)).to(weight.device, weight.dtype)
     other.load_state_dict(model.state_dict())
     return other.eval().requires_grad_(False)

@@ -105,6 +105,7 @@ class Counter:
 
     def __init__(self, trained: Trained) -> None:
         self.model, self.clips = trained.model, 0
+        self.null = trained.model.null
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """The model's output."""
@@ -121,16 +122,14 @@ class Bench:
         if options.compile:
             compile_blocks(self.trained.model)
         network = self.trained.model.config
-        shape = (options.clips, network.frames, network.channels, network.size, network.size)
-        self.source = torch.zeros(shape, device=self.trained.model.space.device)
+        shape = (options.clips, *network.clip_shape)
+        self.source = torch.zeros(shape, device=self.trained.device)
 
     def sample(self, name: str, steps: int) -> tuple[Tensor, float, int]:
         """Latents `(n f c h w)` of all clips, the seconds they took, and how many clips the network has seen."""
         options, network, classes = self.options, self.trained.model.config, self.trained.classes
         counter, parts, batch = Counter(self.trained), [], self.setting.batch
-        how = SamplerConfig(
-            solver(name), Guidance(options.guidance if classes else 1.0, null_class=network.num_classes)
-        )
+        how = SamplerConfig(solver(name), Guidance(options.guidance if classes else 1.0))
         levels = spaced(how.solver.spacing, steps, self.trained.diffusion.noise_levels())
         schedule = on_window(self.setting.task, levels, network.frames, 2 * network.frames).schedule
         _synchronize()

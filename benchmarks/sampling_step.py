@@ -9,7 +9,6 @@ figures are of the same moments. Prints, and logs to MLflow.
 import argparse
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,8 +18,9 @@ from fvdm.config import fail
 from fvdm.diffusion.process import Diffusion
 from fvdm.diffusion.sampling import sample
 from fvdm.diffusion.timesteps import full_sequence
+from fvdm.models.backbone import Backbone
 from fvdm.models.compilation import compile_blocks
-from fvdm.models.latte import Latte, LatteConfig, preset
+from fvdm.models.loading import build, preset
 from fvdm.tracking.config import TrackingConfig
 from fvdm.tracking.tracker import Tracker
 
@@ -31,7 +31,7 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def walk(model: Latte, config: LatteConfig, steps: int, clips: int, device: torch.device) -> tuple[float, float]:
+def walk(model: Backbone, steps: int, clips: int, device: torch.device) -> tuple[float, float]:
     """Seconds of a whole walk, and of the forward passes in it."""
     inside = 0.0
 
@@ -42,8 +42,8 @@ def walk(model: Latte, config: LatteConfig, steps: int, clips: int, device: torc
         inside += _now() - began
         return output
 
-    x = torch.randn(clips, config.frames, config.channels, config.size, config.size, device=device)
-    schedule = full_sequence(steps=steps, frames=config.frames)
+    x = torch.randn(clips, *model.config.clip_shape, device=device)
+    schedule = full_sequence(steps=steps, frames=x.shape[1])
     began = _now()
     sample(timed, x, schedule, Diffusion())
     return _now() - began, inside
@@ -63,14 +63,14 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        config = replace(preset(options.model), size=options.size)
-        model = Latte(config).to(device, torch.bfloat16 if options.precision == "bf16" else torch.float32).eval()
+        config = preset(options.model).fit((4, options.size, options.size), 16)
+        model = build(config).to(device, torch.bfloat16 if options.precision == "bf16" else torch.float32).eval()
         if options.compile:
             compile_blocks(model)
     except ValueError as error:
         fail(error)
-    walk(model, config, 2, options.batch, device)  # Warm-up: kernels are chosen, memory is allocated.
-    rounds = [walk(model, config, options.steps, options.batch, device) for _ in range(options.rounds)]
+    walk(model, 2, options.batch, device)  # Warm-up: kernels are chosen, memory is allocated.
+    rounds = [walk(model, options.steps, options.batch, device) for _ in range(options.rounds)]
     figures = {
         "seconds_per_clip": statistics.median(whole for whole, _ in rounds) / options.batch,
         "step_over_forward": statistics.median(whole / inside for whole, inside in rounds),

@@ -12,7 +12,6 @@ import os
 import socket
 import stat
 import struct
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from benchmarks.reporting import conclude
 from fvdm.config import fail
 from fvdm.distributed import Ranks, from_environment, seed_everything
-from fvdm.models.latte import Latte, preset
+from fvdm.models.loading import build, preset
 from fvdm.training.config import EngineConfig
 from fvdm.training.engine import Engine, initialise
 from fvdm.training.plan import parameters, wire_bytes
@@ -54,11 +53,11 @@ def settled() -> int:
 def steps(options: argparse.Namespace, ranks: Ranks) -> dict[str, float]:
     """Take the steps; bytes of a step, the mean of the ranks. Collective."""
     seed_everything(0)
-    config = replace(preset(options.model), size=options.size, frames=options.frames)
+    config = preset(options.model).fit((4, options.size, options.size), options.frames)
     settings = EngineConfig(precision=options.precision, grad_clip_start=0, micro_batch=1)
     initialise(settings.timeout)
-    engine = Engine(Latte(config), settings, options.micro_batches * ranks.world_size, ranks)
-    x = torch.randn(1, config.frames, config.channels, config.size, config.size)
+    engine = Engine(build(config), settings, options.micro_batches * ranks.world_size, ranks)
+    x = torch.randn(1, *config.clip_shape)
     t = torch.full(x.shape[:2], 500)
     before = 0
     for step in range(options.steps + 1):

@@ -20,7 +20,7 @@ from fvdm.config import fail
 from fvdm.diffusion.process import Diffusion
 from fvdm.diffusion.timesteps import sample_timesteps
 from fvdm.distributed import Ranks, from_environment, seed_everything
-from fvdm.models.latte import Latte, preset
+from fvdm.models.loading import build, preset
 from fvdm.training.config import EngineConfig
 from fvdm.training.ema import EMA
 from fvdm.training.engine import Engine, initialise
@@ -38,15 +38,12 @@ def steps(options: argparse.Namespace, ranks: Ranks) -> dict[str, float]:
     """Take the steps; the figures of the rank that needed most. Collective."""
     seed_everything(0)
     config = replace(
-        preset(options.model),
-        size=options.size,
-        frames=options.frames,
-        channels=options.channels,
+        preset(options.model).fit((options.channels, options.size, options.size), options.frames),
         activation_checkpointing=options.activation_checkpointing,
     )
     settings = EngineConfig(precision=options.precision, grad_clip_start=0)
     device = initialise(settings.timeout)
-    engine = Engine(Latte(config).to(device), settings, options.micro_batch * ranks.world_size, ranks)
+    engine = Engine(build(config).to(device), settings, options.micro_batch * ranks.world_size, ranks)
     ema = EMA(engine.masters)
     built = peak(device)
     if device.type == "cuda":
@@ -55,7 +52,7 @@ def steps(options: argparse.Namespace, ranks: Ranks) -> dict[str, float]:
     seconds = 0.0
     for step in range(options.steps):
         began = time.monotonic()
-        x_0 = torch.randn(options.micro_batch, config.frames, config.channels, config.size, config.size, device=device)
+        x_0 = torch.randn(options.micro_batch, *config.clip_shape, device=device)
         t = sample_timesteps(x_0.shape[:2], 0.2).to(device)
         loss = diffusion.training_losses(engine, x_0, t, None).mean()
         engine.backward(loss)

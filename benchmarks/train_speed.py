@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from fvdm.config import fail
 from fvdm.models.compilation import compile_blocks
-from fvdm.models.config import Backend
-from fvdm.models.latte import Latte, LatteConfig, preset
+from fvdm.models.config import BackboneConfig, Backend
+from fvdm.models.loading import build, preset
 from fvdm.tracking.config import TrackingConfig
 from fvdm.tracking.tracker import Tracker
 from fvdm.training.ema import EMA
@@ -100,20 +100,20 @@ def peer_class(where: str) -> Callable[..., nn.Module]:
 class Subject:
     """A network in training, ready to be timed."""
 
-    def __init__(self, name: str, config: LatteConfig, precision: str, batch: int, device: torch.device) -> None:
+    def __init__(self, name: str, config: BackboneConfig, precision: str, batch: int, device: torch.device) -> None:
         torch.manual_seed(0)
         shape = {
             key: getattr(config, key) for key in ("width", "depth", "heads", "patch", "channels", "size", "frames")
         }
         dtype = DTYPES[precision]
         if name in OURS:
-            ours = Latte(config).to(device, dtype)
+            ours = build(config).to(device, dtype)
             self.net: nn.Module = compile_blocks(ours) if name == "compiled" else ours
         else:
             self.net = (Diffusers if name == "diffusers" else peer_class(name))(**shape).to(device)
         autocast = name not in OURS and precision == "bf16"
         self.context = functools.partial(torch.autocast, device.type, dtype) if autocast else contextlib.nullcontext
-        self.x = torch.randn(batch, config.frames, config.channels, config.size, config.size, device=device)
+        self.x = torch.randn(batch, *config.clip_shape, device=device)
         self.t = torch.randint(1, 1000, (batch, config.frames), device=device)
         self.device = device
         self.optimizer: torch.optim.Optimizer | None = None
@@ -172,7 +172,7 @@ def matrix_rate(precision: str, device: torch.device) -> float:
     return 2 * n**3 / best
 
 
-def _own_peak(name: str, config: LatteConfig, precision: str, batch: int) -> float:
+def _own_peak(name: str, config: BackboneConfig, precision: str, batch: int) -> float:
     """In a process of its own: bytes that two steps add to what the process holds before."""
     subject = Subject(name, config, precision, batch, torch.device("cpu"))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -181,7 +181,7 @@ def _own_peak(name: str, config: LatteConfig, precision: str, batch: int) -> flo
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024.0
 
 
-def peak_memory(name: str, config: LatteConfig, precision: str, batch: int, device: torch.device) -> float:
+def peak_memory(name: str, config: BackboneConfig, precision: str, batch: int, device: torch.device) -> float:
     """Bytes that a training step needs on top of the network."""
     if device.type == "cuda":
         subject = Subject(name, config, precision, batch, device)
@@ -194,19 +194,19 @@ def peak_memory(name: str, config: LatteConfig, precision: str, batch: int, devi
         return process.submit(_own_peak, name, config, precision, batch).result()
 
 
-def parity(config: LatteConfig, device: torch.device) -> dict[str, float]:
+def parity(config: BackboneConfig, device: torch.device) -> dict[str, float]:
     """How far the network's output with each attention backend that runs here is from exact float32 products.
 
     Returns:
         root mean square distance over the root mean square of the output, by backend and precision.
     """
     outputs: dict[str, Tensor] = {}
-    shape = (1, config.frames, config.channels, config.size, config.size)
-    x, t = torch.randn(shape, device=device), torch.full(shape[:2], 500, device=device)
+    x = torch.randn(1, *config.clip_shape, device=device)
+    t = torch.full(x.shape[:2], 500, device=device)
     backends: tuple[Backend, ...] = ("math", "sdpa", "flash")
     for precision, backend in itertools.product(("fp32", "bf16"), backends):
         torch.manual_seed(0)
-        net = Latte(replace(config, attention=backend))
+        net = build(replace(config, attention=backend))
         for weight in net.parameters():
             if not weight.any():  # A new network's output is zero, whatever its attention does.
                 nn.init.normal_(weight, std=0.02)
@@ -216,7 +216,7 @@ def parity(config: LatteConfig, device: torch.device) -> dict[str, float]:
     return {f"attention {name}, distance": float((out - exact).norm() / exact.norm()) for name, out in outputs.items()}
 
 
-def measure(config: LatteConfig, options: argparse.Namespace, device: torch.device) -> dict[str, float]:
+def measure(config: BackboneConfig, options: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Seconds, ratios to ours and utilisation, by name."""
     ours = OURS if options.compile else OURS[:1]
     names = [*ours, *(["diffusers"] if options.diffusers else []), *options.peer]
@@ -274,7 +274,7 @@ def main() -> None:
         if h != w:
             raise ValueError(f"--clip {options.clip}: frames are square")
         for name in options.models:
-            config = replace(preset(name), frames=f, channels=c, size=h, attention=options.attention)
+            config = replace(preset(name).fit((c, h, w), f), attention=options.attention)
             figures = measure(config, options, device)
             print(f"{name}, {options.batch} x {options.clip}, {device}, {torch.get_num_threads()} threads")
             for label, value in figures.items():

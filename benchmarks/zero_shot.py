@@ -68,7 +68,7 @@ class Method:
         if self.name == "vae":
             return vae.decode(vae.encode_mean(truth)).cpu()
         latents = place(vae.encode_mean(truth[:, list(given)]), given, network.frames)
-        y = torch.full((len(truth),), network.num_classes, device=latents.device) if network.num_classes else None
+        y = trained.model.null(len(truth))
         length, options = truth.shape[1], self.options
         if self.name == "held":
             how = SamplerConfig(solver(options.solver))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from fvdm.diffusion.process import Diffusion
-from fvdm.models.latte import Latte, preset
+from fvdm.models import build, preset
 from tests.latte import randomised
 
 DIFFUSION = Diffusion()
@@ -31,7 +31,7 @@ def oracle(x_0, diffusion=DIFFUSION):
 
 def disturbed(diffusion=DIFFUSION, **changes):
     """The exact denoiser of unit Gaussian data, disturbed by a random network: samples are of the size of latents."""
-    net = randomised(Latte(replace(preset("T/2"), size=4, frames=8, **changes))).eval()
+    net = randomised(build(replace(preset("T/2"), size=4, frames=8, **changes))).eval()
 
     def model(x, t, y=None):
         alpha, sigma = (level.float() for level in diffusion.levels(t))
@@ -41,4 +41,5 @@ def disturbed(diffusion=DIFFUSION, **changes):
         x_0 = (x - sigma * eps) / alpha.clamp(min=1e-4)
         return torch.cat([diffusion.target(x_0, t, eps), v.clamp(-1, 1)], dim=2)
 
+    model.null = net.null
     return model

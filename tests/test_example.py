@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fvdm.generation.pipeline import EXAMPLE, load
+from fvdm.generation.pipeline import load
 from fvdm.media.writing import FORMATS
+from fvdm.models.loading import EXAMPLE
 
 ROOT = Path(__file__).parent.parent
 IMAGES = sorted((ROOT / "docs" / "examples").glob("*.png"))

@@ -12,8 +12,7 @@ from torch._dynamo.utils import counters
 from fvdm.diffusion.process import Diffusion
 from fvdm.diffusion.timesteps import sample_timesteps
 from fvdm.distributed import from_environment
-from fvdm.models.compilation import compile_blocks
-from fvdm.models.latte import Latte, preset
+from fvdm.models import build, compile_blocks, preset
 from fvdm.training.config import EngineConfig
 from fvdm.training.engine import Engine, initialise
 
@@ -23,7 +22,7 @@ CONFIG = replace(preset("T/2"), depth=4, size=8, frames=6, attention="math")
 
 def network(**changes):
     torch.manual_seed(0)
-    return Latte(replace(CONFIG, **changes))
+    return build(replace(CONFIG, **changes))
 
 
 def draws():

@@ -167,8 +167,7 @@ class Bench:
         if job.method == "loss":
             trained = self.trained(job)
             latents = trained.vae.encode_mean(truth)
-            classes = trained.model.config.num_classes
-            hidden = torch.full((len(latents),), classes, device=latents.device) if classes else None
+            hidden = trained.model.null(len(latents))
             table = neighbour_table(trained.model, trained.diffusion, latents, seeds.start, hidden)
             return {"table": table.cpu().numpy()}
         if job.method in ("train", "test"):

@@ -9,7 +9,7 @@ from fvdm import config as settings
 from fvdm.diffusion.config import DiffusionConfig
 
 if TYPE_CHECKING:
-    from fvdm.models.latte import Latte
+    from fvdm.models.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ConvertConfig:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
 
 
-def convert(config: ConvertConfig) -> "Latte":
+def convert(config: ConvertConfig) -> "Backbone":
     """Read, rename, write.
 
     Raises:
@@ -47,7 +47,7 @@ def convert(config: ConvertConfig) -> "Latte":
     if Path(config.dst).exists() and (not Path(config.dst).is_dir() or any(Path(config.dst).iterdir())):
         raise ValueError(f"{config.dst} exists: name a new folder")
     model = from_official(load_torch(config.src), config.heads or None)
-    count = model.config.num_classes
+    count = model.config.classes
     if config.classes and len(config.classes) != count:
         raise ValueError(f"{len(config.classes)} class names came, the checkpoint has {count} classes")
     model.save_pretrained(config.dst)
@@ -65,6 +65,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         settings.fail(error)
     c, millions = model.config, model.num_parameters() / 1e6
-    print(f"{config.dst}: {c.depth} blocks of width {c.width}, {c.heads} heads, patches of {c.patch}, {millions:.1f}M;")
-    print(f"  {c.frames} frames of {c.channels} x {c.size} x {c.size}, {c.num_classes} classes")
+    print(f"{config.dst}: {c.summary()}, {millions:.1f}M;")
+    print(f"  {c.frames} frames of {' x '.join(map(str, c.latent_shape))}, {c.classes} classes")
     print(f"  fvdm generate --checkpoint {config.dst}")

@@ -23,14 +23,12 @@ class Guidance:
         interval: timesteps (lowest, highest) of a frame between which it is guided (Kynkäänniemi et al. 2024).
         rescale: 0 to 1: how far the estimate of each frame gets the standard deviation back that it had without
             guidance (Lin et al. 2023, section 3.4).
-        null_class: the label that stands for no class.
     """
 
     scale: float = 1.0
     history: float = 1.0
     interval: tuple[int, int] | None = None
     rescale: float = 0.0
-    null_class: int = 0
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
@@ -40,7 +38,25 @@ class Guidance:
             raise ValueError(f"guidance interval {self.interval}: give the lower timestep first")
 
 
-def guided(model: Model, how: Guidance, diffusion: Diffusion, noise: Callable[[], Tensor]) -> Model:
+def null_condition(model: Model, y: Tensor) -> Tensor:
+    """The condition that says nothing, in the shape of `y (b ...)`: the model's own, as only it knows.
+
+    Raises:
+        ValueError: if the model does not say what it is.
+    """
+    null = getattr(model, "null", None)
+    found: Tensor | None = None if null is None else null(len(y))
+    if found is None:
+        raise ValueError(
+            "guidance needs the condition that says nothing: call a model that has the method null, such as a backbone "
+            "of fvdm.models, or pass a negative condition"
+        )
+    return found.to(y.device)
+
+
+def guided(
+    model: Model, how: Guidance, diffusion: Diffusion, noise: Callable[[], Tensor], null: Tensor | None = None
+) -> Model:
     """A model whose estimate is guided; the learned variance stays that of the conditional model.
 
     The variants of the question go through the network as one batch, and only in rows where a frame is inside the
@@ -51,6 +67,7 @@ def guided(model: Model, how: Guidance, diffusion: Diffusion, noise: Callable[[]
         how: the scales.
         diffusion: its noise process.
         noise: draws what stands in place of the clean frames for `how.history`, `(b f c h w)`.
+        null: the condition that the estimate is pushed away from, shaped as `y`; needed with `how.scale`.
     """
     if how.scale == how.history == 1.0:
         return model
@@ -64,8 +81,8 @@ def guided(model: Model, how: Guidance, diffusion: Diffusion, noise: Callable[[]
             return model(x, t, y)
         xs, ts, ys = [x], [t], [y]
         if by_class:
-            assert y is not None
-            xs, ts, ys = [*xs, x], [*ts, t], [*ys, torch.full_like(y, how.null_class)]
+            assert null is not None, "guidance has something to push away from"
+            xs, ts, ys = [*xs, x], [*ts, t], [*ys, null]
         if by_history and hidden is not None:
             xs.append(torch.where(seen, hidden.to(x.dtype), x))
             ts, ys = [*ts, torch.where(t == 0, diffusion.num_timesteps, t)], [*ys, y]

@@ -16,7 +16,7 @@ from torch import Tensor
 from fvdm.diffusion.config import DiffusionConfig
 
 Model = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""`model(x_t (b f c h w), t (b f), y (b) or None) -> (b f c h w)`, or `2c` channels with learned variance."""
+"""`model(x_t (b f c h w), t (b f), y (b ...) or None) -> (b f c h w)`, or `2c` channels with learned variance."""
 
 
 class Objective(NamedTuple):
@@ -191,7 +191,7 @@ class Diffusion:
             model: called as `model(x_t, t, y)`.
             x_0: clean latents `(b f c h w)`.
             t: int `(b f)` in 0..T.
-            y: class labels `(b)`.
+            y: condition `(b ...)`, such as class labels; only the model looks into it.
             noise: standard normal, shaped as `x_0`; drawn from the default generator when not given.
 
         Returns:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fvdm.diffusion.guidance import Guidance, guided, noisy_given
+from fvdm.diffusion.guidance import Guidance, guided, noisy_given, null_condition
 from fvdm.diffusion.process import Diffusion, Model
 from fvdm.diffusion.solvers import HistoryEntry, Solver, Step, ddim
 from fvdm.diffusion.timesteps import check_schedule
@@ -147,6 +147,7 @@ def stream(
     how: SamplerConfig | None = None,
     *,
     y: Tensor | None = None,
+    negative: Tensor | None = None,
     generator: Sequence[torch.Generator] = (),
 ) -> Iterator[Tensor]:
     """Walk the blocks of a video one after another, and let the frames go as they leave the window.
@@ -160,18 +161,21 @@ def stream(
             second where it ended in the first.
         diffusion: the noise process the model was trained with.
         how: solver, guidance and so on.
-        y: class labels `(b)`.
+        y: condition `(b ...)` of the samples.
+        negative: condition `(b ...)` that guidance pushes away from; None is the one that says nothing, `model.null`.
         generator: one per sample, for what draws noise on the way.
 
     Yields:
         `(b n c h w)`, n >= 1, every frame once, in order.
 
     Raises:
-        ValueError: if the blocks do not fit each other, or guidance is asked for without labels.
+        ValueError: if the blocks do not fit each other, or guidance is asked for without a condition.
     """
     how = how or SamplerConfig()
-    if how.guidance.scale != 1.0 and y is None:
-        raise ValueError(f"guidance {how.guidance.scale} needs class labels; use guidance 1 without classes")
+    if how.guidance.scale != 1.0:
+        if y is None:
+            raise ValueError(f"guidance {how.guidance.scale} needs a condition y; use guidance 1 without one")
+        negative = null_condition(model, y) if negative is None else negative
     state, begin = None, 0
     reached: Tensor | None = None  # Timesteps of the window's frames.
     for first, schedule in blocks:
@@ -188,7 +192,7 @@ def stream(
         shared = max(0, width - (first - begin))
         if reached is not None and not torch.equal(reached[width - shared :], schedule[0, :shared]):
             raise ValueError(f"the window at frame {first} begins at other timesteps than the one before ended at")
-        state = _walk_block(model, state, schedule, diffusion, how, y, generator)
+        state = _walk_block(model, state, schedule, diffusion, how, y, negative, generator)
         begin, reached = first, schedule[-1]
     if state is not None:
         yield state.x
@@ -201,11 +205,12 @@ def _walk_block(
     diffusion: Diffusion,
     how: SamplerConfig,
     y: Tensor | None,
+    negative: Tensor | None,
     generator: Sequence[torch.Generator],
 ) -> State:
     noise = functools.partial(draw_noise, state.x.shape, generator, state.x.device)
     steady = noisy_given(model, diffusion, how.given_noise, noise)
-    asked = guided(steady, how.guidance, diffusion, noise)
+    asked = guided(steady, how.guidance, diffusion, noise, negative)
     return walk(state, schedule, lambda x, t: asked(x, t, y), diffusion, how.solver, noise, how.progress)
 
 
@@ -216,10 +221,10 @@ def sample(
     diffusion: Diffusion,
     *,
     y: Tensor | None = None,
+    negative: Tensor | None = None,
     guidance: float = 1.0,
-    null_class: int = 0,
     solver: Solver | None = None,
-    generator: Sequence[torch.Generator] = (),
+    generator: Sequence[torch.Generator] | torch.Generator = (),
     progress: Progress = iter,
 ) -> Tensor:
     """Walk a clip of one window down the rows of a timestep matrix.
@@ -229,24 +234,29 @@ def sample(
         x: `(b f c h w)`, noised to the schedule's first row (see `start`); given frames hold their clean latents.
         schedule: int `(s + 1, f)` on the CPU; columns never rise.
         diffusion: the noise process the model was trained with.
-        y: class labels `(b)`.
-        guidance: classifier-free guidance scale; 1 is none.
-        null_class: the label that stands for no class; needed with guidance.
+        y: condition `(b ...)`, such as class labels; None for an unconditional model.
+        negative: condition that guidance pushes away from; None is the one that says nothing, `model.null`.
+        guidance: classifier-free guidance scale; 1 is none. Without effect on an unconditional backbone.
         solver: one of `fvdm.diffusion.solvers`; DDIM with eta 0 when not given.
-        generator: one per sample, for solvers that add noise.
+        generator: for solvers that add noise; one per sample, or one for all.
         progress: wraps the sequence of steps, such as `tqdm`.
 
     Returns:
         `(b f c h w)`. A frame whose column stands still is bit-identical to that of `x`.
 
     Raises:
-        ValueError: if the schedule does not fit the clip, or guidance is asked for without labels.
+        ValueError: if the schedule does not fit the clip, or guidance is asked for without a condition.
     """
     check_schedule(schedule, diffusion.num_timesteps)
     if schedule.shape[1] != x.shape[1]:
         raise ValueError(f"the schedule is for {schedule.shape[1]} frames, the clip has {x.shape[1]}")
-    how = SamplerConfig(solver or ddim(), Guidance(guidance, null_class=null_class), progress=progress)
-    return next(stream(model, lambda n: x, [(0, schedule)], diffusion, how, y=y, generator=generator))
+    if isinstance(generator, torch.Generator):
+        generator = [generator] * len(x)
+    if y is None and hasattr(model, "null") and model.null(1) is None:
+        guidance = 1.0  # With and without its condition, an unconditional model says the same.
+    how = SamplerConfig(solver or ddim(), Guidance(guidance), progress=progress)
+    blocks = [(0, schedule)]
+    return next(stream(model, lambda n: x, blocks, diffusion, how, y=y, negative=negative, generator=generator))
 
 
 def windows(schedule: Tensor, window: int) -> list[Block]:

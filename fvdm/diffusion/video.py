@@ -22,6 +22,7 @@ def draw(
     how: SamplerConfig | None = None,
     y: Tensor | None = None,
     window: int = 0,
+    negative: Tensor | None = None,
 ) -> Tensor:
     """Draw a video under a matrix.
 
@@ -33,8 +34,9 @@ def draw(
         matrix: int `(s + 1, frames)`; see `fvdm.diffusion.tasks`.
         seeds: one per sample; a sample is the same in every batch.
         how: solver, guidance and so on.
-        y: class labels `(b)`.
+        y: condition `(b ...)`, such as class labels.
         window: frames that the model takes; 0 is f.
+        negative: condition that guidance pushes away from; None is the one that says nothing.
 
     Returns:
         latents `(b frames c h w)`; frames whose column stands at 0 are bit-identical to those of `clip`.
@@ -51,7 +53,7 @@ def draw(
     def fresh(n: int) -> Tensor:
         return torch.cat([next(rest) for _ in range(n)], dim=1)
 
-    made = list(stream(model, fresh, blocks, diffusion, how, y=y, generator=generator))
+    made = list(stream(model, fresh, blocks, diffusion, how, y=y, negative=negative, generator=generator))
     return torch.cat([*made, *rest], dim=1)  # The rest lies right of all that moves.
 
 
@@ -63,6 +65,7 @@ def stream_video(
     seeds: Sequence[int],
     how: SamplerConfig | None = None,
     y: Tensor | None = None,
+    negative: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Frames of a video without an end, one by one, in the memory of one window.
 
@@ -74,7 +77,8 @@ def stream_video(
             where the last one of the first block does.
         seeds: one per sample.
         how: solver, guidance and so on.
-        y: class labels `(b)`.
+        y: condition `(b ...)`, such as class labels.
+        negative: condition that guidance pushes away from; None is the one that says nothing.
 
     Yields:
         latents `(b 1 c h w)`; stop asking when there are enough.
@@ -99,7 +103,8 @@ def stream_video(
     def fresh(n: int) -> Tensor:
         return torch.cat([one() for _ in range(n)], dim=1)
 
-    for frames in stream(model, fresh, chain([head], blocks), diffusion, how, y=y, generator=generator):
+    chained = chain([head], blocks)
+    for frames in stream(model, fresh, chained, diffusion, how, y=y, negative=negative, generator=generator):
         yield from frames.split(1, dim=1)
 
 

@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fvdm.checkpoints import checkpoint as ckpt
-from fvdm.diffusion.config import DiffusionConfig
 from fvdm.diffusion.guidance import Guidance
 from fvdm.diffusion.process import Diffusion
 from fvdm.diffusion.sampling import Progress, SamplerConfig, generators
@@ -29,12 +27,10 @@ from fvdm.diffusion.video import draw, place, stream_video
 from fvdm.generation.config import GenerationConfig, generation_config, indices
 from fvdm.generation.inputs import as_frames, available, choose
 from fvdm.media.vae import VAE, load_vae
+from fvdm.models.backbone import Backbone
 from fvdm.models.compilation import compile_blocks
 from fvdm.models.inference import read_inference_config
-from fvdm.models.latte import Latte, LatteConfig
-from fvdm.models.official import read_model
-
-EXAMPLE = Path(__file__).parents[1] / "weights" / "example"  # the demo's model; docs/examples
+from fvdm.models.loading import read_backbone, resolve
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ class Trained:
         folder: where it came from.
     """
 
-    model: Latte
+    model: Backbone
     diffusion: Diffusion
     vae: VAE
     classes: tuple[str, ...]
@@ -64,7 +60,7 @@ class Trained:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.model.space.device
+        return self.model.device
 
     def generate(
         self,
@@ -142,28 +138,26 @@ def load(
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.bfloat16 if (precision or ("bf16" if place.type == "cuda" else "fp32")) == "bf16" else torch.float32
-    path = Path(checkpoint)
-    if str(checkpoint) == "example" and not path.exists():
-        path = EXAMPLE
-    if path.is_file() or (path / "config.json").is_file():
-        model = read_model(path)
-        use = read_inference_config(path, model)
-        decoder = load_vae(vae or use.vae, place)
-        if decoder.channels != model.config.channels:
-            raise ValueError(f"the model has {model.config.channels} latent channels, its VAE {decoder.channels}")
-        about: dict[str, Any] = {"classes": use.classes, "stride": use.stride, "step": 0, "folder": path}
-        about |= {"size": model.config.size * decoder.factor, "diffusion": Diffusion(use.diffusion)}
-    else:
-        folder = ckpt.resolve(path)
-        state = ckpt.read_state(folder)
-        model = Latte(LatteConfig(**state["network"]))
-        model.load_state_dict(ckpt.read_weights(folder, weights))
-        decoder = load_vae(vae or state["vae"], place)
-        about = {"classes": tuple(state["classes"]) if state["network"]["num_classes"] else ()}
-        about |= {"stride": state["settings"]["data"]["stride"], "step": state["step"], "folder": folder}
-        about |= {"size": state["size"], "diffusion": Diffusion(DiffusionConfig(**state["settings"]["diffusion"]))}
+    path = resolve(checkpoint)
+    model = read_backbone(path, weights)
+    inference = read_inference_config(path, model.config)
+    decoder = load_vae(vae or inference.vae, place)
+    channels, height, width = model.config.latent_shape
+    if decoder.channels != channels:
+        raise ValueError(f"the model has {channels} latent channels, its VAE {decoder.channels}")
+    if height != width:
+        raise ValueError(f"the model makes latent frames of {height} x {width}; fvdm generate makes square videos only")
     model = model.to(place, dtype).eval().requires_grad_(False)
-    return Trained(compile_blocks(model) if compile else model, vae=decoder, **about)
+    return Trained(
+        compile_blocks(model) if compile else model,
+        Diffusion(inference.diffusion),
+        decoder,
+        inference.classes,
+        height * decoder.factor,
+        inference.stride,
+        inference.step,
+        path,
+    )
 
 
 def fitted(trained: Trained, given: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
@@ -225,8 +219,7 @@ def encode_given(trained: Trained, plan: Plan, clips: Sequence[Tensor]) -> Tenso
     Raises:
         ValueError: if there are too few frames.
     """
-    c = trained.model.config
-    empty = torch.zeros(1, 0, c.channels, c.size, c.size)
+    empty = torch.zeros(1, 0, *trained.model.config.latent_shape)
     frames = choose(clips, plan, trained.stride)[0] if plan.given else None
     latents = empty if frames is None else trained.vae.encode_mean(frames)[None]
     return place(latents.to(trained.device), plan.given, plan.schedule.shape[1])
@@ -292,7 +285,6 @@ def _condition(
         config.history_guidance,
         config.guidance_interval,
         config.guidance_rescale,
-        trained.model.config.num_classes,
     )
     how = SamplerConfig(solver(config.solver, config.eta), guidance, config.given_noise, progress)
     return None if y is None else y.to(trained.device), how

@@ -3,12 +3,12 @@
 import torch
 import torch._dynamo
 
-from fvdm.models.latte import Latte
+from fvdm.models.backbone import Backbone
 
 LIMIT = 64  # graphs: space or time, with or without gradients, one clip, one batch or any, and as many of frames
 
 
-def compile_blocks(model: Latte, backend: str = "inductor") -> Latte:
+def compile_blocks(model: Backbone, backend: str = "inductor") -> Backbone:
     """Compile every block in place, when it is first called; weights and their names stay as they are.
 
     Space and time blocks become one graph each, without breaks, that all blocks of the kind share. A graph is compiled
@@ -26,7 +26,7 @@ def compile_blocks(model: Latte, backend: str = "inductor") -> Latte:
     Raises:
         ValueError: if this machine cannot compile; a try with a single addition tells.
     """
-    device = model.space.device
+    device = model.device
     try:
         torch.compile(lambda x: x + 1, fullgraph=True, backend=backend)(torch.zeros(8, device=device))
     except Exception as error:  # Whatever the compiler's own tools raise: their kinds differ with the version.

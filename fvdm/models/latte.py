@@ -1,91 +1,24 @@
 """The network: Latte's transformer (alternating space and time blocks, adaLN-Zero) with a timestep per frame.
 
-Read top to bottom: `VideoDiT.forward` is the whole network in ten lines. The condition is `(b f d)`, one vector per
+Read top to bottom: `Latte.forward` is the whole network in ten lines. The condition is `(b f d)`, one vector per
 frame, and is broadcast over the frame's tokens, so that modulation is computed once per frame.
 """
 
 import math
 import re
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fvdm.diffusion.process import check_timesteps
 from fvdm.models.attention import attention
-from fvdm.models.config import Backend
-from fvdm.models.pretrained import Pretrained
+from fvdm.models.backbone import Backbone
+from fvdm.models.config import Backend, LatteConfig
 
-
-@dataclass(frozen=True)
-class LatteConfig:
-    """Shape of the network. The defaults are Latte-XL/2 on 256-pixel clips of 16 frames.
-
-    Attributes:
-        depth: number of blocks; even ones attend over space, odd ones over time.
-        width: channels d of a token.
-        heads: attention heads.
-        patch: side of a patch in latent pixels.
-        channels: latent channels c.
-        size: side of the latent frame.
-        frames: frames f of the longest clip.
-        num_classes: class labels; 0 is an unconditional model.
-        learned_variance: predict the reverse variance too, as c more channels.
-        attention: attention backend: auto, flash, sdpa or math.
-        activation_checkpointing: recompute the activations of every k-th block in the backward pass to save
-            memory; 0 is none.
-    """
-
-    depth: int = 28
-    width: int = 1152
-    heads: int = 16
-    patch: int = 2
-    channels: int = 4
-    size: int = 32
-    frames: int = 16
-    num_classes: int = 0
-    learned_variance: bool = True
-    attention: Backend = "auto"
-    activation_checkpointing: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse shapes that do not fit together."""
-        if self.depth < 2 or self.depth % 2:
-            raise ValueError(f"depth {self.depth} must be even: blocks come in pairs, space and time")
-        if self.width % self.heads or self.width % 4:
-            raise ValueError(f"width {self.width} must be a multiple of 4 and of the {self.heads} heads")
-        if self.size % self.patch:
-            raise ValueError(f"patches of {self.patch} do not tile latent frames of {self.size} x {self.size}")
-
-
-SIZES = {  # name: depth, width, heads (Latte, table 1; T and XS are ours, for tests and for the demo)
-    "T": (2, 64, 2),
-    "XS": (6, 192, 3),
-    "S": (12, 384, 6),
-    "B": (12, 768, 12),
-    "L": (24, 1024, 16),
-    "XL": (28, 1152, 16),
-}
-PATCHES = (1, 2, 4, 8)
 EPS = 1e-6  # of every norm
-
-
-def preset(name: str) -> LatteConfig:
-    """The configuration of a named size, such as `XL/2`: the size XL with patches of 2.
-
-    Raises:
-        ValueError: if there is no such size; lists those there are.
-    """
-    size, _, patch = name.partition("/")
-    if size not in SIZES or patch not in map(str, PATCHES):
-        names = ", ".join(f"{known}/2" for known in SIZES)
-        raise ValueError(f"model {name!r} is unknown; choose one of {names} (or with patches /1, /4, /8)")
-    depth, width, heads = SIZES[size]
-    return replace(LatteConfig(), depth=depth, width=width, heads=heads, patch=int(patch))
 
 
 class Embedding(nn.Sequential):
@@ -201,10 +134,11 @@ class Block(nn.Module):
         return torch.addcmul(x, gate_2, down(activation(modulated(up, x, shift_2, scale_2))))
 
 
-class Latte(Pretrained, nn.Module):
+class Latte(Backbone):
     """The denoiser: `forward(x (b f c h w), t (b f), y (b) or None) -> (b f c h w)`, 2c with learned variance."""
 
     Config = LatteConfig
+    config: LatteConfig
     space: Tensor
     time: Tensor
 
@@ -220,7 +154,7 @@ class Latte(Pretrained, nn.Module):
         self.blocks = nn.ModuleList(Block(c.width, c.heads, axes[i % 2], c.attention) for i in range(c.depth))
         self.final_modulation = nn.Linear(c.width, 2 * c.width)
         self.final_layer = nn.Linear(c.width, c.patch**2 * c.channels * (2 if c.learned_variance else 1))
-        self.register_buffer("space", space_table(c.width, c.size // c.patch), persistent=False)  # (n d)
+        self.register_buffer("space", space_table(c.width, *c.grid), persistent=False)  # (n d)
         self.register_buffer("time", sinusoids(c.width, torch.arange(c.frames)), persistent=False)  # (f d)
         self.initialise()
 
@@ -257,25 +191,24 @@ class Latte(Pretrained, nn.Module):
         c = F.silu(c)
         x = self.x_embedder(patchify(x.to(c.dtype), self.config.patch))  # (b f n d)
         x = x + self.space.to(x.dtype)
-        for i, block in enumerate(self.blocks):
+        for i in range(self.config.depth):
             if i == 1:
                 x = x + self.time[: x.shape[1], None].to(x.dtype)
-            x = self._run(i, block, x, c)
+            x = self.run_block(i, x, c)
         shift, scale = self.final_modulation(c).unsqueeze(2).chunk(2, dim=-1)
-        return unpatchify(modulated(self.final_layer, x, shift, scale), self.config.patch)
+        return unpatchify(modulated(self.final_layer, x, shift, scale), self.config.patch, self.config.grid)
 
-    def _run(self, i: int, block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
-        every = self.config.activation_checkpointing
-        if every and i % every == 0 and torch.is_grad_enabled():
-            return checkpoint(block, x, c, use_reentrant=False)
-        return block(x, c)
+    def null(self, count: int) -> Tensor | None:
+        """The label "no class" for `count` clips, int64 `(count)`; None for an unconditional model."""
+        classes = self.config.num_classes
+        return torch.full((count,), classes, device=self.device) if classes else None
 
     def _check(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
         check_timesteps(x, t)
-        c = self.config
-        if x.shape[2:] != (c.channels, c.size, c.size) or x.shape[1] > c.frames:
+        frames, *latent_shape = self.config.clip_shape
+        if list(x.shape[2:]) != latent_shape or x.shape[1] > frames:
             raise ValueError(
-                f"the model takes clips of up to {c.frames} frames of {c.channels} x {c.size} x {c.size}, "
+                f"the model takes clips of up to {frames} frames of {' x '.join(map(str, latent_shape))}, "
                 f"not {tuple(x.shape[1:])}"
             )
         if (y is None) != (self.y_embedder is None):
@@ -284,8 +217,8 @@ class Latte(Pretrained, nn.Module):
             )
 
     def num_parameters(self) -> int:
-        """Parameters, with the fixed position tables, as the paper counts them."""
-        return sum(p.numel() for p in self.parameters()) + self.space.numel() + self.time.numel()
+        """Number of parameters, with the fixed position tables, as the paper counts them."""
+        return super().num_parameters() + self.space.numel() + self.time.numel()
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
@@ -293,10 +226,9 @@ def patchify(x: Tensor, patch: int) -> Tensor:
     return rearrange(x, "b f c (h p) (w q) -> b f (h w) (c p q)", p=patch, q=patch)
 
 
-def unpatchify(x: Tensor, patch: int) -> Tensor:
-    """Put tokens back in place: `(b f n p*p*c) -> (b f c h w)`; frames are square."""
-    side = math.isqrt(x.shape[2])
-    return rearrange(x, "b f (h w) (p q c) -> b f c (h p) (w q)", h=side, p=patch, q=patch)
+def unpatchify(x: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
+    """Put tokens back in place: `(b f n p*p*c) -> (b f c h w)`; `grid` is the rows and columns of tokens."""
+    return rearrange(x, "b f (h w) (p q c) -> b f c (h p) (w q)", h=grid[0], p=patch, q=patch)
 
 
 def sinusoids(width: int, positions: Tensor) -> Tensor:
@@ -306,7 +238,7 @@ def sinusoids(width: int, positions: Tensor) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1).float()
 
 
-def space_table(width: int, side: int) -> Tensor:
-    """Positions in a square of tokens, `(side * side, d)`: the first half tells the column, the second the row."""
-    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+def space_table(width: int, rows: int, columns: int) -> Tensor:
+    """Positions in a grid of tokens, `(rows * columns, d)`: the first half encodes the column, the second the row."""
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return torch.cat([sinusoids(width // 2, z.flatten()) for z in (column, row)], dim=1)

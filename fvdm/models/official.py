@@ -16,7 +16,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from fvdm.models.latte import SIZES, Latte, LatteConfig
+from fvdm.models.config import LATTE_SIZES, LatteConfig
+from fvdm.models.latte import Latte
 
 NOT_OURS = "not a Latte or FVDM checkpoint"
 
@@ -107,7 +108,7 @@ def _config(weights: dict[str, Tensor], num_heads: int | None) -> LatteConfig:
     if out not in (channels, 2 * channels) or math.isqrt(tokens) ** 2 != tokens:
         raise ValueError(f"{NOT_OURS}: {out} channels come out where {channels} go in, in {tokens} tokens a frame")
     depth = len({_place(name) for name in weights} - {None})
-    heads = {(d, w): h for d, w, h in SIZES.values()}.get((depth, width), num_heads)
+    heads = {(d, w): h for d, w, h in LATTE_SIZES.values()}.get((depth, width), num_heads)
     if num_heads or not heads:
         heads = num_heads
     if not heads:
@@ -174,14 +175,3 @@ def load_torch(path: str | Path) -> dict[str, Any]:
     except (OSError, RuntimeError, EOFError, SafetensorError, ValueError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise ValueError(f"cannot read weights from {path}: {reason or 'it is empty'}") from None
-
-
-def read_model(path: str | Path, num_heads: int | None = None) -> Latte:
-    """The network behind a path: a folder of `save_pretrained`, or a file of Latte's or of the official FVDM code.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    if Path(path).is_dir():
-        return Latte.from_pretrained(path)
-    return from_official(load_torch(path), num_heads)

@@ -79,12 +79,18 @@ def _read_config(folder: Path, cls: type[Pretrained]) -> dict[str, Any]:
         raise ValueError(f"{folder} holds a {found}, not a {cls.__name__}")
     values = {name: value for name, value in config.items() if not name.startswith("_")}
     types = {field.name: type(field.default) for field in dataclasses.fields(cls.Config)}
+    pairs = {field.name for field in dataclasses.fields(cls.Config) if "tuple" in str(field.type)}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     unknown = values.keys() - types.keys()
     if unknown:
         raise ValueError(
             f"{folder / CONFIG} has settings that this version does not know: {', '.join(sorted(unknown))}"
         )
-    wrong = [name for name, value in values.items() if type(value) is not types[name]]
+    wrong = [
+        name
+        for name, value in values.items()
+        if type(value) is not types[name] and not (name in pairs and isinstance(value, tuple))
+    ]
     if wrong:
         raise ValueError(f"{folder / CONFIG}: {wrong[0]} is {values[wrong[0]]!r}, not a {types[wrong[0]].__name__}")
     return values

@@ -24,14 +24,12 @@ from torch import Tensor
 
 from fvdm import __version__
 from fvdm.checkpoints import checkpoint as ckpt
-from fvdm.diffusion.config import DiffusionConfig
 from fvdm.generation.config import GenerationConfig
 from fvdm.generation.inputs import read_source
 from fvdm.generation.pipeline import Trained
 from fvdm.media.vae import load_vae
-from fvdm.models.inference import INFERENCE, InferenceConfig, read_inference_config, write_inference_config
-from fvdm.models.latte import Latte, LatteConfig
-from fvdm.models.official import read_model
+from fvdm.models.inference import INFERENCE, read_inference_config, write_inference_config
+from fvdm.models.loading import read_backbone
 from fvdm.serving.config import RegistryConfig
 from fvdm.tracking.logged_model import LoggedModel
 from fvdm.tracking.provenance import git_commit
@@ -137,24 +135,20 @@ def pack(checkpoint: Path, root: Path) -> Packed:
         ValueError: if the checkpoint cannot be read, or the folder not be written.
     """
     if (checkpoint / "config.json").is_file():
-        model = read_model(checkpoint)
-        size = model.config.size * load_vae(read_inference_config(checkpoint, model).vae).factor
+        network = read_backbone(checkpoint).config
+        size = network.latent_shape[1] * load_vae(read_inference_config(checkpoint, network).vae).factor
         return Packed(checkpoint, 0, size)
     state = ckpt.read_state(checkpoint)
     packed = Packed(root / ckpt.STEP.format(state["step"]), state["step"], state["size"])
     if not (packed.folder / INFERENCE).is_file():
-        _write(checkpoint, packed.folder, state)
+        _write(checkpoint, packed.folder)
     return packed
 
 
-def _write(checkpoint: Path, folder: Path, state: dict[str, Any]) -> None:
-    network = LatteConfig(**state["network"])
-    model = Latte(network)
-    model.load_state_dict(ckpt.read_weights(checkpoint))
+def _write(checkpoint: Path, folder: Path) -> None:
+    model = read_backbone(checkpoint)
     model.save_pretrained(folder)
-    trained = state["settings"]
-    classes = tuple(state["classes"]) if network.num_classes else ()
-    use = InferenceConfig(DiffusionConfig(**trained["diffusion"]), state["vae"], classes, trained["data"]["stride"])
+    use = read_inference_config(checkpoint, model.config)
     try:
         if Path(use.vae).is_dir():
             shutil.copytree(use.vae, folder / "vae", dirs_exist_ok=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fvdm.data.shards import LatentShards
+from fvdm.models.loading import config_from
 
 # With the videos, these decide what a sample is.
 ORDER = ("seed", "data.batch_size", "data.frames", "data.stride", "data.flip")
@@ -32,7 +33,7 @@ def changes(state: dict[str, Any], flat: dict[str, Any], shards: LatentShards) -
         ValueError: if the latents are of another VAE or size than the model has learnt.
     """
     network, now = state["network"], identity(shards)
-    shape = state.get("latent_shape") or (network["channels"], network["size"], network["size"])
+    shape = state.get("latent_shape") or config_from(network).latent_shape
     shards.require(vae_identity=state.get("vae_identity"), latent_shape=tuple(shape))
     found = []
     for name in ORDER:

@@ -194,7 +194,7 @@ class Engine:
         self.zero.update_lp_params()
 
     @contextmanager
-    def weights(self, shards: Sequence[Tensor]) -> Iterator[nn.Module]:
+    def weights(self, shards: Sequence[Tensor]) -> Iterator[Any]:
         """The model holding other weights for a while, such as the EMA's. Collective; masters stay untouched.
 
         Args:

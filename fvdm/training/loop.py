@@ -22,8 +22,9 @@ from fvdm.data.loader import Batch, batches
 from fvdm.data.shards import LatentShards
 from fvdm.diffusion.timesteps import sample_timesteps
 from fvdm.distributed import Ranks, Stop, StopFlag, from_environment, seed_everything
+from fvdm.models.backbone import Backbone
 from fvdm.models.compilation import compile_blocks
-from fvdm.models.latte import Latte, LatteConfig
+from fvdm.models.loading import build
 from fvdm.serving.registry import log_model
 from fvdm.tracking.tracker import Tracker
 from fvdm.training.config import TrainConfig
@@ -58,7 +59,7 @@ def train(config: TrainConfig) -> Stop:
     device = initialise(config.engine.timeout)
     with run_lock(config.folder, 0.8 * config.engine.timeout) if ranks.is_main else _nothing():
         checkpoint = newest_checkpoint(config, ranks)
-        model = Latte(network).to(device)
+        model = build(network).to(device)
         if config.compile:
             compile_blocks(model)
         if config.init and checkpoint is None:
@@ -71,7 +72,7 @@ def train(config: TrainConfig) -> Stop:
         status = "FAILED"
         try:
             with _explained(run):
-                told = _loop(run, tracker, stop)
+                told = _loop(run, model, tracker, stop)
                 run.finish()
                 engine.close()  # Before the model is sent: only rank 0 waits for a server.
             if tracker and not told:
@@ -108,9 +109,9 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-def _loop(run: Run, tracker: Tracker | None, stop: StopFlag) -> Stop:
+def _loop(run: Run, model: Backbone, tracker: Tracker | None, stop: StopFlag) -> Stop:
     config, engine, progress, ranks = run.config, run.engine, run.progress, run.ranks
-    draw = Draw(config, run.network, ranks, engine.device)
+    draw = Draw(config, model, ranks, engine.device)
     data = batches(
         run.shards,
         replace(config.data, batch_size=engine.micro_batch * ranks.world_size),
@@ -154,15 +155,16 @@ def _loop(run: Run, tracker: Tracker | None, stop: StopFlag) -> Stop:
 
 
 class Draw:
-    """What training draws for a sample: timesteps, noise, a hidden label; from the sample's own seed, on the device."""
+    """What training draws for a sample: timesteps, noise, whether its condition is dropped; from the sample's own
+    seed, on the device.
+    """
 
-    def __init__(self, config: TrainConfig, network: LatteConfig, ranks: Ranks, device: torch.device) -> None:
-        self.config, self.ranks = config, ranks
-        self.null_class = network.num_classes
+    def __init__(self, config: TrainConfig, model: Backbone, ranks: Ranks, device: torch.device) -> None:
+        self.config, self.model, self.ranks = config, model, ranks
         self.generator = torch.Generator(device)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`t (b f)`, noise `(b f c h w)` and labels `(b)` of a batch."""
+        """`t (b f)`, noise `(b f c h w)` and condition `(b ...)` of a batch."""
         b, f = batch.x_0.shape[:2]
         # Batches are slices of one numbered sequence of samples: see fvdm.data.loader.
         first = batch.consumed - b * self.ranks.world_size + b * self.ranks.rank
@@ -177,10 +179,12 @@ class Draw:
             )
             noise[i].normal_(generator=self.generator)
             hide[i].uniform_(generator=self.generator)
-        if not self.null_class:
+        null = self.model.null(b)
+        if null is None:
             return t, noise, None
         assert batch.y is not None
-        return t, noise, torch.where(hide < self.config.class_dropout, self.null_class, batch.y)
+        hidden = (hide < self.config.class_dropout).view(-1, *[1] * (batch.y.ndim - 1))
+        return t, noise, torch.where(hidden, null, batch.y)
 
 
 def _count(run: Run, moved: bool, seen: list[tuple[list[str], Tensor]]) -> None:
@@ -289,7 +293,6 @@ def _preview(run: Run, tracker: Tracker | None) -> None:
             run.config.folder / "previews",
             run.progress.step,
             tracker,
-            null_class=run.network.num_classes,
         )
 
 

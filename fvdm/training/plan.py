@@ -7,7 +7,8 @@ and from a GPU's data sheet the time of a step and what fits.
 import functools
 from dataclasses import dataclass, replace
 
-from fvdm.models.latte import Latte, LatteConfig, preset
+from fvdm.models.config import BackboneConfig
+from fvdm.models.loading import build, preset
 from fvdm.training.config import EngineConfig, PlanConfig
 from fvdm.training.engine import accumulation
 
@@ -52,37 +53,29 @@ class Memory:
 
 
 @functools.cache
-def parameters(model: LatteConfig) -> int:
+def parameters(model: BackboneConfig) -> int:
     """Trainable parameters, counted without making the network."""
     import torch
 
     with torch.device("meta"):
-        return sum(p.numel() for p in Latte(model).parameters())
+        return sum(p.numel() for p in build(model).parameters())
 
 
-def tokens(model: LatteConfig) -> int:
-    """Tokens of a clip."""
-    return model.frames * (model.size // model.patch) ** 2
-
-
-def activation_bytes(model: LatteConfig, micro_batch: int, precision: str = "bf16") -> float:
+def activation_bytes(model: BackboneConfig, micro_batch: int, precision: str = "bf16") -> float:
     """What the forward pass of `micro_batch` clips keeps; with activation checkpointing, every k-th block only its
     input.
-
-    A block keeps 16 d numbers for each token: for attention the residual, q, k, v, the attended and the projected
-    tokens (6 d); for the MLP the residual, the hidden layer before and after GELU, and its output (10 d).
     """
     size = 2 if precision == "bf16" else 4
-    per_block = 16 * model.width * size + 4 * model.heads  # attention also keeps a float32 for each head
-    whole = [True] * model.depth
-    if model.activation_checkpointing:
-        whole = [i % model.activation_checkpointing != 0 for i in range(model.depth)]
-    kept = sum(per_block if keep else model.width * size for keep in whole)
-    again = per_block if not all(whole) else 0  # of the block that is being computed again
-    return micro_batch * tokens(model) * (kept + again)
+    block, every = model.block_bytes(size), model.activation_checkpointing
+    complete = [not every or i % every != 0 for i in range(model.depth)]
+    stored = sum(block if each else model.token_width * size for each in complete)
+    recomputed = block if not all(complete) else 0  # the block whose backward pass runs
+    return micro_batch * model.tokens * (stored + recomputed)
 
 
-def memory(model: LatteConfig, engine: EngineConfig, world_size: int, micro_batch: int, device: str = "gpu") -> Memory:
+def memory(
+    model: BackboneConfig, engine: EngineConfig, world_size: int, micro_batch: int, device: str = "gpu"
+) -> Memory:
     """Bytes of a rank under ZeRO-2 (ZeRO, section 5: weights whole, the rest shared out).
 
     Args:
@@ -105,25 +98,14 @@ def memory(model: LatteConfig, engine: EngineConfig, world_size: int, micro_batc
     )
 
 
-def flops(model: LatteConfig, training: bool = True) -> float:
-    """Floating-point operations of the matrix products for one clip: forward, and with `training` backward too.
-
-    A block does 24 d^2 for each token, attention 4 n d for each token among n, modulation 12 d^2 for each frame.
-    """
-    d, n, f = model.width, (model.size // model.patch) ** 2, model.frames
-    space = f * n * (24 * d * d + 4 * n * d) + f * 12 * d * d
-    time = f * n * (24 * d * d + 4 * f * d) + f * 12 * d * d
-    patch = 2 * f * n * d * model.channels * model.patch**2
-    ends = patch * (1 + 1 + model.learned_variance) + f * (2 * 256 * d + 2 * d * d + 4 * d * d)
-    forward = model.depth / 2 * (space + time) + ends
+def flops(model: BackboneConfig, training: bool = True) -> float:
+    """Floating-point operations of the matrix products for one clip: forward, and with `training` backward too."""
+    forward = model.forward_flops()
     if not training:
         return forward
-    again = (
-        len(range(0, model.depth, model.activation_checkpointing)) / model.depth
-        if model.activation_checkpointing
-        else 0.0
-    )
-    return forward * (3 + again)
+    every = model.activation_checkpointing
+    recomputed = len(range(0, model.depth, every)) / model.depth if every else 0.0
+    return forward * (3 + recomputed)
 
 
 def wire_bytes(count: int, world_size: int, micro_batches: int, precision: str = "bf16") -> float:
@@ -136,7 +118,7 @@ def wire_bytes(count: int, world_size: int, micro_batches: int, precision: str =
     return rest * count * (8 * micro_batches + (2 if precision == "bf16" else 4))
 
 
-def largest_micro_batch(model: LatteConfig, engine: EngineConfig, world_size: int, room: float) -> int:
+def largest_micro_batch(model: BackboneConfig, engine: EngineConfig, world_size: int, room: float) -> int:
     """Clips that a rank can take at once within `room` bytes; 0 if not one."""
     fits = 0
     while memory(model, engine, world_size, fits + 1).peak <= room:
@@ -152,12 +134,9 @@ def report(options: PlanConfig) -> list[str]:
     Raises:
         ValueError: if the batch does not divide among the ranks.
     """
+    shape = (options.channels, options.size, options.size)
     model = replace(
-        preset(options.model),
-        frames=options.frames,
-        channels=options.channels,
-        size=options.size,
-        activation_checkpointing=options.activation_checkpointing,
+        preset(options.model).fit(shape, options.frames), activation_checkpointing=options.activation_checkpointing
     )
     engine = EngineConfig(precision=options.precision, micro_batch=options.micro_batch)
     world = options.world_size
@@ -170,8 +149,8 @@ def report(options: PlanConfig) -> list[str]:
     step = micro * micros * flops(model) / (rate * 1e12 * options.mfu)
     wire = wire_bytes(count, world, micros, engine.precision)
     lines = [
-        f"{options.model}: {count / 1e6:.2f}M trainable parameters; clips of {model.frames} x {model.channels} x "
-        f"{model.size} x {model.size}, {tokens(model)} tokens",
+        f"{options.model}: {count / 1e6:.2f}M trainable parameters; clips of "
+        f"{' x '.join(map(str, model.clip_shape))}, {model.tokens} tokens",
         f"{world} ranks, global batch {batch_size} = {world} x {micro} clips x {micros} micro-batches, "
         f"{engine.precision}",
         "",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from fvdm.data.config import DataConfig
 from fvdm.data.loader import batches
@@ -20,6 +20,7 @@ from fvdm.diffusion.timesteps import spaced
 from fvdm.diffusion.video import draw
 from fvdm.distributed import Ranks
 from fvdm.media.writing import card, tile, write_gif, write_mp4, write_strips
+from fvdm.models.backbone import Backbone
 from fvdm.tracking.tracker import Tracker
 from fvdm.training.config import PreviewConfig
 
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def preview(
-    model: nn.Module,
+    model: Backbone,
     diffusion: Diffusion,
     shards: LatentShards,
     data: DataConfig,
@@ -38,7 +39,6 @@ def preview(
     folder: Path,
     step: int,
     tracker: Tracker | None,
-    null_class: int = 0,
 ) -> None:
     """Make the clips of every task, always from the same seeds and given frames, and report them.
 
@@ -47,9 +47,8 @@ def preview(
     mine = list(ranks.share(config.num))
     source = next(batches(shards, replace(data, batch_size=config.num, workers=0, flip=False), device=device))
     clip = source.x_0[mine]
-    y = None if not null_class or source.y is None else source.y[mine]
-    guidance = Guidance(config.guidance if y is not None else 1.0, null_class=null_class)
-    how = SamplerConfig(solver(config.solver), guidance)
+    y = source.y[mine] if model.config.conditional and source.y is not None else None
+    how = SamplerConfig(solver(config.solver), Guidance(config.guidance if y is not None else 1.0))
     levels = spaced(how.solver.spacing, config.steps, diffusion.noise_levels())
     made: dict[str, Tensor] = {}
     for task in config.tasks:

@@ -21,8 +21,9 @@ from fvdm.data.shards import LatentShards
 from fvdm.diffusion.process import Diffusion
 from fvdm.distributed import HangDetector, Ranks
 from fvdm.files import LockHeldError, lock, write_text
-from fvdm.models.latte import Latte, LatteConfig, preset
-from fvdm.models.official import read_model
+from fvdm.models.backbone import Backbone
+from fvdm.models.config import BackboneConfig, to_dict
+from fvdm.models.loading import load_weights, preset
 from fvdm.tracking.description import training_description
 from fvdm.tracking.provenance import command_line, environment, git_patch
 from fvdm.tracking.tracker import Tracker
@@ -53,30 +54,24 @@ class Progress:
     skipped: int = 0
 
 
-def model_config(config: TrainConfig, shards: LatentShards) -> LatteConfig:
+def model_config(config: TrainConfig, shards: LatentShards) -> BackboneConfig:
     """The network that fits the settings and the data.
 
     Raises:
-        ValueError: if labels are wanted and the data has none, or frames are not square.
+        ValueError: if labels are wanted and the data has none, or the network cannot take its latents.
     """
-    c, h, w = shards.latent_shape
-    if h != w:
-        raise ValueError(f"the latents in {config.data.path} are {h} x {w}; the model takes square frames")
     if config.conditional and not shards.classes:
         raise ValueError(f"conditional is set, but the shards in {config.data.path} have no class labels")
-    return replace(
-        preset(config.model),
-        channels=c,
-        size=h,
-        frames=config.data.frames,
-        num_classes=len(shards.classes) if config.conditional else 0,
-        learned_variance=config.diffusion.learned_variance,
-        attention=config.attention,
-        activation_checkpointing=config.activation_checkpointing,
+    network = preset(config.model).fit(
+        shards.latent_shape,
+        config.data.frames,
+        len(shards.classes) if config.conditional else 0,
+        config.diffusion.learned_variance,
     )
+    return replace(network, attention=config.attention, activation_checkpointing=config.activation_checkpointing)
 
 
-def initial_weights(init: str, model: Latte) -> None:
+def initial_weights(init: str, model: Backbone) -> None:
     """Begin with other weights than random ones: most come to a timestep per frame from a scalar-timestep model.
 
     Args:
@@ -86,11 +81,7 @@ def initial_weights(init: str, model: Latte) -> None:
     Raises:
         ValueError: if there are none, or they are of another network.
     """
-    path = Path(init)
-    if path.is_file() or (path / "config.json").is_file():
-        weights = dict(read_model(path).state_dict())
-    else:
-        weights = ckpt.read_weights(ckpt.resolve(path))
+    weights = load_weights(init)
     theirs, own = ({(name, w.shape) for name, w in each.items()} for each in (weights, model.state_dict()))
     odd = sorted({name for name, _ in theirs ^ own})
     if odd:
@@ -174,7 +165,7 @@ class Run:
     def __init__(
         self,
         config: TrainConfig,
-        network: LatteConfig,
+        network: BackboneConfig,
         engine: Engine,
         ema: EMA,
         ranks: Ranks,
@@ -220,7 +211,7 @@ class Run:
             "progress": dict(vars(self.progress)),
             "names": self.engine.names,
             "settings": settings.plain(self.config),
-            "network": settings.plain(self.network),
+            "network": to_dict(self.network),
             "vae": self.shards.manifest.vae,
             "normalisation": self.shards.manifest.normalisation,
             "classes": list(self.shards.classes),

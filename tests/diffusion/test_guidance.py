@@ -1,8 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
+from fvdm.diffusion import Diffusion, DiffusionConfig, full_sequence, sample
 from fvdm.diffusion.guidance import Guidance, guided, noisy_given
+from fvdm.models import build, preset
 from tests.denoisers import DIFFUSION, clean
+from tests.latte import randomised
 
 SHAPE = (3, 8, 4, 4, 4)
 
@@ -25,16 +30,17 @@ def noise():
     return clean(SHAPE, seed=7)
 
 
-def ask(how, t, y=None, model=None):
+def ask(how, t, y=None, model=None, null=5):
     model = model or Recorder()
-    return guided(model, how, DIFFUSION, noise)(clean(), t.expand(3, 8), y), model
+    hidden = None if y is None else torch.full_like(y, null)
+    return guided(model, how, DIFFUSION, noise, hidden)(clean(), t.expand(3, 8), y), model
 
 
 Y = torch.tensor([1, 2, 3])
 
 
 def test_guidance_extrapolates_the_estimate_only_in_one_forward():
-    out, model = ask(Guidance(3.0, null_class=5), torch.tensor(9), Y)
+    out, model = ask(Guidance(3.0), torch.tensor(9), Y)
     ((_, _, y),) = model.asked
     assert y.tolist() == [1, 2, 3, 5, 5, 5]
     assert out[:, 0, 0, 0, 0].tolist() == [5 + 3 * (k - 5) for k in (1, 2, 3)]
@@ -49,10 +55,10 @@ def test_without_guidance_the_model_is_asked_as_it_is():
 
 def test_the_interval_is_per_frame_and_outside_it_costs_nothing():
     t = torch.tensor([0, 99, 100, 500, 900, 901, 1000, 300])
-    out, _ = ask(Guidance(3.0, interval=(100, 900), null_class=5), t, Y)
+    out, _ = ask(Guidance(3.0, interval=(100, 900)), t, Y)
     guided_frames = out[0, :, 0, 0, 0] != 1
     assert guided_frames.tolist() == [False, False, True, True, True, False, False, True]
-    _, model = ask(Guidance(3.0, interval=(100, 900), null_class=5), torch.full((8,), 950), Y)
+    _, model = ask(Guidance(3.0, interval=(100, 900)), torch.full((8,), 950), Y)
     assert len(model.asked[0][0]) == 3
 
 
@@ -69,7 +75,7 @@ def test_history_guidance_pushes_away_from_a_model_that_sees_noise_for_the_given
     mean = clean()[:, :2].mean((1, 2, 3, 4))
     assert torch.allclose(out[:, 3, 0, 0, 0], 2.5 * mean, atol=1e-5)
     recorder = Recorder()
-    ask(Guidance(2.0, history=2.5, null_class=9), t, Y, recorder)
+    ask(Guidance(2.0, history=2.5), t, Y, recorder, 9)
     x, asked_t, y = recorder.asked[0]
     assert y.tolist() == [1, 2, 3, 9, 9, 9, 1, 2, 3]
     assert torch.equal(x[6:, :2], noise()[:, :2])
@@ -87,7 +93,7 @@ def test_rescaling_gives_each_frame_its_deviation_back():
     t = torch.tensor(500)
     plain = clean().flatten(2).std(2)
     for rescale, expected in ((0.0, False), (1.0, True)):
-        out, _ = ask(Guidance(4.0, rescale=rescale, null_class=1), t, y, model)
+        out, _ = ask(Guidance(4.0, rescale=rescale), t, y, model, 1)
         assert torch.allclose(out[:, :, :4].flatten(2).std(2), plain, atol=1e-5) == expected
 
 
@@ -110,3 +116,34 @@ def test_bad_settings_are_refused():
         Guidance(interval=(900, 100))
     with pytest.raises(ValueError, match="0 \\(none\\) to 1000"):
         noisy_given(Recorder(), DIFFUSION, 1001, noise)
+
+
+def conditional():
+    return randomised(build(replace(preset("T/2"), size=4, frames=8, num_classes=3, learned_variance=False))).eval()
+
+
+def drawn(model, **options):
+    diffusion = Diffusion(DiffusionConfig(learned_variance=False))
+    return sample(model, clean(), full_sequence(3, 8), diffusion, guidance=3.0, **options)
+
+
+def test_guidance_pushes_away_from_the_condition_that_the_model_says_is_null():
+    model, y = conditional(), torch.tensor([0, 1, 2])
+    assert model.null(2).tolist() == [3, 3]
+    assert torch.equal(drawn(model, y=y), drawn(model, y=y, negative=torch.full((3,), 3)))
+    assert not torch.equal(drawn(model, y=y), drawn(model, y=y, negative=torch.zeros(3, dtype=torch.long)))
+
+
+def test_guidance_without_a_condition_or_a_null_condition_is_refused():
+    model = conditional()
+    with pytest.raises(ValueError, match="needs a condition y"):
+        drawn(model)
+    with pytest.raises(ValueError, match="the condition that says nothing"):
+        drawn(lambda x, t, y: model(x, t, y), y=torch.tensor([0, 1, 2]))
+
+
+def test_an_unconditional_backbone_has_nothing_to_be_guided_by():
+    model = randomised(build(replace(preset("T/2"), size=4, frames=8, learned_variance=False))).eval()
+    diffusion = Diffusion(DiffusionConfig(learned_variance=False))
+    assert model.null(2) is None
+    assert torch.equal(drawn(model), sample(model, clean(), full_sequence(3, 8), diffusion))

@@ -5,7 +5,7 @@ from fvdm.diffusion.sampling import SamplerConfig, draw_noise, generators, sampl
 from fvdm.diffusion.solvers import SOLVERS, ddim
 from fvdm.diffusion.timesteps import evenly_spaced, full_sequence, hold_clean, spaced, staggered, together
 from fvdm.diffusion.video import draw as draw_matrix
-from tests.denoisers import DIFFUSION, clean, disturbed
+from tests.denoisers import DIFFUSION, clean, disturbed, oracle
 
 SHAPE = (3, 8, 4, 4, 4)
 
@@ -67,7 +67,7 @@ def test_start_noises_every_frame_to_its_own_level():
     ("change", "words"),
     [
         ({"schedule": full_sequence(4, 7)}, "7 frames, the clip has 8"),
-        ({"guidance": 2.0}, "needs class labels"),
+        ({"guidance": 2.0}, "needs a condition y"),
         ({"solver": SOLVERS["ddpm"](), "generator": generators([1])}, "3 generators"),
     ],
 )
@@ -75,7 +75,7 @@ def test_misuse_is_refused(change, words):
     arguments = {"schedule": full_sequence(4, 8)} | change
     schedule = arguments.pop("schedule")
     with pytest.raises(ValueError, match=words):
-        sample(disturbed(), clean(), schedule, DIFFUSION, **arguments)
+        sample(oracle(clean()), clean(), schedule, DIFFUSION, **arguments)
 
 
 def test_a_window_of_a_wide_matrix_sees_what_is_finished_and_never_goes_back():

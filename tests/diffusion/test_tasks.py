@@ -138,8 +138,8 @@ def test_an_oracle_recovers_x_0_with_noisy_ddim(eta):
     ("guidance", "noise"),
     [
         (Guidance(), 0),
-        (Guidance(4.0, null_class=3), 0),
-        (Guidance(4.0, history=2.0, interval=(100, 900), rescale=0.7, null_class=3), 20),
+        (Guidance(4.0), 0),
+        (Guidance(4.0, history=2.0, interval=(100, 900), rescale=0.7), 20),
     ],
 )
 def test_held_frames_leave_bit_identical_in_every_task(solver, guidance, noise):

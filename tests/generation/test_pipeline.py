@@ -18,7 +18,7 @@ from fvdm.generation.inputs import as_frames, choose, read_frames, read_source
 from fvdm.generation.pipeline import load, make_plan
 from fvdm.generation.videos import batches, prepare
 from fvdm.media.vae import load_vae
-from fvdm.models.latte import Latte, preset
+from fvdm.models import build, preset
 from fvdm.training.config import TrainConfig
 from tests.data_fixtures import real_frames, write_video
 from tests.latte import randomised
@@ -32,7 +32,7 @@ def make_run(root, classes=()):
     network = replace(
         preset("T/2"), channels=vae.channels, size=SIDE // vae.factor, frames=FRAMES, num_classes=len(classes)
     )
-    model = randomised(Latte(network))
+    model = randomised(build(network))
     flat = torch.cat([p.detach().flatten() for p in model.parameters()])
     config = settings.parse(TrainConfig, ["--name", "r", "--data.path", "p", "--data.stride", "2"])
     state = {
@@ -255,7 +255,7 @@ def test_ranks_draw_every_sample_once(num, batch_size, world):
 def test_a_converted_folder_loads_like_a_run(tmp_path):
     vae = load_vae()
     network = replace(preset("T/2"), channels=vae.channels, size=SIDE // vae.factor, frames=FRAMES)
-    randomised(Latte(network)).save_pretrained(tmp_path)
+    randomised(build(network)).save_pretrained(tmp_path)
     trained = load(tmp_path, vae="builtin")
     assert trained.size == SIDE
     assert made(trained).shape == (2, FRAMES, 3, SIDE, SIDE)
@@ -265,6 +265,6 @@ def test_a_converted_folder_loads_like_a_run(tmp_path):
 
 
 def test_a_model_and_a_vae_that_do_not_fit_are_refused(tmp_path):
-    Latte(replace(preset("T/2"), channels=3, size=8, frames=FRAMES)).save_pretrained(tmp_path)
+    build(replace(preset("T/2"), channels=3, size=8, frames=FRAMES)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="3 latent channels, its VAE"):
         load(tmp_path, vae="builtin")

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fvdm.models.latte import Latte, ModulatedLinear, modulated, preset
+from fvdm.models import preset
+from fvdm.models.latte import Latte, ModulatedLinear, modulated
 
 PROGRAM = """
 import resource, sys, torch

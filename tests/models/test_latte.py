@@ -1,10 +1,13 @@
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
+from fvdm.models import config_from, load_backbone, preset
 from fvdm.models.attention import attention
-from fvdm.models.latte import Latte, LatteConfig, preset
+from fvdm.models.config import LatteConfig, to_dict
+from fvdm.models.latte import Latte, space_table
 from fvdm.models.official import from_official
 from tests.latte import OfficialLatte, randomised, timestep_embedding
 
@@ -12,7 +15,7 @@ TINY = replace(preset("T/2"), size=8, frames=6)
 
 
 def clip(b=2, f=6, seed=0, config=TINY):
-    return torch.randn((b, f, config.channels, config.size, config.size), generator=torch.Generator().manual_seed(seed))
+    return torch.randn((b, f, *config.latent_shape), generator=torch.Generator().manual_seed(seed))
 
 
 def model(**changes):
@@ -154,3 +157,46 @@ def test_attention_backends_agree_on_the_gpu(backend):
 
 def test_the_default_is_the_papers_xl():
     assert preset("XL/2") == LatteConfig()
+
+
+def test_frames_need_not_be_square():
+    """Each token knows its row and its column: a wide frame's table holds that of a square in its first columns."""
+    wide = randomised(Latte(replace(TINY, size=(4, 8))))
+    x = torch.randn(2, 6, 4, 4, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.full((2, 6), 400)
+    assert wide(x, t).shape == (2, 6, 8, 4, 8)
+    table = wide.space.view(2, 4, -1)
+    assert torch.equal(table[:, :2], space_table(wide.config.width, 2, 2).view(2, 2, -1))
+    assert (wide.config.latent_shape, wide.config.tokens) == ((4, 4, 8), 6 * 8)
+    with pytest.raises(ValueError, match="4 x 4 x 8"):
+        wide(x.transpose(3, 4), t)
+    with pytest.raises(ValueError, match="do not tile latent frames of 4 x 7"):
+        replace(TINY, size=(4, 7))
+
+
+def test_a_square_has_one_spelling():
+    assert replace(TINY, size=(8, 8)) == replace(TINY, size=8)
+    assert preset("XL/2").fit((16, 8, 12), 5, 3, False) == replace(
+        LatteConfig(), channels=16, size=(8, 12), frames=5, num_classes=3, learned_variance=False
+    )
+
+
+def test_a_rectangle_is_saved_and_loaded(tmp_path):
+    model = randomised(Latte(replace(TINY, size=(4, 8), num_classes=2)))
+    model.save_pretrained(tmp_path)
+    again = load_backbone(tmp_path)
+    assert again.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    assert config_from(json.loads(json.dumps(to_dict(model.config)))) == model.config
+
+
+def test_a_folder_of_version_0_1_still_loads(tmp_path):
+    Latte(TINY).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    values["recompute"] = values.pop("activation_checkpointing")
+    path.write_text(json.dumps(values | {"_class_name": "VideoDiT"}))
+    assert load_backbone(tmp_path).config == TINY
+    path.write_text(json.dumps(values | {"depth": [2, 2]}))
+    with pytest.raises(ValueError, match="depth is"):
+        load_backbone(tmp_path)

@@ -14,9 +14,10 @@ from torch import nn
 
 from fvdm.cli.convert import ConvertConfig, convert, main
 from fvdm.diffusion.config import DiffusionConfig
+from fvdm.models import load_backbone, preset
 from fvdm.models.inference import read_inference_config
-from fvdm.models.latte import Latte, preset
-from fvdm.models.official import from_official, load_torch, read_model
+from fvdm.models.latte import Latte
+from fvdm.models.official import from_official, load_torch
 from tests.latte import Block, OfficialLatte, positions, randomised, space_positions, timestep_embedding
 
 SHAPE = {"depth": 4, "width": 64, "heads": 4, "patch": 2, "channels": 4, "size": 8, "frames": 6}
@@ -114,15 +115,15 @@ def test_from_file_to_folder_to_output(network, suffix, tmp_path):
         save_file(theirs.state_dict(), path)
     config = ConvertConfig(str(path), str(tmp_path / "out"), heads=4, classes=("cat", "dog"), stride=2)
     convert(config)
-    again = read_model(tmp_path / "out")
+    again = load_backbone(tmp_path / "out")
     compare(theirs, again, 2)
-    use = read_inference_config(tmp_path / "out", again)
+    use = read_inference_config(tmp_path / "out", again.config)
     assert use.classes == ("cat", "dog")
     assert use.stride == 2
     assert use.diffusion == DiffusionConfig()
     with pytest.raises(ValueError, match="name a new folder"):
         convert(config)
-    compare(theirs, read_model(path, 4), 2)
+    compare(theirs, load_backbone(path, num_heads=4), 2)
 
 
 def test_sizes_are_recognised_by_their_shapes():
@@ -235,7 +236,7 @@ def test_a_pretrained_folder_gives_the_same_model(tmp_path):
     x, t, y = clip(), torch.full((2, 6), 9), torch.tensor([0, 3])
     assert torch.equal(again(x, t, y), model(x, t, y))
     assert json.loads((tmp_path / "m" / "config.json").read_text())["_class_name"] == "Latte"
-    assert read_inference_config(tmp_path / "m", again).classes == ("0", "1", "2")
+    assert read_inference_config(tmp_path / "m", again.config).classes == ("0", "1", "2")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fvdm.models.latte import Latte, preset
+from fvdm.models import build, preset
 from fvdm.training.config import EngineConfig
 from fvdm.training.plan import activation_bytes, flops, largest_micro_batch, memory, parameters, wire_bytes
 from tests.trainings import ROOT
@@ -33,7 +33,7 @@ def test_parameters_are_the_papers_without_the_position_tables(name, millions):
 @pytest.mark.parametrize("changes", [{}, {"width": 96, "heads": 3, "depth": 4}, {"learned_variance": False}])
 def test_arithmetic_is_what_pytorch_counts(changes):
     config = small(**changes)
-    model = Latte(config)
+    model = build(config)
     x, t = torch.randn(1, 6, 4, 8, 8), torch.full((1, 6), 5)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(x, t)
@@ -47,7 +47,7 @@ def test_arithmetic_is_what_pytorch_counts(changes):
 def test_activations_are_what_autograd_saves():
     """In float32, with PyTorch's fused attention; what is saved twice is counted once, parameters are not."""
     config = replace(preset("XS/2"), size=16, frames=8, attention="sdpa", depth=4)
-    model = Latte(config)
+    model = build(config)
     own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     saved = {}
 

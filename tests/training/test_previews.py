@@ -8,7 +8,7 @@ from fvdm.data.config import DataConfig
 from fvdm.data.shards import LatentShards
 from fvdm.diffusion.process import Diffusion
 from fvdm.distributed import Ranks
-from fvdm.models.latte import Latte, preset
+from fvdm.models import build, preset
 from fvdm.training import previews
 from fvdm.training.config import PreviewConfig
 from fvdm.training.previews import preview
@@ -27,7 +27,7 @@ def test_previews_of_every_task_hold_the_same_given_frames_each_time(group, tmp_
     path = make_shards(tmp_path / "latents", [12, 9, 10, 30, 8, 11, 6])
     shards = LatentShards(str(path))
     channels, side, _ = shards.latent_shape
-    net = randomised(Latte(replace(preset("T/2"), channels=channels, size=side, frames=6))).eval()
+    net = randomised(build(replace(preset("T/2"), channels=channels, size=side, frames=6))).eval()
     wrote = []
     monkeypatch.setattr(previews, "_write", lambda latents, *rest: wrote.append(latents))
     config = PreviewConfig(

@@ -13,7 +13,7 @@ from fvdm.data.loader import batches
 from fvdm.data.shards import LatentShards
 from fvdm.diffusion.process import Diffusion
 from fvdm.distributed import Ranks
-from fvdm.models.latte import Latte
+from fvdm.models import build
 from fvdm.training.config import TrainConfig
 from fvdm.training.continuity import changes, identity
 from fvdm.training.engine import accumulation
@@ -28,7 +28,7 @@ def plain(config, steps):
     shards = LatentShards(config.data.path)
     network = model_config(config, shards)
     torch.manual_seed(config.seed)
-    model = Latte(network)
+    model = build(network)
     optimizer = torch.optim.AdamW(model.parameters(), config.engine.lr, config.engine.betas, weight_decay=0)
     draw = Draw(config, network, Ranks(), torch.device("cpu"))
     ema = [p.detach().clone() for p in model.parameters()]
@@ -110,16 +110,16 @@ def test_bf16_keeps_float32_masters_and_on_1_2_and_4_ranks_follows_the_float32_l
 @pytest.mark.slow
 def test_a_run_begins_with_the_weights_of_another(latents, undisturbed, tmp_path):
     """Of a run, or of a converted folder; a network of another shape is refused."""
-    from fvdm.models.official import read_model
+    from fvdm.models import load_backbone
 
     _, slices = state(undisturbed, "run")
     still = ("--steps", 1, "--engine.lr", 0)
     train(1, words(latents, tmp_path, "run", *still, "--init", undisturbed / "runs/run"), tmp_path)
     assert torch.equal(state(tmp_path, "run")[1]["master"], slices["ema"])
-    model = Latte(model_config(settings.parse(TrainConfig, words(latents, tmp_path, "x")), LatentShards(str(latents))))
+    model = build(model_config(settings.parse(TrainConfig, words(latents, tmp_path, "x")), LatentShards(str(latents))))
     model.save_pretrained(tmp_path / "folder")
     train(1, words(latents, tmp_path, "other", *still, "--init", tmp_path / "folder"), tmp_path)
-    flat = torch.cat([p.detach().flatten() for p in read_model(tmp_path / "folder").parameters()])
+    flat = torch.cat([p.detach().flatten() for p in load_backbone(tmp_path / "folder").parameters()])
     assert torch.equal(state(tmp_path, "other")[1]["master"], flat)
     wrong = words(latents, tmp_path, "wrong", *still, "--init", tmp_path / "folder", "--model", "T/1")
     (output,) = train(1, wrong, tmp_path, codes=(2,))

@@ -1,0 +1,97 @@
+"""Backbones by name: presets, building, loading. The one place that knows which backbones there are."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fvdm.checkpoints import checkpoint as ckpt
+from fvdm.models.backbone import Backbone
+from fvdm.models.config import BackboneConfig, LatteConfig, latte_preset
+from fvdm.models.latte import Latte
+from fvdm.models.official import from_official, load_torch
+
+BACKBONES: dict[str, type[Backbone]] = {"latte": Latte}
+CONFIGS: dict[str, type[BackboneConfig]] = {"latte": LatteConfig}
+EXAMPLE = Path(__file__).parents[1] / "weights" / "example"  # the demo's model; docs/examples
+
+
+def preset(name: str) -> BackboneConfig:
+    """The configuration of a named model, such as `XL/2`: Latte of size XL with patches of 2.
+
+    Raises:
+        ValueError: if there is no such model; lists those there are.
+    """
+    return latte_preset(name)
+
+
+def config_from(values: Mapping[str, Any]) -> BackboneConfig:
+    """The configuration that a checkpoint holds as plain values; see `fvdm.models.config.to_dict`.
+
+    Raises:
+        ValueError: if this version does not know the backbone.
+    """
+    values = dict(values)
+    name = values.pop("backbone", "latte")
+    if name not in CONFIGS:
+        raise ValueError(f"backbone {name!r} is unknown; this version knows {', '.join(CONFIGS)}")
+    settings: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    return CONFIGS[name](**settings)
+
+
+def build(config: BackboneConfig) -> Backbone:
+    """A backbone with new weights, in float32 on the default device."""
+    return BACKBONES[config.backbone](config)
+
+
+def resolve(path_or_name: str | Path) -> Path:
+    """The file, folder or checkpoint that a user means.
+
+    Args:
+        path_or_name: see `load_backbone`.
+
+    Raises:
+        ValueError: if it is a run without a complete checkpoint, or nothing at all.
+    """
+    path = Path(path_or_name)
+    if str(path_or_name) == "example" and not path.exists():
+        path = EXAMPLE
+    return path if path.is_file() or (path / "config.json").is_file() else ckpt.resolve(path)
+
+
+def load_backbone(path_or_name: str | Path, weights: str = "ema", num_heads: int | None = None) -> Backbone:
+    """The network behind a path or a name, in float32 on the CPU.
+
+    Args:
+        path_or_name: a folder of `save_pretrained` or of `fvdm convert`; a run's folder or a checkpoint; a file of
+            Latte's or of the official FVDM code; or `example`, the small model that ships with the package.
+        weights: `ema` or `model`, of a run.
+        num_heads: attention heads, of a file that is of no published size.
+
+    Returns:
+        The network, called as `model(x (b f c h w), t (b f), y)`.
+
+    Raises:
+        ValueError: if there is no such model, or it cannot be read.
+    """
+    return read_backbone(resolve(path_or_name), weights, num_heads)
+
+
+def read_backbone(path: Path, weights: str = "ema", num_heads: int | None = None) -> Backbone:
+    """The network at a path that `resolve` returned; see `load_backbone`."""
+    if path.is_file():
+        return from_official(load_torch(path), num_heads)
+    if (path / "config.json").is_file():
+        return Latte.from_pretrained(path)
+    model = build(config_from(ckpt.read_state(path)["network"]))
+    model.load_state_dict(ckpt.read_weights(path, weights))
+    return model
+
+
+def load_weights(path_or_name: str | Path, weights: str = "ema") -> dict[str, Tensor]:
+    """The weights alone, by name, of what `load_backbone` loads; see there."""
+    path = resolve(path_or_name)
+    if path.is_file() or (path / "config.json").is_file():
+        return dict(read_backbone(path).state_dict())
+    return ckpt.read_weights(path, weights)
