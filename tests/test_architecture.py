@@ -156,3 +156,12 @@ def test_files_and_functions_stay_small(path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and node.end_lineno:
             assert node.end_lineno - node.lineno < 60, f"{path}: {node.name} is too long"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_backbones_are_named_in_their_package_alone(path):
+    if "fvdm/models/" in str(path):
+        return
+    named = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+    assert not named & {"Latte", "LatteConfig", "Wan", "WanConfig"}
+    assert not imports(path) & {"fvdm.models.latte", "fvdm.models.wan"}

@@ -30,7 +30,7 @@ def plain(config, steps):
     torch.manual_seed(config.seed)
     model = build(network)
     optimizer = torch.optim.AdamW(model.parameters(), config.engine.lr, config.engine.betas, weight_decay=0)
-    draw = Draw(config, network, Ranks(), torch.device("cpu"))
+    draw = Draw(config, model, Ranks(), torch.device("cpu"))
     ema = [p.detach().clone() for p in model.parameters()]
     data = batches(shards, config.data, seed=config.seed)
     means = []
