@@ -254,7 +254,7 @@ class Run:
             latent_shape=self.shards.latent_shape,
             videos=len(self.shards),
             vae=self.shards.manifest.vae,
-            classes=self.network.num_classes,
+            classes=self.network.classes,
             ranks=self.ranks.world_size,
         )
         tracker = Tracker(folder, self.config.tracking, self.config.name, flat, {"kind": "train"}, description=text)
