@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-import av
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from fvdm.evaluation.protocols import Clip
 from fvdm.generation.pipeline import Trained, load
 from fvdm.media.layouts import PAPER, list_videos
 from fvdm.media.vae import load_vae, sample_latents
-from fvdm.media.videos import Info, VideoError, even_step, frame_files, read_video
+from fvdm.media.videos import Info, VideoError, codec_of, count_frames, read_video
 
 CHUNK = 32  # frames decoded at once
 
@@ -90,7 +89,7 @@ class Files:
     def _count(self, name: str) -> int:
         try:
             return count_frames(os.path.join(self.path, name), self.how.frame_order)
-        except (VideoError, av.error.FFmpegError, OSError) as error:
+        except VideoError as error:
             raise ValueError(f"cannot read {os.path.join(self.path, name)}: {error}") from None
 
     def read(self, clips: Sequence[Clip]) -> Tensor:
@@ -125,44 +124,6 @@ class Files:
             "codec": ", ".join(sorted({codec_of(os.path.join(self.path, name)) for name in self.names})),
             "first resize": f"to {self.size} x {self.size}: {crop}; bilinear, no antialias",
         }
-
-
-def count_frames(path: str, order: str = "natural") -> int:
-    """Frames that `read_video` will yield. Counts packets; decodes only where these do not tell.
-
-    Raises:
-        VideoError: for a frame folder that cannot be read.
-        av.error.FFmpegError: for a file that is no video.
-    """
-    if os.path.isdir(path):
-        return len(frame_files(path, order))
-    with av.open(path) as container:
-        if not container.streams.video:
-            raise VideoError("no video stream in it")
-        stream = container.streams.video[0]
-        packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
-        times = sorted(float(p.pts * p.time_base) for p in packets if p.pts is not None and p.time_base is not None)
-        plain = stream.codec_context is not None and stream.codec_context.name != "vp8"  # Which has hidden frames.
-    if plain and (len(times) < len(packets) or even_step(times) is None):
-        return len(packets)
-    how = replace(PAPER["ffs"], min_frames=1)
-    return next(part.frames for part in read_video(path, 8, how, CHUNK) if isinstance(part, Info))
-
-
-def codec_of(path: str) -> str:
-    """What the pictures of a video went through, such as h264; of a frame folder, the kinds of its files.
-
-    Raises:
-        ValueError: if the file is no video.
-    """
-    if os.path.isdir(path):
-        kinds = {Path(file).suffix.lower() for file in frame_files(path, "natural")}
-        return f"frame folders of {' and '.join(sorted(kinds))}"
-    try:
-        with av.open(path) as container:
-            return str(container.streams.video[0].codec.canonical_name)
-    except (av.error.FFmpegError, IndexError, OSError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
 
 
 class Shards:

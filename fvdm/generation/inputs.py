@@ -1,17 +1,17 @@
-"""Given frames as people have them: images, video files, folders of frames. Read, fitted, and told what was done."""
+"""Given frames as people have them: images, video files, folders of images. Reads them, and says what was done."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fvdm.diffusion.tasks import Plan
-from fvdm.media.videos import IMAGE_SUFFIXES, Info, Preprocess, VideoError, read_video, to_square
+from fvdm.media.videos import Info, Preprocess, VideoError, read_video, to_square
 
 _FIT = Preprocess(min_frames=1)
+_MAX_BYTES = 4 * 2**30  # of the frames of one file; a task takes some dozens
 
 
 @dataclass(frozen=True)
@@ -19,16 +19,18 @@ class Source:
     """One given image or video.
 
     Attributes:
-        name: how to speak of it.
+        name: what it is called in messages.
         frames: uint8 `(n 3 size size)`.
-        fps: frames per second; None where there is no such thing.
-        side: what its frames were before they were fitted, (width, height).
+        fps: frames per second; None for images.
+        side: (width, height) of its frames as a player shows them, before scaling.
+        notes: what else was done to it, a sentence each.
     """
 
     name: str
     frames: Tensor
     fps: float | None
     side: tuple[int, int]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """What was read and what was done to it, in a line."""
@@ -36,47 +38,28 @@ class Source:
         rate = f" at {self.fps:g} frames/s" if self.fps else ""
         count = f"{number} frame{'s' if number > 1 else ''}"
         fitted = "as it is" if self.side == (size, size) else f"shorter side to {size}, centre {size} x {size} kept"
-        return f"{self.name}: {count} of {self.side[0]} x {self.side[1]}{rate}; {fitted}"
+        return "; ".join([f"{self.name}: {count} of {self.side[0]} x {self.side[1]}{rate}", fitted, *self.notes])
 
 
 def read_source(path: str, size: int) -> Source:
-    """Read an image, a video file or a folder of images; shorter side to `size`, the centre kept, as in training.
+    """Read an image, a video file or a folder of images, as in training: shorter side to `size`, then the centre.
 
     Raises:
         ValueError: if it cannot be read.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
+    parts: list[np.ndarray] = []
+    info = Info(None, 0)
     try:
-        if Path(path).suffix.lower() in IMAGE_SUFFIXES:
-            with Image.open(path) as image:
-                picture = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-            frame = torch.from_numpy(to_square(picture, size, _FIT))[None]
-            return Source(path, frame, None, (picture.shape[1], picture.shape[0]))
-        parts, info = [], Info(None, 0)
         for part in read_video(path, size, _FIT, 64):
             if isinstance(part, Info):
                 info = part
+            elif len(parts) * part.nbytes > _MAX_BYTES:
+                raise VideoError(f"it has more than {len(parts) * 64} frames, which do not fit into memory: cut it first")
             else:
                 parts.append(part)
-        return Source(path, torch.from_numpy(np.concatenate(parts)), info.fps, _side(path))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, VideoError) as error:
+    except VideoError as error:
         raise ValueError(f"cannot read frames from {path}: {error}") from None
-
-
-def _side(path: str) -> tuple[int, int]:
-    """Width and height of the first frame."""
-    import av
-    from PIL import Image
-
-    from fvdm.media.videos import frame_files
-
-    if Path(path).is_dir():
-        with Image.open(frame_files(path, _FIT.frame_order)[0]) as image:
-            return image.size
-    with av.open(path) as container:
-        stream = container.streams.video[0]
-        return stream.width, stream.height
+    return Source(path, torch.from_numpy(np.concatenate(parts)), info.fps, info.side, info.notes)
 
 
 def read_frames(path: str, size: int) -> Tensor:
@@ -89,10 +72,10 @@ def read_frames(path: str, size: int) -> Tensor:
 
 
 def as_frames(given: Tensor, size: int, name: str = "given") -> Tensor:
-    """Pictures in memory, uint8 `(3 h w)` or `(n 3 h w)`, fitted as files are: `(n 3 size size)`.
+    """Frames in memory, uint8 `(3 h w)` or `(n 3 h w)`, scaled and cropped as files are: `(n 3 size size)`.
 
     Raises:
-        ValueError: if they are no such pictures.
+        ValueError: if they have another shape or type.
     """
     frames = given[None] if given.ndim == 3 else given
     if frames.ndim != 4 or frames.shape[1] != 3 or frames.dtype != torch.uint8 or not len(frames):
@@ -109,9 +92,9 @@ def available(clips: Sequence[Tensor], stride: int) -> int:
 
 
 def choose(clips: Sequence[Tensor], plan: Plan, stride: int) -> tuple[Tensor, list[str]]:
-    """The frames that a plan wants given, and from where each was taken.
+    """The frames that a task needs, and from where each was taken.
 
-    As many frames as are wanted are taken in their order. One longer clip gives every `stride`-th frame. Two clips
+    If there are exactly as many frames as the task needs, they are taken in their order. One longer clip gives every `stride`-th frame. Two clips
     give the end of the first and the beginning of the second. An image stands for every frame that is not held.
 
     Args:
@@ -133,7 +116,7 @@ def choose(clips: Sequence[Tensor], plan: Plan, stride: int) -> tuple[Tensor, li
     if len(clips) == 1:
         return _take(clips[0], [k * stride for k in plan.given])
     if len(clips) != 2:
-        raise ValueError(f"the task wants {count} given frames; {sum(map(len, clips))} came in {len(clips)} files")
+        raise ValueError(f"the task needs {count} given frames, not {sum(map(len, clips))} in {len(clips)} files")
     length = plan.schedule.shape[1]
     left, right = ([k for k in plan.given if (2 * k < length) == side] for side in (True, False))
     end = len(clips[0]) - 1
@@ -142,13 +125,13 @@ def choose(clips: Sequence[Tensor], plan: Plan, stride: int) -> tuple[Tensor, li
     return torch.cat([first, second]), before + after
 
 
-def _take(clip: Tensor, wanted: list[int]) -> tuple[Tensor, list[str]]:
-    if not wanted:
+def _take(clip: Tensor, indices: list[int]) -> tuple[Tensor, list[str]]:
+    if not indices:
         return clip[:0], []
-    if min(wanted) < 0 or max(wanted) >= len(clip):
+    if min(indices) < 0 or max(indices) >= len(clip):
         raise ValueError(
-            f"the given clip has {len(clip)} frames, and the task takes {len(wanted)} of {wanted[-1] - wanted[0] + 1}: "
-            f"give a longer one, or exactly {len(wanted)} images"
+            f"the given clip has {len(clip)} frames, and the task takes {len(indices)} of {indices[-1] - indices[0] + 1}: "
+            f"give a longer one, or exactly {len(indices)} images"
         )
-    shown = ", ".join(map(str, wanted[:4])) + (f", ... {wanted[-1]}" if len(wanted) > 4 else "")
-    return clip[wanted], [f"frame{'s' if len(wanted) > 1 else ''} {shown} of it"]
+    shown = ", ".join(map(str, indices[:4])) + (f", ... {indices[-1]}" if len(indices) > 4 else "")
+    return clip[indices], [f"frame{'s' if len(indices) > 1 else ''} {shown} of it"]

@@ -1,0 +1,120 @@
+"""How one frame becomes a square, and the records that all readers share."""
+
+import errno
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+MAX_PIXELS = 64_000_000  # per video frame; a corrupt header can promise any size
+MAX_ASPECT = 16  # longer to shorter side
+_LOST = frozenset([errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHOSTDOWN])  # disk or network
+_REFUSED = frozenset([errno.EACCES, errno.EPERM, errno.ENOENT, errno.EMFILE, errno.ENFILE])  # whatever is in the file
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How frames become squares, and what else is stored. All of it is written into the manifest.
+
+    Attributes:
+        resize: `shorter-side` scales the shorter side to the size, then crops the centre; `centre-square`
+            crops the largest centred square, then scales it. They differ by less than a pixel.
+        antialias: low-pass before shrinking. The papers' code does not; larger videos look better with it.
+        flip: also store a horizontally flipped copy (a flipped latent is not the latent of a flipped frame).
+        min_frames: shorter videos are rejected, in frames.
+        frame_order: order of a frame folder: `underscore` by the integer after the last underscore, `natural`
+            by name with numbers compared as numbers.
+        keep_damaged: store the frames of videos for which the decoder reports errors, instead of rejecting
+            them.
+    """
+
+    resize: Literal["shorter-side", "centre-square"] = "shorter-side"
+    antialias: bool = False
+    flip: bool = False
+    min_frames: int = 16
+    frame_order: Literal["natural", "underscore"] = "natural"
+    keep_damaged: bool = False
+
+
+class VideoError(Exception):
+    """A video that cannot be used; the message is the reason, one line.
+
+    Attributes:
+        unread: the file could not be read; its content may be good.
+    """
+
+    def __init__(self, reason: str, cause: Exception | None = None) -> None:
+        """`cause` is the error behind it, if there is one."""
+        super().__init__(reason)
+        self.unread = isinstance(cause, OSError) and cause.errno in _LOST | _REFUSED
+
+
+@dataclass(frozen=True)
+class Info:
+    """What is known of a video after reading it.
+
+    Attributes:
+        fps: frames per second; None if unknown.
+        frames: number of frames.
+        side: (width, height) of the first frame as a player shows it: upright, with square pixels.
+        notes: what was done to the video beyond scaling and cropping, a sentence each.
+    """
+
+    fps: float | None
+    frames: int
+    side: tuple[int, int] = field(default=(0, 0), compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+
+class Picture(NamedTuple):
+    """A decoded frame, upright.
+
+    Attributes:
+        pixels: uint8 (h w 3).
+        side: (width, height) that a player shows, which differs from the shape if pixels are not square.
+    """
+
+    pixels: np.ndarray
+    side: tuple[int, int]
+
+
+def picture_of(pixels: np.ndarray) -> Picture:
+    """A picture of square pixels, uint8 (h w 3)."""
+    return Picture(pixels, (pixels.shape[1], pixels.shape[0]))
+
+
+def to_square(frame: np.ndarray, size: int, preprocess: Preprocess, side: tuple[int, int] | None = None) -> np.ndarray:
+    """Scales and crops one frame, bilinear.
+
+    Args:
+        frame: uint8 (h w 3).
+        size: side of the square, in pixels.
+        preprocess: order of scaling and cropping, and the filter.
+        side: (width, height) of the frame in square pixels, if its own pixels are not square.
+
+    Returns:
+        uint8 (3 size size).
+
+    Raises:
+        VideoError: if one side is more than 16 times as long as the other.
+    """
+    rows, columns = frame.shape[:2]
+    width, height = side or (columns, rows)
+    shorter = min(height, width)
+    if min(shorter, rows, columns) < 1 or max(height, width) > MAX_ASPECT * shorter:
+        raise VideoError(f"a frame of {width}x{height}: sides must be within {MAX_ASPECT} to 1")
+    if preprocess.resize == "centre-square":
+        kept = max(1, round(rows * shorter / height)), max(1, round(columns * shorter / width))
+        top, left = (rows - kept[0]) // 2, (columns - kept[1]) // 2
+        frame = frame[top : top + kept[0], left : left + kept[1]]
+        target = (size, size)
+    else:
+        target = (max(size, round(height * size / shorter)), max(size, round(width * size / shorter)))
+    pixels = torch.from_numpy(np.array(frame, order="C")).permute(2, 0, 1)[None]
+    if target != pixels.shape[2:]:
+        pixels = torch.nn.functional.interpolate(
+            pixels, target, mode="bilinear", align_corners=False, antialias=preprocess.antialias
+        )
+    top, left = (target[0] - size) // 2, (target[1] - size) // 2
+    return pixels[0, :, top : top + size, left : left + size].contiguous().numpy()
