@@ -54,7 +54,9 @@ def read_source(path: str, size: int) -> Source:
             if isinstance(part, Info):
                 info = part
             elif len(parts) * part.nbytes > _MAX_BYTES:
-                raise VideoError(f"it has more than {len(parts) * 64} frames, which do not fit into memory: cut it first")
+                raise VideoError(
+                    f"it has more than {len(parts) * 64} frames, which do not fit into memory: cut it first"
+                )
             else:
                 parts.append(part)
     except VideoError as error:
@@ -94,8 +96,9 @@ def available(clips: Sequence[Tensor], stride: int) -> int:
 def choose(clips: Sequence[Tensor], plan: Plan, stride: int) -> tuple[Tensor, list[str]]:
     """The frames that a task needs, and from where each was taken.
 
-    If there are exactly as many frames as the task needs, they are taken in their order. One longer clip gives every `stride`-th frame. Two clips
-    give the end of the first and the beginning of the second. An image stands for every frame that is not held.
+    If there are exactly as many frames as the task needs, they are taken in their order. One longer clip gives every
+    `stride`-th frame. Two clips give the end of the first and the beginning of the second. An image stands for every
+    frame that is not held.
 
     Args:
         clips: uint8 `(n 3 h w)` each.
@@ -130,8 +133,8 @@ def _take(clip: Tensor, indices: list[int]) -> tuple[Tensor, list[str]]:
         return clip[:0], []
     if min(indices) < 0 or max(indices) >= len(clip):
         raise ValueError(
-            f"the given clip has {len(clip)} frames, and the task takes {len(indices)} of {indices[-1] - indices[0] + 1}: "
-            f"give a longer one, or exactly {len(indices)} images"
+            f"the given clip has {len(clip)} frames, and the task takes {len(indices)} of "
+            f"{indices[-1] - indices[0] + 1}: give a longer one, or exactly {len(indices)} images"
         )
     shown = ", ".join(map(str, indices[:4])) + (f", ... {indices[-1]}" if len(indices) > 4 else "")
     return clip[indices], [f"frame{'s' if len(indices) > 1 else ''} {shown} of it"]

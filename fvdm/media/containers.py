@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, cast
 
 import av
@@ -23,7 +24,8 @@ from av.video.stream import VideoStream
 from fvdm.media.preprocess import MAX_PIXELS, Picture, VideoError
 from fvdm.media.timing import NONSENSE, Grid, Timing, measure
 
-_DAMAGE = re.compile("misdetection|corrupt|truncated|partial")  # in warnings of libav
+_CORRUPT = re.compile("misdetection|corrupt|truncated|partial")  # in warnings of libav
+_CUT = "mmco: unref short failure"  # H.264 after a cut: a frame that may be forgotten was never there
 NOT_CODED = 16  # bytes: an MPEG-4 packet of at most so many may say "the same frame again"
 _COVER = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
 _IMPAIRED = av.stream.Disposition.hearing_impaired | av.stream.Disposition.visual_impaired
@@ -40,7 +42,7 @@ class Packets:
         decode_times: whether `times` are those of decoding, as some AVI files have no others.
         count: number of packets that hold a frame.
         empty: times, sorted, of packets so small that they may say "the same frame again".
-        key: time of the first keyframe; None if there is none.
+        leading: times of the frames that come after the first keyframe and are shown before it; None if unknown.
         unit: seconds to which times are rounded.
         stated: frames per second that the file states, the most trusted first.
     """
@@ -49,7 +51,7 @@ class Packets:
     decode_times: bool
     count: int
     empty: list[float]
-    key: float | None
+    leading: list[float | None]
     unit: float
     stated: list[float]
 
@@ -82,6 +84,7 @@ def main_track(container: av.container.InputContainer) -> VideoStream:
         VideoError: if there is none.
     """
     tracks = [stream for stream in container.streams.video if not stream.disposition & _COVER]
+    tracks = [track for track in tracks if track.frames != 1] or tracks  # a cover may lack its mark
     if not tracks:
         covers = ", only a cover picture" if container.streams.video else ""
         raise VideoError(f"no video stream in it{covers}")
@@ -106,29 +109,62 @@ def packets_of(path: str | os.PathLike[str]) -> Packets:
         codec = stream.codec_context.name
         stated = [float(rate) for rate in (stream.base_rate, stream.average_rate, stream.guessed_rate) if rate]
         unit = float(stream.time_base or 0)
-        shown: list[tuple[float | None, float | None, bool, bool]] = []
+        lead = _Lead(codec)
+        leading: list[float | None] = []
+        stamps: list[tuple[float | None, float | None]] = []
+        small: list[int] = []
         for packet in container.demux(stream):
             if packet.size and not packet.is_discard and _is_shown(packet, codec):
-                small = packet.size <= (NOT_CODED if codec == "mpeg4" else 1)
-                pts, dts = (None if t is None else float(t * packet.time_base) for t in (packet.pts, packet.dts))
-                shown.append((pts, dts, small, packet.is_keyframe))
-    by = next((k for k in (0, 1) if all(row[k] is not None for row in shown)), None)
-    rows = [] if by is None else [(row[by] or 0.0, row[2], row[3]) for row in shown]
-    keys = [time for time, _, key in rows if key]
+                if packet.size <= (NOT_CODED if codec == "mpeg4" else 1):
+                    small.append(len(stamps))
+                stamps.append((_seconds(packet.pts, packet.time_base), _seconds(packet.dts, packet.time_base)))
+                if lead.holds(packet):
+                    leading.append(stamps[-1][0])
+    by = next((k for k in (0, 1) if all(row[k] is not None for row in stamps)), None)
+    times = [] if by is None else [row[by] or 0.0 for row in stamps]
     return Packets(
-        times=sorted(time for time, _, _ in rows),
+        times=sorted(times),
         decode_times=by == 1,
-        count=len(shown),
-        empty=sorted(time for time, small, _ in rows if small),
-        key=keys[0] if keys and by == 0 else None,
+        count=len(stamps),
+        empty=sorted(times[k] for k in small) if times else [],
+        leading=leading,
         unit=unit,
         stated=stated,
     )
 
 
+def _seconds(stamp: int | None, base: Fraction | None) -> float | None:
+    return None if stamp is None or base is None else float(stamp * base)
+
+
 def _is_shown(packet: av.Packet, codec: str) -> bool:
     """VP8 has packets that are only for reference (the bit is `show_frame` of RFC 6386, 9.1)."""
     return codec != "vp8" or bool(memoryview(packet)[0] >> 4 & 1)
+
+
+class _Lead:
+    """Follows the packets of a track, and knows which are shown before the first keyframe though they come after it.
+
+    In MPEG-1 and 2 these are all frames without reordering that follow it directly, whatever a cut made of their times.
+    """
+
+    def __init__(self, codec: str) -> None:
+        self.mpeg2 = codec in ("mpeg1video", "mpeg2video")
+        self.key: av.Packet | None = None
+        self.over = False
+
+    def holds(self, packet: av.Packet) -> bool:
+        """Whether this next packet is one of them."""
+        if self.key is None:
+            self.key, self.over = packet, not packet.is_keyframe or packet.pts is None
+            return False
+        self.over = self.over or not (packet.pts is None or self._precedes(packet, self.key))
+        return not self.over
+
+    def _precedes(self, packet: av.Packet, key: av.Packet) -> bool:
+        assert packet.pts is not None
+        assert key.pts is not None
+        return packet.pts < key.pts or (self.mpeg2 and key.pts != key.dts and packet.pts == packet.dts)
 
 
 class VideoFile:
@@ -146,6 +182,7 @@ class VideoFile:
         self.fps: float | None = None
         self.notes: list[str] = []
         self._decoded = self._repeats = 0
+        self._excused: list[str] = []
 
     def pictures(self) -> Iterator[Picture]:
         """Yields the frames, upright, at an even rate.
@@ -183,60 +220,61 @@ class VideoFile:
             raise VideoError(f"time stamps make no sense: {len(packets.times)} frames in {seconds:.0f} s")
         self.notes += timing.notes
         yield from Grid(timing, packets.empty).even(self._frames(packets, log))
-        self._check(log, corrupt=False)
-        leading = self._leading(packets)
-        if leading:
+        empty = len(packets.empty) - self._repeats
+        leading = min(len(self._leading), packets.count - self._decoded - empty)
+        if leading > 0:
             self.notes.append(
                 f"{leading} leading frame{'s' if leading > 1 else ''} of an open group of pictures left out: what they "
                 "refer to was cut off, and no player shows them"
             )
-        missing = packets.count - self._decoded - leading - (len(packets.empty) - self._repeats)
+        elif self._excused and not self.keep_damaged:
+            raise VideoError(f"damaged: {self._excused[0]}")
+        missing = packets.count - self._decoded - empty - max(0, leading)
         if missing > 0 and not self.keep_damaged:
             raise VideoError(f"damaged: {packets.count - missing} of {packets.count} pictures can be decoded")
 
     def _frames(self, packets: Packets, log: Log) -> Iterator[tuple[float | None, Picture]]:
         """Frames with their times; counts what was decoded."""
-        self._first: float | None = None
+        self._leading = list(packets.leading)
         with open_video(self.path) as (container, stream):
             self._say_which_track(container, stream)
             aspect = float(stream.sample_aspect_ratio or 1)
-            for frame in self._decode(container, stream):
-                self._check(log, corrupt=frame.is_corrupt)
+            for frame in self._decode(container, stream, log):
                 self._decoded += 2 if frame.interlaced_frame else 1  # each field may have come in a packet of its own
-                stamp = frame.dts if packets.decode_times else frame.pts
-                time = None
-                if packets.times and stamp is not None and frame.time_base is not None:
-                    time = float(stamp * frame.time_base)
-                    self._first = time if self._first is None else self._first
+                time = _seconds(frame.dts if packets.decode_times else frame.pts, frame.time_base)
+                if time is not None and packets.times:
                     place = bisect_left(packets.empty, time - 1e-9)
                     self._repeats += place < len(packets.empty) and packets.empty[place] < time + 1e-9
-                yield time, upright(frame, aspect)
+                if time in self._leading:
+                    self._leading.remove(time)
+                yield time if packets.times else None, upright(frame, aspect)
 
     def _say_which_track(self, container: av.container.InputContainer, stream: VideoStream) -> None:
         others = [s for s in container.streams.video if s.index != stream.index and not s.disposition & _COVER]
         if others:
             self.notes.append(f"track {stream.index} of {stream.width} x {stream.height} is read, the one players show")
 
-    def _decode(self, container: av.container.InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
+    def _decode(self, container: av.container.InputContainer, stream: VideoStream, log: Log) -> Iterator[av.VideoFrame]:
+        """All frames, as far as nothing tells of damage. What is logged of leading frames is excused until the end."""
+        lead, keys = _Lead(stream.codec_context.name), 0
         for packet in container.demux(stream):
+            keys += packet.is_keyframe
+            leading = bool(packet.size) and lead.holds(packet)
             try:
-                yield from packet.decode()
+                frames = packet.decode()
             except av.error.InvalidDataError:
-                if not self.keep_damaged:
+                if not (self.keep_damaged or leading):
                     raise
-
-    def _leading(self, packets: Packets) -> int:
-        """Frames before the first keyframe, if that is the first frame that is shown: a cut took what they refer to."""
-        if packets.key is None or self._first is None or abs(self._first - packets.key) > 1e-9:
-            return 0
-        return bisect_left(packets.times, packets.key - 1e-9)
-
-    def _check(self, log: Log, *, corrupt: bool) -> None:
-        """Raises VideoError if something in the log, or the frame's flag, tells of damage; empties the log."""
-        bad = [line for line in log if line[0] <= av.logging.ERROR or _DAMAGE.search(line[2])]
-        if (bad or corrupt) and not self.keep_damaged:
-            raise VideoError(f"damaged: {_line(bad, None)}")
-        log.clear()
+                frames = []
+            bad = [line for line in log if line[0] <= av.logging.ERROR or _CORRUPT.search(line[2])]
+            if keys <= 1:
+                bad = [line for line in bad if line[2].strip() != _CUT]
+            log.clear()
+            if leading:
+                self._excused += [_line(bad, None)] if bad else []
+            elif not self.keep_damaged and (bad or any(frame.is_corrupt for frame in frames)):
+                raise VideoError(f"damaged: {_line(bad, None)}")
+            yield from frames
 
 
 def upright(frame: av.VideoFrame, aspect: float = 1.0) -> Picture:

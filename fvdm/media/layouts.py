@@ -2,16 +2,17 @@
 
 Four layouts are those of the data sets of the Latte and FVDM papers, with their preprocessing as defaults:
 
-| layout    | on disk                                     | spatial                       | mirrored twin |
-|-----------|---------------------------------------------|-------------------------------|---------------|
+| layout    | on disk                                     | spatial                        | flipped copy |
+|-----------|---------------------------------------------|--------------------------------|--------------|
 | `ffs`     | video files, at any depth                   | shorter side, then centre crop | yes          |
-| `ucf101`  | `<Class>/*.avi` (any video file)            | the same                      | yes           |
-| `sky`     | `<video>/<clip>/*_NNN.jpg`                  | centre crop, then resize      | no            |
-| `taichi`  | `<video>/*.jpg` or `.png`, already square   | none needed                   | yes           |
-| `mixed`   | video files and frame folders, anywhere     | shorter side, antialiased     | no            |
+| `ucf101`  | `<Class>/*.avi` (any video file)            | the same                       | yes          |
+| `sky`     | `<video>/<clip>/*_NNN.jpg`                  | centre crop, then resize       | no           |
+| `taichi`  | `<video>/*.jpg` or `.png`, already square   | none needed                    | yes          |
+| `mixed`   | video files and frame folders, anywhere     | shorter side, antialiased      | no           |
 
-Nothing is dropped in silence: what cannot be a video is counted by its extension, what is one and does not belong to
-the layout that was asked for is counted too, what should be one and is not is listed with its reason.
+Whether a file is a video or an image follows from its content; see `fvdm/media/stills.py`. Nothing is dropped in
+silence: files that are no videos are counted by suffix, videos that do not belong to the given layout are counted too,
+and what should be a video and is not is listed with its reason.
 """
 
 import os
@@ -23,7 +24,8 @@ from pathlib import Path
 from typing import Literal
 
 from fvdm.media.config import LAYOUTS, LayoutName
-from fvdm.media.videos import IMAGE_SUFFIXES, Preprocess
+from fvdm.media.preprocess import Preprocess
+from fvdm.media.stills import STILL_SUFFIXES, kind_of
 
 VIDEO_SUFFIXES = frozenset(
     [
@@ -48,21 +50,10 @@ VIDEO_SUFFIXES = frozenset(
         ".ogv",
         ".vob",
         ".webm",
-        ".webp",
         ".wmv",
         ".y4m",
     ]
 )
-# the first bytes of video files, at the offset given: a clip with a wrong or no extension is still found
-_MAGIC = (
-    (4, b"ftyp"),
-    (8, b"AVI "),
-    (0, b"\x1aE\xdf\xa3"),
-    (0, b"GIF8"),
-    (0, b"FLV\x01"),
-    (0, b"\0\0\1\xba"),
-)
-
 
 PAPER: dict[str, Preprocess] = {
     "ffs": Preprocess(flip=True),
@@ -210,7 +201,8 @@ def _walk(root: str, listing: Listing, exclude: str | Path | None) -> tuple[list
         except OSError as error:
             listing.rejected.append((folder, f"folder cannot be read: {error.strerror}"))
             continue
-        images = 0
+        images: list[str] = []
+        videos: set[str] = set()  # names without suffix
         for entry in entries:
             name = os.path.normpath(os.path.join(folder, entry.name))
             kind = _kind(entry, name, listing)
@@ -218,10 +210,15 @@ def _walk(root: str, listing: Listing, exclude: str | Path | None) -> tuple[list
                 stack.append(name)
             elif kind == "video":
                 files.append(name)
-            images += kind == "image"
-        if images >= 2:
+                videos.add(os.path.splitext(entry.name)[0])
+            elif kind == "image":
+                images.append(os.path.splitext(entry.name)[0])
+        thumbnails = sum(image in videos for image in images)
+        if thumbnails:
+            listing.ignored["image beside a video of its name"] += thumbnails
+        if len(images) - thumbnails >= 2:
             folders.append(folder)
-        elif images:
+        elif len(images) > thumbnails:
             listing.ignored["single image"] += 1
     return files, folders
 
@@ -240,23 +237,18 @@ def _kind(entry: os.DirEntry[str], name: str, listing: Listing) -> str | None:
             if suffix in VIDEO_SUFFIXES:
                 listing.rejected.append((name, "not a regular file"))
             return None
-        if suffix in IMAGE_SUFFIXES:
+        if suffix in STILL_SUFFIXES:
             return "image"
-        if suffix in VIDEO_SUFFIXES or _begins_like_video(entry.path):
+        content = kind_of(entry.path)
+        if content == "image":
+            return "image"
+        if content or suffix in VIDEO_SUFFIXES:
             return "video"
     except OSError as error:
         listing.rejected.append((name, f"cannot be read: {error.strerror}"))
         return None
-    listing.ignored[ascii(suffix)[1:-1] or "without extension"] += 1  # a name may hold anything
+    listing.ignored[ascii(suffix)[1:-1] or "without extension"] += 1  # a name may hold any character
     return None
-
-
-def _begins_like_video(path: str) -> bool:
-    with open(path, "rb") as file:
-        head = file.read(189)
-    if head[:1] == head[188:] == b"G":  # the packets of MPEG-TS; `.ts` alone may be a text of Qt or TypeScript
-        return True
-    return any(head[at : at + len(magic)] == magic for at, magic in _MAGIC)
 
 
 def _label(

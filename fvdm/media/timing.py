@@ -56,7 +56,7 @@ def measure(times: Sequence[float], unit: float, stated: Iterable[float] = ()) -
         stated: frames per second that the file states, the most trusted first; used if they explain the stamps, or if
             there are none.
     """
-    stated = [rate for rate in stated if 0 < rate <= 1000]
+    stated = [_exact(rate) for rate in stated if 0 < rate <= 1000]
     gaps = np.diff(np.asarray(times, dtype=np.float64))
     median = float(np.median(gaps)) if len(gaps) else 0.0
     if median <= 0:
@@ -69,7 +69,9 @@ def measure(times: Sequence[float], unit: float, stated: Iterable[float] = ()) -
     pauses: list[tuple[float, float]] = []
     if stretch > MAX_STRETCH:
         pauses = [
-            (float(times[k + 1]), float(gaps[k] - MAX_PAUSE * step)) for k in np.flatnonzero(gaps > MAX_PAUSE * step)
+            (float(end), float(gap - MAX_PAUSE * step))
+            for end, gap in zip(times[1:], gaps, strict=True)
+            if gap > MAX_PAUSE * step
         ]
     return Timing(round(fps, 6), step, stretch, tuple(pauses))
 
@@ -80,27 +82,32 @@ def _rate(gaps: np.ndarray, median: float, unit: float, stated: list[float]) -> 
     counts = np.rint(gaps / step)
     regular = (counts >= 1) & (counts <= 4)  # a pause says nothing of the rate
     step = float(gaps[regular].sum() / counts[regular].sum())
-    if max(stated, default=0.0) and _explains(stated[0], gaps, regular, unit):
+    gaps, counts = np.where(regular, gaps, 0.0), np.where(regular, counts, 0.0)
+
+    def explains(rate: float) -> bool:
+        rounding = max(unit * 1.01, min(3.01 * unit, 0.002 / rate))  # fine stamps may be sums of rounded durations
+        return unit < 0.5 / rate and _residual(rate, gaps, counts)[0] <= rounding + 1e-9
+
+    if stated and explains(stated[0]):
         return stated[0]
     if np.ptp(gaps[regular]) < 1e-9:
         return 1 / step
-    whole = round(1 / step)
     ntsc = max(1, round(1.001 / step)) * 1000 / 1001
-    likely = [rate for rate in (*stated[1:], float(whole), ntsc) if rate > 0 and _explains(rate, gaps, regular, unit)]
-    return min(likely, key=lambda rate: _spread(rate, gaps, regular)[1], default=1 / step)
+    likely = [rate for rate in (*stated[1:], float(round(1 / step)), ntsc) if rate > 0 and explains(rate)]
+    return min(likely, key=lambda rate: _residual(rate, gaps, counts)[1], default=1 / step)
 
 
-def _explains(rate: float, gaps: np.ndarray, regular: np.ndarray, unit: float) -> bool:
-    """Whether stamps at the multiples of 1 / rate, rounded to `unit`, have these gaps."""
-    return unit < 0.5 / rate and _spread(rate, gaps, regular)[0] <= unit * 1.01 + 1e-9
+def _residual(rate: float, gaps: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    """Range and standard deviation, in seconds, of the stamps from the multiples of 1 / rate, pauses apart."""
+    places = np.concatenate([[0.0], np.cumsum(gaps - counts / rate)])
+    runs = np.split(places, np.flatnonzero(counts == 0) + 1)
+    return max(float(np.ptp(run)) for run in runs), math.sqrt(sum(len(run) * float(np.var(run)) for run in runs))
 
 
-def _spread(rate: float, gaps: np.ndarray, regular: np.ndarray) -> tuple[float, float]:
-    """Range and standard deviation of what the multiples of 1 / rate leave of the stamps, in seconds; pauses apart."""
-    left = np.where(regular, gaps - np.rint(gaps * rate) / rate, 0.0)
-    places = np.concatenate([[0.0], np.cumsum(left)])
-    runs = np.split(places, np.flatnonzero(~regular) + 1)
-    return max(float(np.ptp(run)) for run in runs), math.sqrt(sum(len(r) * float(np.var(r)) for r in runs))
+def _exact(rate: float) -> float:
+    """The rate that a file means if it states a rounded one, such as 29.97 for 30000 / 1001."""
+    exact = round(rate * 1.001) * 1000 / 1001
+    return exact if abs(rate - exact) < 1e-4 * rate and abs(rate - round(rate)) > 1e-9 else rate
 
 
 @dataclass(frozen=True)

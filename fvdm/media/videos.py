@@ -160,8 +160,7 @@ def count_frames(path: str | os.PathLike[str], order: str = "natural") -> int:
                 packets = packets_of(path)
         except (av.error.FFmpegError, OSError, ValueError) as error:
             raise VideoError(f"cannot be decoded: {error}", error) from None
-        plain = packets.timing().step is None and not packets.empty
-        if plain and (packets.key is None or packets.key <= packets.times[0] + 1e-9):
+        if packets.timing().step is None and not packets.empty and not packets.leading:
             return packets.count
     return next(part.frames for part in read_video(path, 8, preprocess, 32) if isinstance(part, Info))
 
