@@ -127,7 +127,7 @@ def _threads(encoders: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def _tasks(videos: Path, plan: Plan, missing: list[int]) -> Iterator[Task]:
-    how = Preprocess(**plan.settings["preprocess"])
+    how = Preprocess.from_dict(plan.settings["preprocess"])
     for video in missing:
         path = str(videos / plan.sources[video].name)
         yield Task(video, path, plan.settings["size"], how, plan.settings["chunk"])

@@ -186,7 +186,7 @@ def _reconstruction(videos: str | None, shards: "LatentShards", vae: "VAE", path
         return
     source = Path(videos) / shards.sources[0]
     try:
-        how = Preprocess(**shards.manifest.preprocess)
+        how = Preprocess.from_dict(shards.manifest.preprocess)
         chunks = [item for item in read_video(source, shards.manifest.size, how, 16) if isinstance(item, np.ndarray)]
     except VideoError as error:
         print(f"no reconstruction.png: {str(source)!a}: {error} (--videos says where the videos are)")

@@ -11,6 +11,7 @@ from data_prep.decoding import estimate
 from data_prep.options import EncodeConfig, Stopped, chunk, device, precision, workers
 from data_prep.shards import Plan, assign, atomic, write_rejected
 from fvdm.media.layouts import PAPER, Listing, Source, list_videos
+from fvdm.media.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from fvdm.media.vae import VAE
@@ -109,7 +110,7 @@ def _settings(config: EncodeConfig, layout: str, vae: "VAE") -> dict[str, Any]:
     """All that decides which bytes are written."""
     changes = {name: getattr(config, name) for name in ("resize", "antialias", "flip", "min_frames")}
     how = replace(PAPER[layout], **{name: value for name, value in changes.items() if value is not None})
-    how = replace(how, keep_damaged=config.keep_damaged)
+    how = replace(how, keep_corrupt=config.keep_damaged)
     if config.size % vae.factor:
         raise ValueError(
             f"--size {config.size} is no multiple of {vae.factor}, by which the VAE {config.vae!r} shrinks."
@@ -127,7 +128,8 @@ def _settings(config: EncodeConfig, layout: str, vae: "VAE") -> dict[str, Any]:
 
 def _check_same(config: EncodeConfig, plan: "Plan", listing: Listing, settings: dict[str, Any]) -> None:
     """Refuses to go on with other settings, or with other videos, than those of the plan."""
-    other = [name for name in settings if settings[name] != plan.settings.get(name)]
+    begun = plan.settings | {"preprocess": asdict(Preprocess.from_dict(plan.settings["preprocess"]))}
+    other = [name for name in settings if settings[name] != begun.get(name)]
     if other:
         was = ", ".join(f"{name} {plan.settings.get(name)!r} (now {settings[name]!r})" for name in other)
         raise ValueError(f"{config.out!r} was begun with {was}: use the same settings, or another --out.")

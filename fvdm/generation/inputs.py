@@ -1,7 +1,7 @@
 """Given frames as people have them: images, video files, folders of images. Reads them, and says what was done."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -44,23 +44,35 @@ class Source:
 def read_source(path: str, size: int) -> Source:
     """Read an image, a video file or a folder of images, as in training: shorter side to `size`, then the centre.
 
+    Of a corrupt video the frames are read that can be decoded, and a note says so.
+
     Raises:
         ValueError: if it cannot be read.
     """
-    parts: list[np.ndarray] = []
-    info = Info(None, 0)
     try:
-        for part in read_video(path, size, _FIT, 64):
-            if isinstance(part, Info):
-                info = part
-            elif len(parts) * part.nbytes > _MAX_BYTES:
-                raise VideoError(
-                    f"it has more than {len(parts) * 64} frames, which do not fit into memory: cut it first"
-                )
-            else:
-                parts.append(part)
+        try:
+            return _read(path, size, _FIT)
+        except VideoError as error:
+            if not error.corrupt:
+                raise
+            source = _read(path, size, replace(_FIT, keep_corrupt=True))
+            return replace(source, notes=(*source.notes, f"only what can be decoded is taken ({error})"))
     except VideoError as error:
         raise ValueError(f"cannot read frames from {path}: {error}") from None
+
+
+def _read(path: str, size: int, preprocess: Preprocess) -> Source:
+    parts: list[np.ndarray] = []
+    info = Info(None, 0)
+    for part in read_video(path, size, preprocess, 64):
+        if isinstance(part, Info):
+            info = part
+        elif len(parts) * part.nbytes > _MAX_BYTES:
+            raise VideoError(
+                f"it has more than {len(parts) * 64} frames, too many to hold: cut out what is to be given"
+            )
+        else:
+            parts.append(part)
     return Source(path, torch.from_numpy(np.concatenate(parts)), info.fps, info.side, info.notes)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from av.sidedata.sidedata import Type
 from av.video.stream import VideoStream
 
-from fvdm.media.preprocess import MAX_PIXELS, Picture, VideoError
+from fvdm.media.preprocess import MAX_PIXELS, Frame, VideoError
 from fvdm.media.timing import NONSENSE, Grid, Timing, measure
 
 _CORRUPT = re.compile("misdetection|corrupt|truncated|partial")  # in warnings of libav
@@ -78,7 +78,7 @@ def open_video(path: str | os.PathLike[str]) -> Iterator[tuple[av.container.Inpu
 
 
 def main_track(container: av.container.InputContainer) -> VideoStream:
-    """The track that libav and players choose: the default one, else the best; never a cover picture or a thumbnail.
+    """The track that libav and players choose: the default one, else the best; never a cover image or a thumbnail.
 
     Raises:
         VideoError: if there is none.
@@ -86,7 +86,7 @@ def main_track(container: av.container.InputContainer) -> VideoStream:
     tracks = [stream for stream in container.streams.video if not stream.disposition & _COVER]
     tracks = [track for track in tracks if track.frames != 1] or tracks  # a cover may lack its mark
     if not tracks:
-        covers = ", only a cover picture" if container.streams.video else ""
+        covers = ", only a cover image" if container.streams.video else ""
         raise VideoError(f"no video stream in it{covers}")
     best = container.streams.best("video")
     if best is not None and best.index in [track.index for track in tracks]:
@@ -175,16 +175,16 @@ class VideoFile:
         notes: what was done to the video, a sentence each; complete once the last frame came.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, keep_damaged: bool) -> None:
-        """Opens nothing; `keep_damaged` takes what can be decoded of a corrupt file."""
+    def __init__(self, path: str | os.PathLike[str], *, keep_corrupt: bool) -> None:
+        """Opens nothing; `keep_corrupt` takes what can be decoded of a corrupt file."""
         self.path = os.fspath(path)
-        self.keep_damaged = keep_damaged
+        self.keep_corrupt = keep_corrupt
         self.fps: float | None = None
         self.notes: list[str] = []
         self._decoded = self._repeats = 0
         self._excused: list[str] = []
 
-    def pictures(self) -> Iterator[Picture]:
+    def frames(self) -> Iterator[Frame]:
         """Yields the frames, upright, at an even rate.
 
         Raises:
@@ -195,9 +195,9 @@ class VideoFile:
         with av.logging.Capture() as log:
             try:
                 self._check_size()
-                yield from self._pictures(log)
+                yield from self._even_frames(log)
             except (av.error.FFmpegError, ValueError, OverflowError) as error:
-                raise VideoError(f"cannot be decoded: {_line(log, error)}", error) from None
+                raise VideoError(f"cannot be decoded: {_line(log, error)}", error, corrupt=True) from None
             except OSError as error:
                 raise VideoError(f"cannot be read: {error.strerror or error}", error) from None
 
@@ -208,32 +208,34 @@ class VideoFile:
             raise VideoError("empty file")
         with open(self.path, "rb") as file:
             magic, promised = struct.unpack("<4sI", file.read(8).ljust(8, b"\0"))
-        if magic == b"RIFF" and promised + 8 > size and not self.keep_damaged:
-            raise VideoError(f"truncated: {size} of {promised + 8} bytes")
+        if magic == b"RIFF" and promised + 8 > size and not self.keep_corrupt:
+            raise VideoError(f"truncated: {size} of {promised + 8} bytes", corrupt=True)
 
-    def _pictures(self, log: Log) -> Iterator[Picture]:
+    def _even_frames(self, log: Log) -> Iterator[Frame]:
         packets = packets_of(self.path)
         timing = packets.timing()
         self.fps = timing.fps
-        if timing.stretch > NONSENSE and not self.keep_damaged:
+        if timing.stretch > NONSENSE and not self.keep_corrupt:
             seconds = packets.times[-1] - packets.times[0]
-            raise VideoError(f"time stamps make no sense: {len(packets.times)} frames in {seconds:.0f} s")
+            reason = f"time stamps make no sense: {len(packets.times)} frames in {seconds:.0f} s"
+            raise VideoError(reason, corrupt=True)
         self.notes += timing.notes
-        yield from Grid(timing, packets.empty).even(self._frames(packets, log))
+        yield from Grid(timing, packets.empty).even(self._decoded_frames(packets, log))
         empty = len(packets.empty) - self._repeats
         leading = min(len(self._leading), packets.count - self._decoded - empty)
         if leading > 0:
             self.notes.append(
-                f"{leading} leading frame{'s' if leading > 1 else ''} of an open group of pictures left out: what they "
+                f"{leading} leading frame{'s' if leading > 1 else ''} of an open GOP left out: what they "
                 "refer to was cut off, and no player shows them"
             )
-        elif self._excused and not self.keep_damaged:
-            raise VideoError(f"damaged: {self._excused[0]}")
+        elif self._excused and not self.keep_corrupt:
+            raise VideoError(f"corrupt: {self._excused[0]}", corrupt=True)
         missing = packets.count - self._decoded - empty - max(0, leading)
-        if missing > 0 and not self.keep_damaged:
-            raise VideoError(f"damaged: {packets.count - missing} of {packets.count} pictures can be decoded")
+        if missing > 0 and not self.keep_corrupt:
+            reason = f"corrupt: {packets.count - missing} of {packets.count} frames can be decoded"
+            raise VideoError(reason, corrupt=True)
 
-    def _frames(self, packets: Packets, log: Log) -> Iterator[tuple[float | None, Picture]]:
+    def _decoded_frames(self, packets: Packets, log: Log) -> Iterator[tuple[float | None, Frame]]:
         """Frames with their times; counts what was decoded."""
         self._leading = list(packets.leading)
         with open_video(self.path) as (container, stream):
@@ -255,7 +257,7 @@ class VideoFile:
             self.notes.append(f"track {stream.index} of {stream.width} x {stream.height} is read, the one players show")
 
     def _decode(self, container: av.container.InputContainer, stream: VideoStream, log: Log) -> Iterator[av.VideoFrame]:
-        """All frames, as far as nothing tells of damage. What is logged of leading frames is excused until the end."""
+        """All frames until something reports corruption. What is logged of leading frames is excused until the end."""
         lead, keys = _Lead(stream.codec_context.name), 0
         for packet in container.demux(stream):
             keys += packet.is_keyframe
@@ -263,7 +265,7 @@ class VideoFile:
             try:
                 frames = packet.decode()
             except av.error.InvalidDataError:
-                if not (self.keep_damaged or leading):
+                if not (self.keep_corrupt or leading):
                     raise
                 frames = []
             bad = [line for line in log if line[0] <= av.logging.ERROR or _CORRUPT.search(line[2])]
@@ -272,12 +274,12 @@ class VideoFile:
             log.clear()
             if leading:
                 self._excused += [_line(bad, None)] if bad else []
-            elif not self.keep_damaged and (bad or any(frame.is_corrupt for frame in frames)):
-                raise VideoError(f"damaged: {_line(bad, None)}")
+            elif not self.keep_corrupt and (bad or any(frame.is_corrupt for frame in frames)):
+                raise VideoError(f"corrupt: {_line(bad, None)}", corrupt=True)
             yield from frames
 
 
-def upright(frame: av.VideoFrame, aspect: float = 1.0) -> Picture:
+def upright(frame: av.VideoFrame, aspect: float = 1.0) -> Frame:
     """A frame as its display matrix says: one of the eight rotations and reflections; others count as the nearest.
 
     Args:
@@ -289,12 +291,12 @@ def upright(frame: av.VideoFrame, aspect: float = 1.0) -> Picture:
     side = max(1, round(width * aspect)), height
     matrix: Any = next((data for data in cast(Any, frame.side_data) if data.type == Type.DISPLAYMATRIX), None)
     if matrix is None:
-        return Picture(pixels, side)
+        return Frame(pixels, side)
     a, b, _, c, d = np.frombuffer(bytes(matrix)[:20], np.int32).tolist()  # x' = a x + c y, y' = b x + d y
     if abs(b) + abs(c) > abs(a) + abs(d):
         pixels, side = pixels.transpose(1, 0, 2), side[::-1]
         a, d = c, b
-    return Picture(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1], side)
+    return Frame(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1], side)
 
 
 def _line(log: Log, error: Exception | None) -> str:

@@ -1,11 +1,14 @@
 """How one frame becomes a square, and the records that all readers share."""
 
 import errno
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+
+from fvdm.config import FORMER_NAMES
 
 MAX_PIXELS = 64_000_000  # per video frame; a corrupt header can promise any size
 MAX_ASPECT = 16  # longer to shorter side
@@ -25,7 +28,7 @@ class Preprocess:
         min_frames: shorter videos are rejected, in frames.
         frame_order: order of a frame folder: `underscore` by the integer after the last underscore, `natural`
             by name with numbers compared as numbers.
-        keep_damaged: store the frames of videos for which the decoder reports errors, instead of rejecting
+        keep_corrupt: store the frames of videos for which the decoder reports errors, instead of rejecting
             them.
     """
 
@@ -34,19 +37,26 @@ class Preprocess:
     flip: bool = False
     min_frames: int = 16
     frame_order: Literal["natural", "underscore"] = "natural"
-    keep_damaged: bool = False
+    keep_corrupt: bool = False
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Preprocess":
+        """The preprocessing that a manifest or a plan states, in present or former names of settings."""
+        return cls(**{FORMER_NAMES.get(name, name): value for name, value in values.items()})
 
 
 class VideoError(Exception):
     """A video that cannot be used; the message is the reason, one line.
 
     Attributes:
+        corrupt: parts of the file may be good, and `keep_corrupt` reads them.
         unread: the file could not be read; its content may be good.
     """
 
-    def __init__(self, reason: str, cause: Exception | None = None) -> None:
+    def __init__(self, reason: str, cause: Exception | None = None, *, corrupt: bool = False) -> None:
         """`cause` is the error behind it, if there is one."""
         super().__init__(reason)
+        self.corrupt = corrupt
         self.unread = isinstance(cause, OSError) and cause.errno in _LOST | _REFUSED
 
 
@@ -67,7 +77,7 @@ class Info:
     notes: tuple[str, ...] = field(default=(), compare=False)
 
 
-class Picture(NamedTuple):
+class Frame(NamedTuple):
     """A decoded frame, upright.
 
     Attributes:
@@ -79,9 +89,9 @@ class Picture(NamedTuple):
     side: tuple[int, int]
 
 
-def picture_of(pixels: np.ndarray) -> Picture:
-    """A picture of square pixels, uint8 (h w 3)."""
-    return Picture(pixels, (pixels.shape[1], pixels.shape[0]))
+def frame_of(pixels: np.ndarray) -> Frame:
+    """A frame of square pixels, uint8 (h w 3)."""
+    return Frame(pixels, (pixels.shape[1], pixels.shape[0]))
 
 
 def to_square(frame: np.ndarray, size: int, preprocess: Preprocess, side: tuple[int, int] | None = None) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from fvdm.media.preprocess import Picture, VideoError, picture_of
+from fvdm.media.preprocess import Frame, VideoError, frame_of
 
 STILL_SUFFIXES = frozenset([".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".pgm", ".ppm", ".tif", ".tiff"])
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # that Pillow may open
@@ -189,11 +189,11 @@ def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
     return [(int(part), "") if part[0] in "0123456789" else (-1, part) for part in parts], name
 
 
-def folder_pictures(folder: str | os.PathLike[str], order: str) -> Iterator[Picture]:
+def folder_frames(folder: str | os.PathLike[str], order: str) -> Iterator[Frame]:
     """The frames of a folder of images, in order.
 
     Raises:
         VideoError: names the image that cannot be read.
     """
     for file in frame_files(folder, order):
-        yield picture_of(read_still(file))
+        yield frame_of(read_still(file))

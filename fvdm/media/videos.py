@@ -12,8 +12,8 @@ import av
 import numpy as np
 
 from fvdm.media.containers import VideoFile, open_video, packets_of
-from fvdm.media.preprocess import Info, Picture, Preprocess, VideoError, picture_of, to_square
-from fvdm.media.stills import folder_pictures, frame_files, kind_of, read_animation, read_still
+from fvdm.media.preprocess import Frame, Info, Preprocess, VideoError, frame_of, to_square
+from fvdm.media.stills import folder_frames, frame_files, kind_of, read_animation, read_still
 from fvdm.media.timing import Grid, measure
 
 __all__ = [
@@ -35,7 +35,7 @@ class _Reader(Protocol):
     fps: float | None
     notes: list[str]
 
-    def pictures(self) -> Iterator[Picture]: ...
+    def frames(self) -> Iterator[Frame]: ...
 
 
 class _Images:
@@ -47,10 +47,10 @@ class _Images:
         self.path, self.order = path, order
         self.notes: list[str] = []
 
-    def pictures(self) -> Iterator[Picture]:
+    def frames(self) -> Iterator[Frame]:
         if os.path.isdir(self.path):
-            return folder_pictures(self.path, self.order)
-        return iter([picture_of(read_still(self.path))])
+            return folder_frames(self.path, self.order)
+        return iter([frame_of(read_still(self.path))])
 
 
 class _Animation:
@@ -61,10 +61,10 @@ class _Animation:
         self.fps: float | None = None
         self.notes: list[str] = []
 
-    def pictures(self) -> Iterator[Picture]:
+    def frames(self) -> Iterator[Frame]:
         timing = measure([time for time, _ in read_animation(self.path)], 0.001)
         self.fps, self.notes = timing.fps, list(timing.notes)
-        return Grid(timing).even((time, picture_of(pixels)) for time, pixels in read_animation(self.path))
+        return Grid(timing).even((time, frame_of(pixels)) for time, pixels in read_animation(self.path))
 
 
 def _reader(path: str | os.PathLike[str], preprocess: Preprocess) -> _Reader:
@@ -78,7 +78,7 @@ def _reader(path: str | os.PathLike[str], preprocess: Preprocess) -> _Reader:
         return _Images(path, preprocess.frame_order)
     if kind == "animation" and not _libav_reads(path):
         return _Animation(path)
-    return VideoFile(path, keep_damaged=preprocess.keep_damaged)
+    return VideoFile(path, keep_corrupt=preprocess.keep_corrupt)
 
 
 def _libav_reads(path: str | os.PathLike[str]) -> bool:
@@ -107,7 +107,7 @@ def read_video(
     reader = _reader(path, preprocess)
     buffer: list[np.ndarray] = []
     count, side = 0, (0, 0)
-    for pixels, shown in reader.pictures():
+    for pixels, shown in reader.frames():
         side = side if count else shown
         buffer.append(to_square(pixels, size, preprocess, shown))
         count += 1
