@@ -131,7 +131,7 @@ def choose(clips: Sequence[Tensor], plan: Plan, stride: int) -> tuple[Tensor, li
     if len(clips) == 1:
         return _take(clips[0], [k * stride for k in plan.given])
     if len(clips) != 2:
-        raise ValueError(f"the task needs {count} given frames, not {sum(map(len, clips))} in {len(clips)} files")
+        raise ValueError(f"the task needs {count} given frames; {sum(map(len, clips))} came in {len(clips)} files")
     length = plan.schedule.shape[1]
     left, right = ([k for k in plan.given if (2 * k < length) == side] for side in (True, False))
     end = len(clips[0]) - 1
