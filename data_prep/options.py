@@ -25,7 +25,7 @@ class EncodeConfig:
     antialias: bool | None = None
     flip: bool | None = None
     min_frames: int | None = None
-    keep_damaged: bool = False
+    keep_corrupt: bool = False
     dtype: str = "float16"
     shard_mb: float = 512
     device: str | None = None
@@ -109,7 +109,7 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     add("--antialias", action=yes_no, help="low-pass before shrinking; the papers do not, large videos gain")
     add("--flip", action=yes_no, help="store the mirrored twin of every frame too")
     add("--min-frames", type=int, help="reject shorter videos")
-    add("--keep-damaged", action="store_true", help="keep what can be decoded of damaged videos")
+    add("--keep-corrupt", "--keep-damaged", action="store_true", help="keep what can be decoded of corrupt videos")
     add("--workers", type=int, help="decoder processes per job [its share of the cores, at most 8]")
     add("--timeout", type=float, default=120, help="give a video up when its decoder is silent so many seconds [120]")
     add("--strict", action="store_true", help="stop at the first video that cannot be used; tried again at every start")

@@ -110,7 +110,7 @@ def _settings(config: EncodeConfig, layout: str, vae: "VAE") -> dict[str, Any]:
     """All that decides which bytes are written."""
     changes = {name: getattr(config, name) for name in ("resize", "antialias", "flip", "min_frames")}
     how = replace(PAPER[layout], **{name: value for name, value in changes.items() if value is not None})
-    how = replace(how, keep_corrupt=config.keep_damaged)
+    how = replace(how, keep_corrupt=config.keep_corrupt)
     if config.size % vae.factor:
         raise ValueError(
             f"--size {config.size} is no multiple of {vae.factor}, by which the VAE {config.vae!r} shrinks."
