@@ -3,117 +3,141 @@
     torchrun --nproc-per-node 2 benchmarks/checkpoint_stall.py --model S/2
 
 Takes optimizer steps on random latents, saves as a run does, and logs to MLflow: the time of a step without a
-checkpoint, that for which training stands still, and by how much the checkpoint and the steps after it take longer in
-all than these steps without it.
+checkpoint, the time for which training stands still, and by how much the checkpoint and the steps after it take longer
+in all than these steps without it.
 """
 
-import argparse
 import logging
 import shutil
 import statistics
+import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+if __package__ in (None, ""):  # run as a file: the folder above holds the packages
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.reporting import conclude
-from fvdm.checkpoints import checkpoint as ckpt
-from fvdm.checkpoints.writer import Writer
-from fvdm.config import fail
-from fvdm.diffusion.process import Diffusion
-from fvdm.diffusion.timesteps import sample_timesteps
-from fvdm.distributed import Ranks, from_environment, seed_everything
-from fvdm.models.loading import build, preset
-from fvdm.training.config import EngineConfig
-from fvdm.training.ema import EMA
-from fvdm.training.engine import Engine, initialise
+from fvdm import config as settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fvdm.checkpoints.writer import Writer
+    from fvdm.distributed import Ranks
 
 
-class Trained:
-    """A model in training, and its checkpoints."""
+@dataclass(frozen=True)
+class CheckpointStallConfig:
+    """The checkpoints that are timed.
 
-    def __init__(self, options: argparse.Namespace, ranks: Ranks) -> None:
+    Attributes:
+        model: size and patch.
+        size: side of the latent frames.
+        frames: frames of a clip.
+        steps: steps without a checkpoint, and after each.
+        rounds: checkpoints of either kind.
+        out: folder for the checkpoints, which are removed at the end, and the journal of the MLflow run.
+    """
+
+    model: str = "S/2"
+    size: int = 16
+    frames: int = 16
+    steps: int = 5
+    rounds: int = 3
+    out: str = "runs/benchmarks/checkpoint_stall"
+
+
+class TrainingState:
+    """A network that is trained on random latents, and its checkpoints."""
+
+    def __init__(self, config: CheckpointStallConfig, ranks: "Ranks") -> None:
         """Collective."""
-        config = preset(options.model).fit((4, options.size, options.size), options.frames)
-        settings = EngineConfig(grad_clip_start=0)
-        self.device = initialise(settings.timeout)
-        self.engine = Engine(build(config).to(self.device), settings, ranks.world_size, ranks)
-        self.ema, self.ranks, self.out = EMA(self.engine.masters), ranks, options.out
-        self.shape = (1, *config.clip_shape)
+        from benchmarks.models import network, zero_engine
+
+        shape = network(config.model, config.size, config.frames)
+        self.engine, self.ema = zero_engine(shape, ranks, ranks.world_size)
+        self.ranks, self.out = ranks, Path(config.out)
+        self.shape = (1, *shape.clip_shape)
         self.taken = 0
 
     def step(self) -> float:
         """Take an optimizer step; its seconds."""
-        began = time.monotonic()
-        x_0 = torch.randn(self.shape, device=self.device)
-        t = sample_timesteps(x_0.shape[:2], 0.2).to(self.device)
+        import torch
+
+        from fvdm.diffusion.process import Diffusion
+        from fvdm.diffusion.timesteps import sample_timesteps
+
+        start = time.monotonic()
+        x_0 = torch.randn(self.shape, device=self.engine.device)
+        t = sample_timesteps(x_0.shape[:2], 0.2).to(self.engine.device)
         self.engine.backward(Diffusion().training_losses(self.engine, x_0, t, None).mean())
         self.engine.step(self.taken, 10**6)
         self.ema.update()
         self.taken += 1
-        return time.monotonic() - began
+        return time.monotonic() - start
 
-    def save(self, writer: Writer) -> None:
+    def save(self, writer: "Writer") -> None:
         """Begin a checkpoint, as `fvdm.training.run` does."""
-        state = {"names": self.engine.names, "settings": {}}
-        begin, rank, world_size = self.engine.slice.start, self.ranks.rank, self.ranks.world_size
+        from fvdm.checkpoints import checkpoint as ckpt
 
-        def write(slices: dict[str, Tensor]) -> None:
-            ckpt.save(self.out / "checkpoints", self.taken, slices, begin, state, rank, world_size, writer.barrier)
+        state = {"names": self.engine.names, "settings": {}}
+        start, rank, world_size = self.engine.slice.start, self.ranks.rank, self.ranks.world_size
+
+        def write(slices: "dict[str, Tensor]") -> None:
+            ckpt.save(self.out / "checkpoints", self.taken, slices, start, state, rank, world_size, writer.barrier)
 
         own = slice(len(self.engine.slice))
         writer.begin(self.engine.state() | {"ema": self.ema.shards[0][own]}, write)
 
 
-def measure(trained: Trained, steps: int, rounds: int) -> dict[str, float]:
+def measure(training: TrainingState, steps: int, rounds: int) -> dict[str, float]:
     """Medians over the rounds, in seconds; both ways take turns. Collective."""
+    import torch.distributed as dist
+
+    from fvdm.checkpoints.writer import Writer
+
     writers = {"background": Writer(True, 600), "waiting": Writer(False, 600)}
     for _ in range(2):
-        trained.step()
+        training.step()
     found: dict[str, list[float]] = {}
     for _ in range(rounds):
-        usual = statistics.median(trained.step() for _ in range(steps))
+        usual = statistics.median(training.step() for _ in range(steps))
         found.setdefault("step", []).append(usual)
         for name, writer in writers.items():
             dist.barrier()
-            began = time.monotonic()
-            trained.save(writer)
+            start = time.monotonic()
+            training.save(writer)
             found.setdefault(f"{name}_stalled", []).append(writer.stalled)
             for _ in range(steps):
-                trained.step()
+                training.step()
             writer.wait()
-            found.setdefault(f"{name}_costs", []).append(time.monotonic() - began - steps * usual)
+            found.setdefault(f"{name}_costs", []).append(time.monotonic() - start - steps * usual)
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, and log to MLflow."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="S/2", help="size and patch")
-    parser.add_argument("--size", type=int, default=16, help="side of the latent frames")
-    parser.add_argument("--frames", type=int, default=16, help="frames of a clip")
-    parser.add_argument("--steps", type=int, default=5, help="steps without a checkpoint, and after each")
-    parser.add_argument("--rounds", type=int, default=3, help="checkpoints of either kind")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/checkpoint_stall"), help="the run's folder")
-    options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    seed_everything(0)
     try:
-        if (options.out / "checkpoints").exists():  # They are removed at the end.
-            raise ValueError(f"--out {options.out} holds checkpoints already; name another folder, or remove them")
+        config = settings.parse(CheckpointStallConfig, argv, __doc__)
+        if (Path(config.out) / "checkpoints").exists():  # They are removed at the end.
+            raise ValueError(f"--out {config.out} holds checkpoints already; name another folder, or remove them")
+        from benchmarks.reporting import conclude
+        from fvdm.distributed import from_environment
+
         ranks = from_environment()
-        trained = Trained(options, ranks)
-        figures = measure(trained, options.steps, options.rounds)
-        figures["rank_gb"] = 16 * len(trained.engine.slice) / 1e9
+        training = TrainingState(config, ranks)
+        figures = measure(training, config.steps, config.rounds)
+        figures["rank_gb"] = 16 * len(training.engine.slice) / 1e9
     except ValueError as error:
-        fail(error)
-    trained.engine.close()
+        settings.fail(error)
+    training.engine.close()
     if ranks.is_main:
-        shutil.rmtree(options.out / "checkpoints")
-        name = f"checkpoint_stall {options.model} x{ranks.world_size}"
-        conclude(figures, options.out, name, vars(options), "speed")
+        shutil.rmtree(Path(config.out) / "checkpoints")
+        conclude(figures, config, f"checkpoint_stall {config.model} x{ranks.world_size}", "speed")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from fvdm.config import flatten
 from fvdm.tracking.config import TrackingConfig
 from fvdm.tracking.tracker import Tracker
 
@@ -108,18 +109,26 @@ def send(
     return tracker.run_id or ""
 
 
-def conclude(figures: Mapping[str, float], out: Path, name: str, params: Mapping[str, Any], kind: str) -> None:
-    """Print figures, and report them as an MLflow run; for a benchmark that knows no more than numbers.
+class Benchmark(Protocol):
+    """Settings of a benchmark that knows no more than numbers."""
+
+    @property
+    def out(self) -> str:
+        """Folder of the journal."""
+
+
+def conclude(figures: Mapping[str, float], config: Benchmark, name: str, kind: str) -> None:
+    """Print figures, and report them as an MLflow run.
 
     Args:
         figures: by name.
-        out: folder of the journal.
+        config: settings of the benchmark, a dataclass; its `out` is the folder of the journal.
         name: the run's name in MLflow.
-        params: settings of the benchmark.
         kind: of the figures; the tag `kind`.
     """
     for label, value in figures.items():
         print(f"{label:24s} {value:.3f}")
-    tracker = Tracker(out, TrackingConfig(experiment=EXPERIMENT), name, dict(params), {"kind": kind})
+    tracking = TrackingConfig(experiment=EXPERIMENT)
+    tracker = Tracker(Path(config.out), tracking, name, flatten(config), {"kind": kind})
     tracker.metrics(dict(figures), 0)
     tracker.close()

@@ -6,30 +6,54 @@ Takes optimizer steps on random latents over gloo, on the CPU, and asks the kern
 TCP connections: nothing is modelled. Logs to MLflow.
 """
 
-import argparse
 import logging
 import os
-import socket
-import stat
-import struct
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-import torch
-import torch.distributed as dist
+if __package__ in (None, ""):  # run as a file: the folder above holds the packages
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.reporting import conclude
-from fvdm.config import fail
-from fvdm.distributed import Ranks, from_environment, seed_everything
-from fvdm.models.loading import build, preset
-from fvdm.training.config import EngineConfig
-from fvdm.training.engine import Engine, initialise
-from fvdm.training.plan import parameters, wire_bytes
+from fvdm import config as settings
+
+if TYPE_CHECKING:
+    from fvdm.distributed import Ranks
 
 ACKNOWLEDGED = 120  # where Linux's struct tcp_info has tcpi_bytes_acked, 64 bits
 
 
+@dataclass(frozen=True)
+class TrainCommConfig:
+    """The steps whose messages are counted.
+
+    Attributes:
+        model: size and patch.
+        size: side of the latent frames; the bytes do not depend on it.
+        frames: frames of a clip; the bytes do not depend on them either.
+        micro_batches: micro-batches of a step.
+        precision: of the weights.
+        steps: optimizer steps that are counted.
+        out: folder for the journal of the MLflow run.
+    """
+
+    model: str = "S/2"
+    size: int = 16
+    frames: int = 16
+    micro_batches: int = 1
+    precision: Literal["bf16", "fp32"] = "bf16"
+    steps: int = 2
+    out: str = "runs/benchmarks/train_comm"
+
+
 def sent() -> int:
     """Bytes that the peers of this process's TCP connections have acknowledged so far."""
+    import socket
+    import stat
+    import struct
+
     total = 0
     for entry in os.scandir("/proc/self/fd"):
         try:
@@ -46,59 +70,59 @@ def sent() -> int:
 
 def settled() -> int:
     """The same once all ranks have come here, so that nothing is on its way. Collective."""
+    import torch.distributed as dist
+
     dist.barrier()
     return sent()
 
 
-def steps(options: argparse.Namespace, ranks: Ranks) -> dict[str, float]:
+def steps(config: TrainCommConfig, ranks: "Ranks") -> dict[str, float]:
     """Take the steps; bytes of a step, the mean of the ranks. Collective."""
-    seed_everything(0)
-    config = preset(options.model).fit((4, options.size, options.size), options.frames)
-    settings = EngineConfig(precision=options.precision, grad_clip_start=0, micro_batch=1)
-    initialise(settings.timeout)
-    engine = Engine(build(config), settings, options.micro_batches * ranks.world_size, ranks)
-    x = torch.randn(1, *config.clip_shape)
+    import torch
+    import torch.distributed as dist
+
+    from benchmarks.models import network, zero_engine
+    from fvdm.training.plan import parameters, wire_bytes
+
+    shape = network(config.model, config.size, config.frames)
+    batch = config.micro_batches * ranks.world_size
+    engine, _ = zero_engine(shape, ranks, batch, precision=config.precision, micro_batch=1)
+    x = torch.randn(1, *shape.clip_shape)
     t = torch.full(x.shape[:2], 500)
     before = 0
-    for step in range(options.steps + 1):
+    for step in range(config.steps + 1):
         if step == 1:  # The first one connects the ranks to each other.
             before = settled()
-        for _ in range(options.micro_batches):
+        for _ in range(config.micro_batches):
             engine.backward(engine(x, t).float().square().mean())
-            moved = engine.step(step, options.steps + 1)
+            moved = engine.step(step, config.steps + 1)
         assert moved, "the gradient was not finite"
-    bytes_ = torch.tensor(float(settled() - before) / options.steps, dtype=torch.float64)
+    bytes_ = torch.tensor(float(settled() - before) / config.steps, dtype=torch.float64)
     dist.all_reduce(bytes_)
     engine.close()
-    count = parameters(config)
+    count = parameters(shape)
     measured = bytes_.item() / ranks.world_size
-    predicted = wire_bytes(count, ranks.world_size, options.micro_batches, options.precision)
+    predicted = wire_bytes(count, ranks.world_size, config.micro_batches, config.precision)
     figures = {"ranks": float(ranks.world_size), "parameters": float(count)}
     figures |= {"measured_mb": measured / 1e6, "predicted_mb": predicted / 1e6}
     return figures | ({"measured_over_predicted": measured / predicted} if predicted else {})
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, and log to MLflow."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="S/2", help="size and patch")
-    parser.add_argument("--size", type=int, default=16, help="side of the latent frames; the bytes do not depend on it")
-    parser.add_argument("--frames", type=int, default=16, help="frames of a clip; nor on them")
-    parser.add_argument("--micro-batches", type=int, default=1, help="micro-batches of a step")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--steps", type=int, default=2, help="optimizer steps that are counted")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/train_comm"), help="journal of the run")
-    options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     os.environ["DS_ACCELERATOR"] = "cpu"
     try:
+        config = settings.parse(TrainCommConfig, argv, __doc__)
+        from benchmarks.reporting import conclude
+        from fvdm.distributed import from_environment
+
         ranks = from_environment()
-        figures = steps(options, ranks)
+        figures = steps(config, ranks)
     except ValueError as error:
-        fail(error)
+        settings.fail(error)
     if ranks.is_main:
-        name = f"train_comm {options.model} x{figures['ranks']:.0f}"
-        conclude(figures, options.out, name, vars(options), "wire")
+        conclude(figures, config, f"train_comm {config.model} x{ranks.world_size}", "wire")
 
 
 if __name__ == "__main__":

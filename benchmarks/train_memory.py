@@ -5,70 +5,107 @@
 Runs optimizer steps on random latents, on GPUs where there are any, and logs to MLflow.
 """
 
-import argparse
 import logging
 import resource
-import time
-from dataclasses import replace
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-import torch
-import torch.distributed as dist
+if __package__ in (None, ""):  # run as a file: the folder above holds the packages
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.reporting import conclude
-from fvdm.config import fail
-from fvdm.diffusion.process import Diffusion
-from fvdm.diffusion.timesteps import sample_timesteps
-from fvdm.distributed import Ranks, from_environment, seed_everything
-from fvdm.models.loading import build, preset
-from fvdm.training.config import EngineConfig
-from fvdm.training.ema import EMA
-from fvdm.training.engine import Engine, initialise
-from fvdm.training.plan import memory, parameters
+from fvdm import config as settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from fvdm.distributed import Ranks
 
 
-def peak(device: torch.device) -> float:
-    """Bytes that this rank has held at most: of the GPU, or of the whole process on a CPU."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_reserved(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+@dataclass(frozen=True)
+class TrainMemoryConfig:
+    """The steps whose memory is measured.
+
+    Attributes:
+        model: size and patch.
+        size: side of the latent frames.
+        frames: frames of a clip.
+        channels: latent channels.
+        micro_batch: clips of a rank.
+        activation_checkpointing: recompute the activations of every k-th block; 0 is none.
+        precision: of the weights.
+        steps: optimizer steps.
+        out: folder for the journal of the MLflow run.
+    """
+
+    model: str = "XL/2"
+    size: int = 32
+    frames: int = 16
+    channels: int = 4
+    micro_batch: int = 1
+    activation_checkpointing: int = 0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    steps: int = 3
+    out: str = "runs/benchmarks/train_memory"
 
 
-def steps(options: argparse.Namespace, ranks: Ranks) -> dict[str, float]:
+def peak(device: "torch.device") -> float:
+    """Bytes that this rank has held at most.
+
+    Of a GPU, which no other process may use: with its context and NCCL's buffers, which PyTorch's allocator does not
+    count. On a CPU, of the whole process.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    free, total = torch.cuda.mem_get_info(device)
+    outside = total - free - torch.cuda.memory_reserved(device)
+    # What the allocator has given back since is part of the peak.
+    return float(outside + torch.cuda.max_memory_reserved(device))
+
+
+def steps(config: TrainMemoryConfig, ranks: "Ranks") -> dict[str, float]:
     """Take the steps; the figures of the rank that needed most. Collective."""
-    seed_everything(0)
-    config = replace(
-        preset(options.model).fit((options.channels, options.size, options.size), options.frames),
-        activation_checkpointing=options.activation_checkpointing,
-    )
-    settings = EngineConfig(precision=options.precision, grad_clip_start=0)
-    device = initialise(settings.timeout)
-    engine = Engine(build(config).to(device), settings, options.micro_batch * ranks.world_size, ranks)
-    ema = EMA(engine.masters)
+    import time
+
+    import torch
+    import torch.distributed as dist
+
+    from benchmarks.models import network, zero_engine
+    from fvdm.diffusion.process import Diffusion
+    from fvdm.diffusion.timesteps import sample_timesteps
+    from fvdm.training.plan import memory, parameters
+
+    shape = network(config.model, config.size, config.frames, config.channels)
+    shape = replace(shape, activation_checkpointing=config.activation_checkpointing)
+    engine, ema = zero_engine(shape, ranks, config.micro_batch * ranks.world_size, precision=config.precision)
+    device = engine.device
     built = peak(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    diffusion = Diffusion()
-    seconds = 0.0
-    for step in range(options.steps):
-        began = time.monotonic()
-        x_0 = torch.randn(options.micro_batch, *config.clip_shape, device=device)
+    diffusion, seconds = Diffusion(), 0.0
+    for step in range(config.steps):
+        start = time.monotonic()
+        x_0 = torch.randn(config.micro_batch, *shape.clip_shape, device=device)
         t = sample_timesteps(x_0.shape[:2], 0.2).to(device)
         loss = diffusion.training_losses(engine, x_0, t, None).mean()
         engine.backward(loss)
-        assert engine.step(step, options.steps), "the gradient was not finite"
+        assert engine.step(step, config.steps), "the gradient was not finite"
         ema.update()
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - start
         if ranks.is_main:
             print(f"step {step + 1}: loss {loss.item():.4f}, {seconds:.1f} s", flush=True)
     kind = "gpu" if device.type == "cuda" else "cpu"
-    predicted = memory(config, settings, ranks.world_size, options.micro_batch, kind).peak
+    predicted = memory(shape, engine.config, ranks.world_size, config.micro_batch, kind).peak
     figures = torch.tensor([built, peak(device), seconds], dtype=torch.float64, device=device)
     dist.all_reduce(figures, op=dist.ReduceOp.MAX)
     built, measured, seconds = figures.tolist()
     engine.close()
     return {
-        "parameters": float(parameters(config)),
+        "parameters": float(parameters(shape)),
         "ranks": float(ranks.world_size),
         "built_gb": built / 1e9,
         "peak_gb": measured / 1e9,
@@ -78,28 +115,20 @@ def steps(options: argparse.Namespace, ranks: Ranks) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, and log to MLflow."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="XL/2", help="size and patch")
-    parser.add_argument("--size", type=int, default=32, help="side of the latent frames")
-    parser.add_argument("--frames", type=int, default=16, help="frames of a clip")
-    parser.add_argument("--channels", type=int, default=4, help="latent channels")
-    parser.add_argument("--micro-batch", type=int, default=1, help="clips of a rank")
-    parser.add_argument("--activation-checkpointing", type=int, default=0, help="compute every k-th block again")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--steps", type=int, default=3, help="optimizer steps")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/train_memory"), help="journal of the run")
-    options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     try:
+        config = settings.parse(TrainMemoryConfig, argv, __doc__)
+        from benchmarks.reporting import conclude
+        from fvdm.distributed import from_environment
+
         ranks = from_environment()
-        figures = steps(options, ranks)
+        figures = steps(config, ranks)
     except ValueError as error:
-        fail(error)
+        settings.fail(error)
     if ranks.is_main:
-        name = f"train_memory {options.model} x{figures['ranks']:.0f}"
-        conclude(figures, options.out, name, vars(options), "memory")
+        conclude(figures, config, f"train_memory {config.model} x{ranks.world_size}", "memory")
 
 
 if __name__ == "__main__":
