@@ -13,7 +13,7 @@ from fvdm.distributed import Ranks, seed_everything
 from fvdm.generation.pipeline import Trained, load
 from fvdm.media.vae import load_vae
 from fvdm.models.backbone import Backbone
-from fvdm.models.config import BACKENDS, Backend, BackboneConfig
+from fvdm.models.config import BACKENDS, BackboneConfig, Backend
 from fvdm.models.loading import build, preset
 from fvdm.training.config import EngineConfig
 from fvdm.training.ema import EMA

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.acceptance.networks import DTYPES, build, clip, free, network
@@ -18,7 +17,6 @@ from fvdm.diffusion.process import Diffusion
 from fvdm.diffusion.sampling import draw_noise, generators, sample
 from fvdm.diffusion.timesteps import full_sequence
 from fvdm.models.compilation import compile_blocks
-from fvdm.models.latte import modulated
 
 if TYPE_CHECKING:
     from benchmarks.acceptance.config import AcceptanceConfig
@@ -40,8 +38,8 @@ def run(record: Record, config: "AcceptanceConfig") -> None:
                 continue  # Compilation takes most of the time here, and once is enough to see that it works.
             function = functools.partial(compare, reference, shape, config.device, precision, mode)
             record.check(f"network, {precision}, {mode}", function)
-        layer = functools.partial(compare_modulated, config.device, precision)
-        record.check(f"modulated linear layer, {precision}", layer)
+        functions = functools.partial(compare_functions, shape, config.device, precision)
+        record.check(f"own autograd functions, {precision}", functions)
     record.check("losses of the diffusion process", functools.partial(compare_losses, config.device))
     record.check("samples of one clip and of eight", functools.partial(compare_samples, shape, config.device))
     record.check("host-device syncs of a step", functools.partial(find_syncs, shape, config.device))
@@ -60,6 +58,9 @@ def gradients(shape: "BackboneConfig", device: str, precision: str, mode: str) -
             compile_blocks(model)
         except ValueError as error:
             raise LeftOutError(str(error)) from None
+    for layer in model.modules() if mode == "plain" else ():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_pre_hook(lambda layer, inputs: None)
     x, t = (tensor.to(device) for tensor in clip(shape, 2))
     output = model(x.to(DTYPES[precision]), t)
     output.float().square().mean().backward()
@@ -100,29 +101,15 @@ def judge(values: dict[str, float | str], precision: str) -> Outcome:
     return Outcome(values, good, f"output {output:g}, gradient {gradient:g}")
 
 
-def compare_modulated(device: str, precision: str) -> Outcome:
-    """The layer's own autograd function on the device against plain operations in float64 on the CPU."""
-    torch.manual_seed(0)
-    b, f, n, d, e = 2, 4, 64, 96, 160
-    tensors = [torch.randn(b, f, n, d), torch.randn(b, f, 1, d), torch.randn(b, f, 1, d)]
-    layer, probe = nn.Linear(d, e), torch.randn(b, f, n, e)
+def compare_functions(shape: "BackboneConfig", device: str, precision: str) -> Outcome:
+    """The network's own autograd functions against plain operations, both on the device.
 
-    def every_gradient(own: bool) -> tuple[Tensor, Tensor]:
-        place, dtype = (device, DTYPES[precision]) if own else ("cpu", torch.float64)
-        linear = nn.Linear(d, e).to(place, dtype)
-        linear.load_state_dict(layer.state_dict())
-        x, shift, scale = (tensor.to(place, dtype).requires_grad_() for tensor in tensors)
-        if own:
-            output = modulated(linear, x, shift, scale)
-        else:
-            output = linear(F.layer_norm(x, (d,), eps=1e-6) * (1 + scale) + shift)
-        found_gradients = torch.autograd.grad(
-            (output * probe.to(place, dtype)).sum(), [x, shift, scale, *linear.parameters()]
-        )
-        return output.detach().double().cpu(), torch.cat([g.flatten().double().cpu() for g in found_gradients])
-
-    (output, gradient), (exact_output, exact_gradient) = every_gradient(True), every_gradient(False)
-    return judge({"output": distance(output, exact_output), "gradient": distance(gradient, exact_gradient)}, precision)
+    A layer with a hook computes by plain operations.
+    """
+    own, plain = (gradients(shape, device, precision, mode) for mode in ("eager", "plain"))
+    names = [name for name in plain if name != "output"]
+    gradient = distance(*(torch.cat([side[name].flatten() for name in names]) for side in (own, plain)))
+    return judge({"output": distance(own["output"], plain["output"]), "gradient": gradient}, precision)
 
 
 def compare_losses(device: str) -> Outcome:
