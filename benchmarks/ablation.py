@@ -28,7 +28,7 @@ from benchmarks import fvd
 from benchmarks.plots import Point, curves
 from benchmarks.reporting import Report, machine, send
 from benchmarks.smoke import smoke_clips, smoke_latents
-from fvdm.checkpoints.checkpoint import STEP
+from fvdm.checkpoints.layout import STEP
 from fvdm.config import fail
 from fvdm.distributed import Ranks
 from fvdm.files import write_text

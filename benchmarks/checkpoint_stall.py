@@ -25,7 +25,7 @@ from fvdm import config as settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fvdm.checkpoints.writer import Writer
+    from fvdm.checkpoints.writer import AsyncCheckpointWriter
     from fvdm.distributed import Ranks
 
 
@@ -79,27 +79,27 @@ class TrainingState:
         self.taken += 1
         return time.monotonic() - start
 
-    def save(self, writer: "Writer") -> None:
+    def save(self, writer: "AsyncCheckpointWriter") -> None:
         """Begin a checkpoint, as `fvdm.training.run` does."""
-        from fvdm.checkpoints import checkpoint as ckpt
+        from fvdm.checkpoints.save import save
 
         state = {"names": self.engine.names, "settings": {}}
-        start, rank, world_size = self.engine.slice.start, self.ranks.rank, self.ranks.world_size
+        start = [part.start for part in self.engine.slices]
+        rank, world_size = self.ranks.rank, self.ranks.world_size
 
         def write(slices: "dict[str, Tensor]") -> None:
-            ckpt.save(self.out / "checkpoints", self.taken, slices, start, state, rank, world_size, writer.barrier)
+            save(self.out / "checkpoints", self.taken, slices, start, state, rank, world_size, writer.barrier)
 
-        own = slice(len(self.engine.slice))
-        writer.begin(self.engine.state() | {"ema": self.ema.shards[0][own]}, write)
+        writer.begin(self.engine.state() | self.engine.own("ema", self.ema.shards), write)
 
 
 def measure(training: TrainingState, steps: int, rounds: int) -> dict[str, float]:
     """Medians over the rounds, in seconds; both ways take turns. Collective."""
     import torch.distributed as dist
 
-    from fvdm.checkpoints.writer import Writer
+    from fvdm.checkpoints.writer import AsyncCheckpointWriter
 
-    writers = {"background": Writer(True, 600), "waiting": Writer(False, 600)}
+    writers = {"background": AsyncCheckpointWriter(True, 600), "waiting": AsyncCheckpointWriter(False, 600)}
     for _ in range(2):
         training.step()
     found: dict[str, list[float]] = {}
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ranks = from_environment()
         training = TrainingState(config, ranks)
         figures = measure(training, config.steps, config.rounds)
-        figures["rank_gb"] = 16 * len(training.engine.slice) / 1e9
+        figures["rank_gb"] = 16 * sum(map(len, training.engine.slices)) / 1e9
     except ValueError as error:
         settings.fail(error)
     training.engine.close()

@@ -72,6 +72,18 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def first_error(error: str, group: dist.ProcessGroup | None = None) -> str:
+    """The error of the first rank that has one, such as `rank 2: out of memory`; empty where none has. Collective.
+
+    Args:
+        error: what went wrong on this rank; empty for nothing.
+        group: of the ranks; all by default.
+    """
+    errors: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(errors, error, group)
+    return next((f"rank {rank}: {text}" for rank, text in enumerate(errors) if text), "")
+
+
 class Stop(enum.IntEnum):
     """What the job has been told; the greater word wins when ranks hear different ones."""
 
@@ -122,7 +134,7 @@ class HangDetector:
         self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=3 * self.seconds))
         self.store = c10d.PrefixStore("roll call", c10d._get_default_store())
 
-    def hung(self, error: RuntimeError) -> str:
+    def find(self, error: RuntimeError) -> str:
         """The ranks that hang, such as `ranks 2, 5`; empty where `error` is not gloo's, or a peer has ended.
 
         Every rank that is not hung calls it at about the same time, and gets the same answer.

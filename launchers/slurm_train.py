@@ -56,7 +56,7 @@ def plan(options: argparse.Namespace, words: list[str]) -> tuple[list[Training],
         ValueError: if anything is wrong that can be known before a job waits in a queue.
     """
     from fvdm.training.config import TrainConfig
-    from fvdm.training.run import check
+    from fvdm.training.setup import check
 
     resources = Resources.from_options(options)
     jobs = []

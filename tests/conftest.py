@@ -18,7 +18,7 @@ def latents(tmp_path_factory):
 @pytest.fixture(scope="session")
 def undisturbed(latents, tmp_path_factory):
     """Eight steps of a training on two ranks, in one go."""
-    from tests.trainings import train, words
+    from tests.runs import train, words
 
     folder = tmp_path_factory.mktemp("undisturbed")
     train(2, words(latents, folder, "run", "--steps", 8), folder)

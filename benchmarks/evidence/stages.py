@@ -17,7 +17,7 @@ from benchmarks.ablation import queued
 from benchmarks.evidence.data import VIDEOS, folders, made_of, prepare, smoke_videos
 from benchmarks.evidence.measure import Bench
 from benchmarks.evidence.plan import ROOT, SCALAR, Arm, Budget, Job, arms, base_p, jobs, rank
-from fvdm.checkpoints.checkpoint import STEP
+from fvdm.checkpoints.layout import STEP
 from fvdm.evaluation.sources import device
 
 EXPERIMENT = "evidence"

@@ -11,11 +11,11 @@ class CheckpointConfig:
     """When checkpoints are written and which are kept.
 
     Attributes:
-        every: steps between checkpoints; one is also written at the end and when the job is told to stop.
-        background: write while training goes on, from a copy in host memory; else training waits.
-        keep_last: newest checkpoints that are kept.
+        every: steps between checkpoints; one is also written at the end, and when the job receives a signal to stop.
+        background: write while training goes on, from a copy in host memory; otherwise training waits.
+        keep_last: newest checkpoints that are kept; corrupt ones do not count, and are moved aside.
         keep_every: keep each checkpoint whose step is a multiple of this, too; 0 keeps none but the newest.
-        timeout: seconds after which a rank gives up that waits for another to write its part, on the slowest disk.
+        timeout: seconds that a rank waits for another to write its part, on the slowest disk.
     """
 
     every: int = 5_000

@@ -1,20 +1,22 @@
-"""Writes checkpoints beside the training: training waits for the copy into host memory, not for the disk."""
+"""Writes checkpoints while training goes on: training waits for the copy to host memory, not for the disk."""
 
 import datetime
 import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fvdm.distributed import first_error
 
 logger = logging.getLogger(__name__)
 
 
-class Writer:
-    """Runs one collective write at a time, in a thread on a process group of its own.
+class AsyncCheckpointWriter:
+    """Runs one collective write at a time, in a thread, on its own process group.
 
     Attributes:
         stalled: seconds for which the last write held training up.
@@ -38,14 +40,12 @@ class Writer:
 
     def barrier(self, error: str = "") -> None:
         """Wait for the writers of all ranks; raise OSError on each if one of them gives a sentence."""
-        errors: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error, self.group)
-        first = next((f"rank {rank}: {text}" for rank, text in enumerate(errors) if text), None)
+        first = first_error(error, self.group)
         if first:
             raise OSError(first)
 
     def begin(self, slices: dict[str, Tensor], write: Callable[[dict[str, Tensor]], None]) -> None:
-        """Wait for the write before, copy, and write. Collective.
+        """Wait for the previous write, copy, and write. Collective.
 
         Args:
             slices: tensors that training will change; `write` gets a copy in host memory.
@@ -53,7 +53,7 @@ class Writer:
         """
         began = time.monotonic()
         self.wait()
-        copy = {name: tensor.detach().to("cpu", copy=self.background) for name, tensor in slices.items()}
+        copy = host_copy(slices) if self.background else {name: tensor.cpu() for name, tensor in slices.items()}
         # A daemon: a rank that gives up on a hung peer must not wait for it here once more.
         self._thread = threading.Thread(target=self._run, args=(write, copy), name="checkpoint", daemon=True)
         self._thread.start()
@@ -79,3 +79,14 @@ class Writer:
             raise self._raised
         error, self._error = self._error, None
         return error
+
+
+def host_copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A copy in host memory; from a GPU into pinned memory, which the transfer fills at full speed."""
+    copy = {}
+    for name, tensor in tensors.items():
+        copy[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        copy[name].copy_(tensor.detach(), non_blocking=True)
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.synchronize()
+    return copy

@@ -1,7 +1,7 @@
-"""`fvdm checkpoint list|verify|export RUN`: look at, check, or hand on what a run has saved.
+"""`fvdm checkpoint list|verify|export RUN`: look at, check, or export what a run has saved.
 
-list prints step, ranks, size and whether a checkpoint is complete, by size alone; verify does the same by every
-checksum, with exit code 2 if one is corrupt; export writes model, average and settings into a folder of their own.
+list prints step, ranks, size and whether a checkpoint is complete, by the sizes of its files; verify does the same by
+every checksum, with exit code 2 if one is corrupt; export writes a model folder for use, with the averaged weights.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,16 @@ class CheckpointCommand:
     Attributes:
         action: list, verify or export.
         run: a run's folder, or a checkpoint.
-        out: folder to make; for export alone.
+        out: folder to write; for export only.
+        weights: ema (the average) or model (the last step's); for export only.
+        dtype: numbers of the exported weights: float16 and bfloat16 halve the file; for export only.
     """
 
     action: Literal["list", "verify", "export"]
     run: str
     out: str = ""
+    weights: Literal["ema", "model"] = "ema"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,35 +43,42 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(config: CheckpointCommand) -> None:
-    """Do it.
+    """List, verify or export.
 
     Raises:
         ValueError: if there is no such checkpoint, or one is corrupt.
     """
-    from fvdm.checkpoints.checkpoint import export, resolve
-
     if config.action == "export":
+        import torch
+
+        from fvdm.checkpoints.find import resolve
+        from fvdm.models.export import export_model
+
         folder = resolve(Path(config.run))
-        export(folder, Path(config.out))
+        export_model(folder, Path(config.out), config.weights, getattr(torch, config.dtype))
         print(f"{folder} exported to {config.out}; use it with: fvdm generate --checkpoint {config.out}")
         return
-    corrupt = print_table(Path(config.run), deep=config.action == "verify")
+    corrupt = print_table(Path(config.run), checksums=config.action == "verify")
     if corrupt and config.action == "verify":
-        raise ValueError(f"{config.run} holds {corrupt} corrupt checkpoint(s); a resumed run passes over them")
+        raise ValueError(
+            f"{config.run} holds {corrupt} corrupt checkpoint(s); a run that resumes moves them aside and uses the "
+            f"newest complete one"
+        )
 
 
-def print_table(run: Path, deep: bool) -> int:
-    """Print a line for each checkpoint; return how many are corrupt."""
-    from fvdm.checkpoints.checkpoint import checkpoints, validate
+def print_table(run: Path, checksums: bool) -> int:
+    """Print a line for each checkpoint; return how many are corrupt, without those that were moved aside."""
+    from fvdm.checkpoints.find import CORRUPT, checkpoints, corrupt_checkpoints
+    from fvdm.checkpoints.layout import MANIFEST, validate
 
-    folders = [run] if (run / "manifest.json").exists() else checkpoints(run / "checkpoints") or checkpoints(run)
-    if not folders:
+    root = run / "checkpoints" if (run / "checkpoints").is_dir() else run
+    aside = {folder: reason for folder, reason in corrupt_checkpoints(root).items() if folder.name.startswith(CORRUPT)}
+    folders = [run] if (run / MANIFEST).exists() else checkpoints(root)
+    if not folders and not aside:
         raise ValueError(f"{run} holds no checkpoint; give a run's folder, such as runs/demo")
-    corrupt = 0
-    for folder in folders:
-        reason = validate(folder, deep)
-        corrupt += reason is not None
+    reasons = {folder: validate(folder, checksums) for folder in folders}
+    for folder, reason in (reasons | aside).items():
         size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
         ranks = len(list(folder.glob("shard-*")))
         print(f"{folder}  {size:10.1f} MB  {ranks:4d} ranks  {'corrupt: ' + reason if reason else 'complete'}")
-    return corrupt
+    return sum(reason is not None for reason in reasons.values())

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fvdm import config as settings
-from fvdm.checkpoints.checkpoint import read_state
+from fvdm.checkpoints.read import read_state
 from fvdm.diffusion.config import DiffusionConfig
 from fvdm.files import write_text
 from fvdm.models.config import BackboneConfig

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fvdm.checkpoints import checkpoint as ckpt
+from fvdm.checkpoints import find
+from fvdm.checkpoints.read import read_state, read_weights
 from fvdm.models.backbone import Backbone
 from fvdm.models.config import BackboneConfig, LatteConfig, latte_preset
 from fvdm.models.latte import Latte
@@ -57,7 +58,7 @@ def resolve(path_or_name: str | Path) -> Path:
     path = Path(path_or_name)
     if str(path_or_name) == "example" and not path.exists():
         path = EXAMPLE
-    return path if path.is_file() or (path / "config.json").is_file() else ckpt.resolve(path)
+    return path if path.is_file() or (path / "config.json").is_file() else find.resolve(path)
 
 
 def load_backbone(path_or_name: str | Path, weights: str = "ema", num_heads: int | None = None) -> Backbone:
@@ -84,14 +85,20 @@ def read_backbone(path: Path, weights: str = "ema", num_heads: int | None = None
         return from_official(load_torch(path), num_heads)
     if (path / "config.json").is_file():
         return Latte.from_pretrained(path)
-    model = build(config_from(ckpt.read_state(path)["network"]))
-    model.load_state_dict(ckpt.read_weights(path, weights))
+    model = build(config_from(read_state(path)["network"]))
+    model.load_state_dict(read_weights(path, weights))
     return model
 
 
-def load_weights(path_or_name: str | Path, weights: str = "ema") -> dict[str, Tensor]:
-    """The weights alone, by name, of what `load_backbone` loads; see there."""
+def load_weights(path_or_name: str | Path, weights: str = "ema", checksum: bool = True) -> dict[str, Tensor]:
+    """The weights alone, by name, of what `load_backbone` loads; see there.
+
+    Args:
+        path_or_name: see `load_backbone`.
+        weights: see `load_backbone`.
+        checksum: compare the SHA-256 of a checkpoint's weights; of several processes on a node one is enough.
+    """
     path = resolve(path_or_name)
     if path.is_file() or (path / "config.json").is_file():
         return dict(read_backbone(path).state_dict())
-    return ckpt.read_weights(path, weights)
+    return read_weights(path, weights, checksum)

@@ -16,6 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from fvdm.checkpoints.read import require_finite
 from fvdm.models.config import LATTE_SIZES, LatteConfig
 from fvdm.models.latte import Latte
 
@@ -50,9 +51,10 @@ def from_official(state_dict: Mapping[str, Any], num_heads: int | None = None) -
         num_heads: attention heads; found by itself for the sizes S, B, L and XL.
 
     Raises:
-        ValueError: if it is another model's checkpoint; says by which names.
+        ValueError: if it is another model's checkpoint, or a weight is not finite; says by which names.
     """
     weights = _unwrap(state_dict)
+    require_finite(weights, "the checkpoint")
     config = _config(weights, num_heads)
     ours: dict[str, Tensor] = {}
     for name, value in weights.items():

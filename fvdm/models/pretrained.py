@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from fvdm.checkpoints.read import require_finite
 from fvdm.config import current_names
 from fvdm.files import atomic_write, write_text
 
@@ -102,6 +103,8 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
     path = next((folder / name for name in (WEIGHTS, *_OTHER_WEIGHTS) if (folder / name).is_file()), folder / WEIGHTS)
     try:
-        return {name: value.float() for name, value in load_file(path).items()}
+        weights = {name: value.float() for name, value in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
+    require_finite(weights, path)
+    return weights

@@ -10,7 +10,6 @@ A model is the averaged weights in the form of `save_pretrained`, and fvdm/servi
 
 import io
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -23,12 +22,15 @@ import torch
 from torch import Tensor
 
 from fvdm import __version__
-from fvdm.checkpoints import checkpoint as ckpt
+from fvdm.checkpoints.find import resolve
+from fvdm.checkpoints.layout import STEP
+from fvdm.checkpoints.read import read_state
 from fvdm.generation.config import GenerationConfig
 from fvdm.generation.inputs import read_source
 from fvdm.generation.pipeline import Trained
 from fvdm.media.vae import load_vae
-from fvdm.models.inference import INFERENCE, read_inference_config, write_inference_config
+from fvdm.models.export import export_model
+from fvdm.models.inference import read_inference_config
 from fvdm.models.loading import read_backbone
 from fvdm.serving.config import RegistryConfig
 from fvdm.tracking.logged_model import LoggedModel
@@ -138,24 +140,11 @@ def pack(checkpoint: Path, root: Path) -> Packed:
         network = read_backbone(checkpoint).config
         size = network.latent_shape[1] * load_vae(read_inference_config(checkpoint, network).vae).factor
         return Packed(checkpoint, 0, size)
-    state = ckpt.read_state(checkpoint)
-    packed = Packed(root / ckpt.STEP.format(state["step"]), state["step"], state["size"])
-    if not (packed.folder / INFERENCE).is_file():
-        _write(checkpoint, packed.folder)
+    state = read_state(checkpoint)
+    packed = Packed(root / STEP.format(state["step"]), state["step"], state["size"])
+    if not packed.folder.exists():
+        export_model(checkpoint, packed.folder)
     return packed
-
-
-def _write(checkpoint: Path, folder: Path) -> None:
-    model = read_backbone(checkpoint)
-    model.save_pretrained(folder)
-    use = read_inference_config(checkpoint, model.config)
-    try:
-        if Path(use.vae).is_dir():
-            shutil.copytree(use.vae, folder / "vae", dirs_exist_ok=True)
-        # Last: with this file the folder is complete.
-        write_inference_config(folder, use)
-    except OSError as error:
-        raise ValueError(f"cannot write the model to {folder}: {error}") from None
 
 
 def log_model(tracker: Tracker, checkpoint: Path, root: Path, name: str) -> str:
@@ -179,7 +168,7 @@ def log_model(tracker: Tracker, checkpoint: Path, root: Path, name: str) -> str:
         LoggedModel(
             folder=str(packed.folder.resolve()),
             code=str(Path(__file__).with_name("pyfunc.py").resolve()),
-            name=ckpt.STEP.format(packed.step),
+            name=STEP.format(packed.step),
             registered=registered,
             step=packed.step,
             signature=signature(packed.size),
@@ -198,7 +187,7 @@ def register(config: RegistryConfig) -> str:
         ValueError: if there is no such model, or MLflow refuses it.
     """
     path = Path(config.checkpoint)
-    checkpoint = path if (path / "config.json").is_file() else ckpt.resolve(path)
+    checkpoint = path if (path / "config.json").is_file() else resolve(path)
     inside = checkpoint.parent.name == "checkpoints"
     name = config.name or (checkpoint.parent.parent if inside else checkpoint).resolve().name
     root = Path(config.out or Path("registered") / name)

@@ -52,11 +52,11 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class PreviewConfig:
-    """Videos made while training.
+    """Videos made while training; a preview that fails costs that preview alone.
 
     Attributes:
         every: steps between previews; 0 is none.
-        tasks: what is made of each; a task that must be told more, as any-frame must, is none for here.
+        tasks: tasks of docs/tasks.md, without those that need further settings, such as any-frame.
         num: clips per task, shared out among the ranks.
         steps: sampling steps.
         solver: ddim, ddpm, dpm++ or unipc.
@@ -75,7 +75,7 @@ class PreviewConfig:
     fps: float = 8.0
 
     def __post_init__(self) -> None:
-        """Refuse, before a run begins, what would end it at its first preview."""
+        """Refuse, before a run begins, what could give no preview."""
         some = (1, math.inf)
         in_range(self, "previews", every=(0, math.inf), num=some, steps=some, long_frames=some, fps=(0.1, math.inf))
         from fvdm.diffusion.solvers import solver
@@ -96,8 +96,10 @@ class TrainConfig:
         data: what is trained on.
         runs: folder of all runs.
         model: size and patch: S/2, B/2, L/2, XL/2 (or T, XS; patches /1, /4, /8).
-        init: weights to begin with: a run, a folder of `fvdm convert`, or a checkpoint file of Latte or FVDM; a run that
-            is resumed has its own.
+        init: initial weights: a run, a folder of `fvdm convert`, or a checkpoint file of Latte or FVDM; a run that
+            resumes has its own.
+        from_scratch: where all checkpoints of the run are corrupt, train it again from step 0 instead of refusing to; a
+            complete checkpoint is resumed from all the same.
         conditional: use the class labels of the data.
         class_dropout: probability that a clip's label is hidden, for guidance.
         attention: attention backend: auto, flash, sdpa or math.
@@ -108,10 +110,10 @@ class TrainConfig:
         seed: of the initial weights, the order of the data and all noise.
         ema_decay: decay of the average of the weights, per step.
         log_every: steps between two reports.
-        stop_every: steps between two looks at whether a rank was told to stop.
+        stop_every: steps between two checks of whether a rank received a signal to stop.
         max_skipped: steps in a row whose loss or gradient is not finite, after which the run stops.
         register_as: name under which the trained model (of XL, 2.7 GB) is logged and registered in MLflow when the
-            training is complete; auto is the run's name, none leaves it out.
+            run is complete; auto is the run's name, none leaves it out.
         diffusion: noise process and objective.
         engine: optimizer and ZeRO-2.
         checkpoint: when checkpoints are written, and which are kept.
@@ -124,6 +126,7 @@ class TrainConfig:
     runs: str = "runs"
     model: str = "XL/2"
     init: str = ""
+    from_scratch: bool = False
     conditional: bool = False
     class_dropout: float = 0.1
     attention: Backend = "auto"

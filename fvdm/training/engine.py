@@ -1,12 +1,13 @@
-"""The DeepSpeed ZeRO-2 engine: built from our settings, and its sharded float32 state laid open for checkpoints.
+"""The DeepSpeed ZeRO-2 engine: built from our settings, with access to its sharded float32 state for checkpoints.
 
 The only place that imports deepspeed. Weights are bf16 (or float32); master weights, Adam moments, gradient
-accumulation and reduction are float32. All parameters form one flat vector, of which rank r owns one slice.
+accumulation and reduction are float32. The trained parameters form one flat vector, one parameter group after the
+other; rank r owns a slice of each group. Frozen parameters are in none of it.
 """
 
 import datetime
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fvdm.checkpoints.layout import group_key
 from fvdm.distributed import Ranks
 from fvdm.training.config import EngineConfig
 
@@ -26,7 +28,7 @@ def initialise(timeout: int) -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        # DeepSpeed would compile a C++ extension here, for 20 s and behind a lock that a killed run leaves shut.
+        # DeepSpeed would compile a C++ extension here: 20 s, behind a lock that a killed run never releases.
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -66,14 +68,22 @@ def learning_rate(config: EngineConfig, step: int, steps: int) -> float:
 class Engine:
     """A model under ZeRO-2: call it, `backward` the loss, `step`."""
 
-    def __init__(self, model: nn.Module, config: EngineConfig, batch_size: int, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: EngineConfig,
+        batch_size: int,
+        ranks: Ranks,
+        groups: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
         """Wrap `model`; its float32 weights become the masters exactly.
 
         Args:
-            model: on the CPU or the rank's device, float32.
+            model: on the CPU or the rank's device, float32; parameters that do not require a gradient stay frozen.
             config: settings.
             batch_size: global batch, in clips.
             ranks: this process among its peers.
+            groups: parameter groups as `torch.optim.AdamW` takes them; one group of all trained parameters by default.
 
         Raises:
             ValueError: if the batch does not divide among the ranks.
@@ -83,27 +93,36 @@ class Engine:
 
         self.config, self.ranks = config, ranks
         self.micro_batch, self.micro_batches = accumulation(batch_size, config.micro_batch, ranks.world_size)
-        self.names = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        groups = groups or [{"params": list(trained.values())}]
+        name_of = {id(p): name for name, p in trained.items()}
+        named = [[name_of[id(p)] for p in group["params"]] for group in groups]
+        self.names = {name: tuple(trained[name].shape) for names in named for name in names}
+        self.sizes = [sum(trained[name].numel() for name in names) for names in named]  # of each group
         optimizer = torch.optim.AdamW(
-            model.parameters(), config.lr, config.betas, weight_decay=config.weight_decay, fused=True
+            [dict(group) for group in groups], config.lr, config.betas, weight_decay=config.weight_decay, fused=True
         )
-        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        weights = {name: p.detach().clone() for name, p in trained.items()}
         self.engine, self.zero, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._deepspeed_config()
         )
         self._bound_groups()
         for name, parameter in self.engine.module.named_parameters():
-            # DeepSpeed makes the masters from weights that it has already rounded to bf16.
-            safe_set_full_fp32_param(parameter, weights[name])
+            if name in weights:
+                # DeepSpeed makes the masters from weights that it has already rounded to bf16.
+                safe_set_full_fp32_param(parameter, weights[name])
         self.device = torch.device(self.engine.device)
 
     def _deepspeed_config(self) -> dict[str, Any]:
+        from deepspeed.accelerator import get_accelerator
+
         config = self.config
         return {
             "train_micro_batch_size_per_gpu": self.micro_batch,
             "gradient_accumulation_steps": self.micro_batches,
             "gradient_clipping": config.grad_clip,
-            "bf16": {"enabled": config.precision == "bf16"},
+            # Named, though it is the default: a gradient that is not finite must never reach the weights.
+            "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
             # Both are needed: bf16 alone accumulates and reduces gradients in bf16.
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
@@ -111,15 +130,16 @@ class Engine:
                 "stage": 2,
                 "contiguous_gradients": True,
                 "reduce_scatter": True,
-                "overlap_comm": torch.cuda.is_available(),
+                "overlap_comm": get_accelerator().device_name() != "cpu",
                 "reduce_bucket_size": config.reduce_bucket_size,
                 "allgather_bucket_size": config.reduce_bucket_size,
             },
+            "timers": {"throughput": {"enabled": False}},  # It waits for the device twice in a micro-batch.
             "steps_per_print": 10**9,
         }
 
     def _bound_groups(self) -> None:
-        # DeepSpeed clones the world group with PyTorch's 30 minutes, whatever init_distributed was told.
+        # DeepSpeed clones the world group with PyTorch's 30 minutes, whatever timeout init_distributed got.
         from torch.distributed import distributed_c10d as c10d
 
         for group in list(c10d._world.pg_map):
@@ -138,13 +158,14 @@ class Engine:
 
         Args:
             step: number of optimizer steps taken so far; clipping and the learning rate depend on it.
-            steps: number of steps of the whole training.
+            steps: number of steps of the whole run.
 
         Returns:
             Whether the weights moved: not within an accumulation, nor when a gradient was not finite on any rank.
         """
         self.zero.clip_grad = self.config.grad_clip if step >= self.config.grad_clip_start else 0.0
-        self.zero.param_groups[0]["lr"] = learning_rate(self.config, step, steps)
+        for group in self.zero.param_groups:
+            group["lr"] = learning_rate(self.config, step, steps)
         self.engine.step()
         return bool(self.engine.was_step_applied())
 
@@ -155,55 +176,71 @@ class Engine:
 
     @property
     def masters(self) -> list[Tensor]:
-        """This rank's slice of the float32 weights, padded at the end of the last rank."""
+        """This rank's slice of the float32 weights of each group, padded at the end of the last rank."""
         return self.zero.single_partition_of_fp32_groups
 
     @property
     def total(self) -> int:
-        """Number of trainable parameters: the length of the flat vector."""
-        return sum(torch.Size(shape).numel() for shape in self.names.values())
+        """Number of trained parameters: the length of the flat vector."""
+        return sum(self.sizes)
 
     @property
-    def slice(self) -> range:
-        """The part of the flat vector that this rank owns, without padding."""
-        size = self.masters[0].numel()
-        begin = min(self.ranks.rank * size, self.total)
-        return range(begin, min(begin + size, self.total))
+    def slices(self) -> list[range]:
+        """The parts of the flat vector that this rank owns, one of each group, without padding."""
+        parts, first = [], 0
+        for master, size in zip(self.masters, self.sizes, strict=True):
+            begin = min(self.ranks.rank * master.numel(), size)
+            parts.append(range(first + begin, first + min(begin + master.numel(), size)))
+            first += size
+        return parts
 
-    def state(self) -> dict[str, Tensor]:
-        """Master weights and Adam moments of this rank's slice, flat and float32, sharing memory."""
-        moments = self.zero.optimizer.state[self.masters[0]]
-        named = {"master": self.masters[0].detach()} | {k: moments[k] for k in ("exp_avg", "exp_avg_sq")}
-        return {name: values[: len(self.slice)] for name, values in named.items()}
-
-    def load_state(self, state: dict[str, Tensor], optimizer_steps: int) -> None:
-        """Take over what `state` returned, for this rank's slice, whatever number of ranks wrote it.
+    def own(self, name: str, values: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Values shaped as `masters`, under the names that checkpoints give them, without padding; they share memory.
 
         Args:
-            state: `master`, `exp_avg`, `exp_avg_sq`, each flat, as long as `slice`.
+            name: of `fvdm.checkpoints.layout.SLICES`.
+            values: one flat tensor of each group.
+        """
+        pairs = zip(values, self.slices, strict=True)
+        return {group_key(name, k): tensor.detach()[: len(part)] for k, (tensor, part) in enumerate(pairs)}
+
+    def state(self) -> dict[str, Tensor]:
+        """Master weights and Adam moments of this rank's slices, flat and float32, sharing memory."""
+        state = self.own("master", self.masters)
+        for name in ("exp_avg", "exp_avg_sq"):
+            # Before the first update there are none, which is the same as zero.
+            moments = [self.zero.optimizer.state.get(master, {}).get(name) for master in self.masters]
+            pairs = zip(moments, self.masters, strict=True)
+            state |= self.own(name, [torch.zeros_like(master) if m is None else m for m, master in pairs])
+        return state
+
+    def load_state(self, state: Mapping[str, Sequence[Tensor]], optimizer_steps: int) -> None:
+        """Take over what `state` returned, for this rank's slices, whatever number of ranks wrote it.
+
+        Args:
+            state: `master`, `exp_avg`, `exp_avg_sq`: for each group a flat tensor, as long as its part of `slices`.
             optimizer_steps: updates that Adam has made, for its bias correction.
         """
-        master = self.masters[0]
-        moments = self.zero.optimizer.state[master]
-        for name in ("exp_avg", "exp_avg_sq"):
-            moments[name] = torch.zeros_like(master)
-        moments["step"] = torch.tensor(float(optimizer_steps), device=master.device)
-        for name, values in ({"master": master} | moments).items():
-            if name != "step":
-                values.data[: len(self.slice)].copy_(state[name])
+        for k, (master, part) in enumerate(zip(self.masters, self.slices, strict=True)):
+            moments = self.zero.optimizer.state[master]
+            moments["step"] = torch.tensor(float(optimizer_steps), device=master.device)
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = torch.zeros_like(master)
+            for name, values in (("master", master.data), *((n, moments[n]) for n in ("exp_avg", "exp_avg_sq"))):
+                values[: len(part)].copy_(state[name][k])
         self.zero.update_lp_params()
 
     @contextmanager
     def weights(self, shards: Sequence[Tensor]) -> Iterator[Any]:
-        """The model holding other weights for a while, such as the EMA's. Collective; masters stay untouched.
+        """The model in eval mode with other weights, such as the EMA's, in a block. Collective; the masters stay.
 
         Args:
-            shards: this rank's slice, shaped as `masters`.
+            shards: this rank's slices, shaped as `masters`.
         """
-        keep = self.zero.single_partition_of_fp32_groups
+        masters = self.zero.single_partition_of_fp32_groups
         self.zero.single_partition_of_fp32_groups = list(shards)
         self.zero.update_lp_params()
-        self.zero.single_partition_of_fp32_groups = keep
+        self.zero.single_partition_of_fp32_groups = masters
         training = self.engine.module.training
         try:
             yield self.engine.module.eval()

@@ -1,27 +1,25 @@
-"""Training: composition only. Read `train` first, then `_loop`; everything else is the detail of one line of theirs.
+"""The training loop. Read `train` first, then `_loop`; the rest is the detail of one line of theirs.
 
-A run is one folder, `runs/NAME`. To resume, run the same command again: it goes on from the newest whole checkpoint.
-All that is random is a function of (seed, number of the sample), so a resumed run is the run it would have been,
-on the same or another number of ranks.
+A run is one folder, `runs/NAME`. To resume, run the same command again: it continues from the newest complete
+checkpoint. All randomness is a function of (seed, number of the sample), so a resumed run is the run it would have
+been, on the same or another number of ranks.
 """
 
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fvdm import config as settings
-from fvdm.checkpoints.checkpoint import STEP
-from fvdm.data.loader import Batch, batches
+from fvdm.checkpoints.layout import STEP
+from fvdm.data.loader import batches
 from fvdm.data.shards import LatentShards
-from fvdm.diffusion.timesteps import sample_timesteps
-from fvdm.distributed import Ranks, Stop, StopFlag, from_environment, seed_everything
+from fvdm.distributed import Stop, StopFlag, from_environment, seed_everything
 from fvdm.models.backbone import Backbone
 from fvdm.models.compilation import compile_blocks
 from fvdm.models.loading import build
@@ -30,19 +28,22 @@ from fvdm.tracking.tracker import Tracker
 from fvdm.training.config import TrainConfig
 from fvdm.training.ema import EMA
 from fvdm.training.engine import Engine, initialise
-from fvdm.training.previews import preview
-from fvdm.training.run import Run, initial_weights, model_config, newest_checkpoint, run_lock
+from fvdm.training.meter import Meter
+from fvdm.training.noise import NoiseSampler
+from fvdm.training.previews import Previews
+from fvdm.training.run import Run, find_checkpoint, run_lock
+from fvdm.training.setup import initial_weights, model_config
 
 logger = logging.getLogger(__name__)
 
-SUSPECTS = 16  # videos that are named at most, of a step that was not finite
+SUSPECTS = 16  # most videos that are named of a step that was not finite
 
 
 def train(config: TrainConfig) -> Stop:
-    """Train to `config.steps`, or until the job is told to stop. Collective: every rank calls it.
+    """Train to `config.steps`, or until the job receives a signal to stop. Collective: every rank calls it.
 
     Returns:
-        Stop.NO for a complete run; else what it was told: run it again to go on.
+        Stop.NO for a complete run; else why it stopped: run it again to resume.
 
     Raises:
         ValueError: for settings that do not fit each other, the data, the memory, or the run that is there.
@@ -57,13 +58,13 @@ def train(config: TrainConfig) -> Stop:
     network = model_config(config, shards)
     seed_everything(config.seed)
     device = initialise(config.engine.timeout)
-    with run_lock(config.folder, 0.8 * config.engine.timeout) if ranks.is_main else _nothing():
-        checkpoint = newest_checkpoint(config, ranks)
+    with run_lock(config.folder, 0.8 * config.engine.timeout) if ranks.is_main else nullcontext():
+        checkpoint = find_checkpoint(config, ranks)
         model = build(network).to(device)
         if config.compile:
             compile_blocks(model)
         if config.init and checkpoint is None:
-            initial_weights(config.init, model)
+            initial_weights(config.init, model, checksum=ranks.local_rank == 0)
         engine = Engine(model, config.engine, config.data.batch_size, ranks)
         run = Run(config, network, engine, EMA(engine.masters, config.ema_decay), ranks, shards)
         if checkpoint:
@@ -71,22 +72,24 @@ def train(config: TrainConfig) -> Stop:
         tracker = run.begin_tracking() if ranks.is_main else None
         status = "FAILED"
         try:
-            with _explained(run):
-                told = _loop(run, model, tracker, stop)
+            with translate_errors(run):
+                stop_reason = _loop(run, model, tracker, stop)
                 run.finish()
                 engine.close()  # Before the model is sent: only rank 0 waits for a server.
-            if tracker and not told:
+            if tracker and not stop_reason:
                 _log_model(run, tracker)
-            status = "KILLED" if told else "FINISHED"
+            status = "KILLED" if stop_reason else "FINISHED"
         finally:
             if tracker:
                 tracker.close(status)
-    return told
+    if ranks.is_main:
+        _say_what_is_next(run, stop_reason)
+    return stop_reason
 
 
 @contextmanager
-def _explained(run: Run) -> Iterator[None]:
-    """Say of an error what can be known of its cause."""
+def translate_errors(run: Run) -> Iterator[None]:
+    """Turn errors whose cause is known into a sentence: no memory for the first step, a rank that hangs."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -95,23 +98,18 @@ def _explained(run: Run) -> Iterator[None]:
         sentence = str(error).split(". ")[0]
         raise ValueError(f"{sentence}; lower engine.micro_batch, or set activation_checkpointing to 1") from None
     except RuntimeError as error:
-        hung = run.hang_detector.hung(error)
-        if not hung:
+        found = run.hang_detector.find(error)
+        if not found:
             raise
         raise TimeoutError(
-            f"{hung} hung, or the node could not be reached: the others have waited in vain after step "
-            f"{run.progress.step}"
+            f"{found} hung, or the node could not be reached: the other ranks waited for it after step "
+            f"{run.progress.step} until engine.timeout"
         ) from None
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _loop(run: Run, model: Backbone, tracker: Tracker | None, stop: StopFlag) -> Stop:
     config, engine, progress, ranks = run.config, run.engine, run.progress, run.ranks
-    draw = Draw(config, model, ranks, engine.device)
+    sample_noise = NoiseSampler(config, model, ranks, engine.device)
     data = batches(
         run.shards,
         replace(config.data, batch_size=engine.micro_batch * ranks.world_size),
@@ -122,12 +120,13 @@ def _loop(run: Run, model: Backbone, tracker: Tracker | None, stop: StopFlag) ->
         device=engine.device,
     )
     meter = Meter(run.diffusion.num_timesteps, engine.device)
-    saved, told = progress.step, Stop.NO
-    while progress.step < config.steps and not told:
+    previews = _previews(run)
+    saved, stop_reason = progress.step, Stop.NO
+    while progress.step < config.steps and not stop_reason:
         moved, seen = False, []
         for _ in range(engine.micro_batches):
             batch = next(data)
-            t, noise, y = draw(batch)  # (b f), (b f c h w), (b)
+            t, noise, y = sample_noise(batch)  # (b f), (b f c h w), (b)
             loss = run.diffusion.training_losses(engine, batch.x_0, t, y, noise)  # (b f)
             engine.backward(loss.mean())
             moved = engine.step(progress.step, config.steps)
@@ -139,52 +138,33 @@ def _loop(run: Run, model: Backbone, tracker: Tracker | None, stop: StopFlag) ->
         _count(run, moved, seen)
         if progress.step % config.log_every == 0 or progress.step == config.steps:
             _report(run, meter, tracker)
-        due = bool(config.previews.every) and progress.step % config.previews.every == 0
-        if due or progress.step % config.stop_every == 0:
-            told = stop.agreed(engine.device)
-        if due and not told:  # Little time is left then, and it is the checkpoint's.
-            _preview(run, tracker)
+        preview = bool(config.previews.every) and progress.step % config.previews.every == 0
+        if preview or progress.step % config.stop_every == 0:
+            stop_reason = stop.agreed(engine.device)
         if progress.step % config.checkpoint.every == 0:
             run.save()
             saved = progress.step
             if tracker:
                 tracker.metrics({"checkpoint/stalled_seconds": run.writer.stalled}, progress.step)
+        if preview and not stop_reason:  # After the checkpoint; a job that must stop has little time left.
+            with engine.weights(run.ema.shards) as average:
+                previews.make(average, progress.step, tracker)
     if saved != progress.step:
         run.save()
-    return Stop.NO if progress.step >= config.steps else told
+    return Stop.NO if progress.step >= config.steps else stop_reason
 
 
-class Draw:
-    """What training draws for a sample: timesteps, noise, whether its condition is dropped; from the sample's own
-    seed, on the device.
-    """
-
-    def __init__(self, config: TrainConfig, model: Backbone, ranks: Ranks, device: torch.device) -> None:
-        self.config, self.model, self.ranks = config, model, ranks
-        self.generator = torch.Generator(device)
-
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`t (b f)`, noise `(b f c h w)` and condition `(b ...)` of a batch."""
-        b, f = batch.x_0.shape[:2]
-        # Batches are slices of one numbered sequence of samples: see fvdm.data.loader.
-        first = batch.consumed - b * self.ranks.world_size + b * self.ranks.rank
-        noise = torch.empty_like(batch.x_0)
-        t = torch.empty((b, f), dtype=torch.long, device=noise.device)
-        hide = torch.empty(b, device=noise.device)
-        for i in range(b):
-            seed = np.random.SeedSequence([self.config.seed, first + i]).generate_state(1, np.uint64)[0]
-            self.generator.manual_seed(int(seed >> np.uint64(1)))
-            t[i] = sample_timesteps(
-                (1, f), self.config.p, self.config.diffusion.num_timesteps, generator=self.generator
-            )
-            noise[i].normal_(generator=self.generator)
-            hide[i].uniform_(generator=self.generator)
-        null = self.model.null(b)
-        if null is None:
-            return t, noise, None
-        assert batch.y is not None
-        hidden = (hide < self.config.class_dropout).view(-1, *[1] * (batch.y.ndim - 1))
-        return t, noise, torch.where(hidden, null, batch.y)
+def _previews(run: Run) -> Previews:
+    config = run.config
+    return Previews(
+        diffusion=run.diffusion,
+        shards=run.shards,
+        data=config.data,
+        config=config.previews,
+        ranks=run.ranks,
+        device=run.engine.device,
+        folder=config.folder / "previews",
+    )
 
 
 def _count(run: Run, moved: bool, seen: list[tuple[list[str], Tensor]]) -> None:
@@ -220,39 +200,6 @@ def _suspects(run: Run, seen: list[tuple[list[str], Tensor]]) -> str:
     return ", ".join(names[key] for key in keys[:SUSPECTS]) + more
 
 
-class Meter:
-    """Sums the losses on the device, by timestep and by whether the clip's frames share it; reads them when asked."""
-
-    BUCKETS = 4
-
-    def __init__(self, num_timesteps: int, device: torch.device) -> None:
-        self.num_timesteps = num_timesteps
-        self.sums = torch.zeros(2, 2 * self.BUCKETS, device=device, dtype=torch.float64)  # (loss, count)
-        self.since = time.monotonic()
-
-    @torch.no_grad()
-    def add(self, loss: Tensor, t: Tensor) -> None:
-        """Count losses `(b f)` of frames at `t (b f)`."""
-        alone = (t != t[:, :1]).any(1, keepdim=True)
-        place = (t - 1).clamp(min=0) * self.BUCKETS // self.num_timesteps + self.BUCKETS * alone
-        values = torch.stack([loss.detach().double().flatten(), torch.ones_like(loss).double().flatten()])
-        self.sums.index_add_(1, place.flatten(), values)
-
-    def read(self) -> tuple[dict[str, float], float, float]:
-        """Mean losses since the last call by name, clips' frames counted, seconds passed. Collective."""
-        sums = self.sums.clone()
-        dist.all_reduce(sums)
-        loss, count = sums.cpu().view(2, 2, self.BUCKETS).numpy()
-        now = time.monotonic()
-        seconds, self.since = now - self.since, now
-        self.sums.zero_()
-        edges = np.linspace(0, self.num_timesteps, self.BUCKETS + 1).astype(int)
-        groups = {"loss/mean": (slice(None), slice(None)), "loss/one_t": (0,), "loss/t_per_frame": (1,)}
-        groups |= {f"loss/t_{edges[k] + 1:04d}_{edges[k + 1]:04d}": (slice(None), k) for k in range(self.BUCKETS)}
-        means = {name: loss[at].sum() / count[at].sum() for name, at in groups.items() if count[at].sum()}
-        return means, float(count.sum()), seconds
-
-
 def _report(run: Run, meter: Meter, tracker: Tracker | None) -> None:
     values, frames, seconds = meter.read()
     progress, config = run.progress, run.config
@@ -280,24 +227,8 @@ def _report(run: Run, meter: Meter, tracker: Tracker | None) -> None:
     )
 
 
-def _preview(run: Run, tracker: Tracker | None) -> None:
-    with run.engine.weights(run.ema.shards) as model:
-        preview(
-            model,
-            run.diffusion,
-            run.shards,
-            run.config.data,
-            run.config.previews,
-            run.ranks,
-            run.engine.device,
-            run.config.folder / "previews",
-            run.progress.step,
-            tracker,
-        )
-
-
 def _log_model(run: Run, tracker: Tracker) -> None:
-    """Log the trained model; what goes wrong with it ends no training that is done."""
+    """Log the trained model; an error there is no reason to call a finished run failed."""
     config = run.config
     if config.register_as == "none":
         return
@@ -309,14 +240,27 @@ def _log_model(run: Run, tracker: Tracker) -> None:
         logger.warning("the model is not logged to MLflow: %s; fvdm register does it later", error)
 
 
+def _say_what_is_next(run: Run, stop_reason: Stop) -> None:
+    config, step = run.config, run.progress.step
+    if stop_reason:
+        logger.info(
+            "%s stopped at step %d of %d; run the same command again to resume", config.name, step, config.steps
+        )
+    else:
+        logger.info(
+            "%s is complete at step %d; make videos with: fvdm generate --checkpoint %s",
+            *(config.name, step, config.folder),
+        )
+
+
 def main(parse: Callable[[type[TrainConfig]], TrainConfig] = settings.parse) -> None:
-    """`python -m fvdm.training.loop --config FILE.yaml`: one rank of a training, under torchrun or alone."""
+    """`python -m fvdm.training.loop --config FILE.yaml`: one rank of a training run, under torchrun or alone."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
     try:
-        told = train(parse(TrainConfig))
+        stop_reason = train(parse(TrainConfig))
     except (ValueError, OSError) as error:
         settings.fail(error)
-    raise SystemExit(75 if told else 0)
+    raise SystemExit(75 if stop_reason else 0)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
-"""A training run: its settings, the parts it is made of, and how it is kept in, and taken up from, its folder."""
+"""The state of a training run: what it keeps in its folder, and how it resumes.
 
+Resume is `find_checkpoint`, then `Run.resume`: every rank reads its slices of the flat vector (`read_slices`) and hands
+them to the engine (`Engine.load_state`).
+"""
+
+import hashlib
 import json
 import logging
-import math
 import os
 import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +19,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fvdm import config as settings
-from fvdm.checkpoints import checkpoint as ckpt
-from fvdm.checkpoints.writer import Writer
+from fvdm.checkpoints.find import clean, corrupt_checkpoints, prune, set_aside, set_corrupt_aside
+from fvdm.checkpoints.layout import SLICES, checksum_mismatch, training_files
+from fvdm.checkpoints.read import read_slices, read_state
+from fvdm.checkpoints.save import save
+from fvdm.checkpoints.writer import AsyncCheckpointWriter
 from fvdm.data.shards import LatentShards
 from fvdm.diffusion.process import Diffusion
-from fvdm.distributed import HangDetector, Ranks
+from fvdm.distributed import HangDetector, Ranks, first_error
 from fvdm.files import LockHeldError, lock, write_text
-from fvdm.models.backbone import Backbone
 from fvdm.models.config import BackboneConfig, to_dict
-from fvdm.models.loading import load_weights, preset
+from fvdm.models.loading import config_from
 from fvdm.tracking.description import training_description
 from fvdm.tracking.provenance import command_line, environment, git_patch
 from fvdm.tracking.tracker import Tracker
 from fvdm.training.config import TrainConfig
-from fvdm.training.continuity import changes, identity
 from fvdm.training.ema import EMA
-from fvdm.training.engine import Engine, accumulation
+from fvdm.training.engine import Engine
 
 logger = logging.getLogger(__name__)
 
-LOCK_PATIENCE = 10.0  # seconds
+LOCK_TIMEOUT = 10.0  # seconds
+# With the videos, these settings decide what a sample is.
+SAMPLE_SETTINGS = ("seed", "data.batch_size", "data.frames", "data.stride", "data.flip")
 
 
 @dataclass
@@ -54,113 +61,139 @@ class Progress:
     skipped: int = 0
 
 
-def model_config(config: TrainConfig, shards: LatentShards) -> BackboneConfig:
-    """The network that fits the settings and the data.
-
-    Raises:
-        ValueError: if labels are wanted and the data has none, or the network cannot take its latents.
-    """
-    if config.conditional and not shards.classes:
-        raise ValueError(f"conditional is set, but the shards in {config.data.path} have no class labels")
-    network = preset(config.model).fit(
-        shards.latent_shape,
-        config.data.frames,
-        len(shards.classes) if config.conditional else 0,
-        config.diffusion.learned_variance,
-    )
-    return replace(network, attention=config.attention, activation_checkpointing=config.activation_checkpointing)
-
-
-def initial_weights(init: str, model: Backbone) -> None:
-    """Begin with other weights than random ones: most come to a timestep per frame from a scalar-timestep model.
-
-    Args:
-        init: see `TrainConfig`; of a run, its averaged weights.
-        model: takes them.
-
-    Raises:
-        ValueError: if there are none, or they are of another network.
-    """
-    weights = load_weights(init)
-    theirs, own = ({(name, w.shape) for name, w in each.items()} for each in (weights, model.state_dict()))
-    odd = sorted({name for name, _ in theirs ^ own})
-    if odd:
-        raise ValueError(
-            f"the weights of --init {init} do not fit the model of this run: {len(odd)} differ, such as {odd[0]}; "
-            f"choose the same size, latent channels, classes and learned variance"
-        )
-    model.load_state_dict(weights)
-
-
-def check(config: TrainConfig, world_size: int) -> None:
-    """Find, before a job waits in a queue, what would end it at its start.
-
-    Raises:
-        ValueError: if the data cannot be read, or model, data, batch, ranks and the run so far do not fit each other.
-    """
-    shards = LatentShards(config.data.path, config.data.split, config.data.cache)
-    model_config(config, shards)
-    for folder in reversed(ckpt.checkpoints(config.checkpoints)):
-        if ckpt.validate(folder, deep=False) is None:
-            changes(ckpt.read_state(folder), settings.flatten(config), shards)
-            break
-    if config.init and not Path(config.init).exists():
-        raise ValueError(f"init {config.init}: there is no such file or folder")
-    accumulation(config.data.batch_size, config.engine.micro_batch, world_size)
-
-
 @contextmanager
-def run_lock(folder: Path, patience: float) -> Iterator[None]:
-    """Refuse a second training of the same run while one goes on.
+def run_lock(folder: Path, timeout: float) -> Iterator[None]:
+    """Let no second job train the same run at the same time.
 
     Args:
         folder: the run's.
-        patience: seconds to wait for what is left of an earlier start of the same job, on a node that was lost.
+        timeout: seconds to wait for the processes of an earlier start of the same job, on a node that was lost.
 
     Raises:
         ValueError: if the run is already being trained.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    me = {"host": platform.node(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID", "")}
+    own = {"host": platform.node(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID", "")}
     holder_file = folder / ".holder"
-    with ExitStack() as held:
+    with ExitStack() as stack:
         try:
-            held.enter_context(lock(folder / ".lock", LOCK_PATIENCE))  # the ranks of a killed job take a moment to end
+            stack.enter_context(lock(folder / ".lock", LOCK_TIMEOUT))  # the ranks of a killed job take a moment to end
         except LockHeldError:
             holder = _holder(holder_file)
-            same_job = me["job"] and holder.get("job") == me["job"]
+            same_job = own["job"] and holder.get("job") == own["job"]
             try:
-                held.enter_context(lock(folder / ".lock", max(patience - LOCK_PATIENCE, 0) if same_job else 0))
+                stack.enter_context(lock(folder / ".lock", max(timeout - LOCK_TIMEOUT, 0) if same_job else 0))
             except LockHeldError:
                 holder = _holder(holder_file)
                 by = f"process {holder.get('pid')} on {holder.get('host')}"
                 raise ValueError(
                     f"{folder} is being trained by another job, {by}; wait for it, or use another name"
                 ) from None
-        write_text(holder_file, json.dumps(me))
+        write_text(holder_file, json.dumps(own))
         yield
 
 
 def _holder(path: Path) -> dict[str, Any]:
-    """Host, process and job of who holds a run; empty where that is not known."""
+    """Host, process and job of the holder of a run's lock; empty if unknown."""
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError):
         return {}
 
 
-def newest_checkpoint(config: TrainConfig, ranks: Ranks) -> Path | None:
-    """Where the run goes on from: its newest whole checkpoint, as rank 0 finds it. Collective."""
-    found: list[Path | None] = [None]
-    if ranks.is_main:
-        ckpt.clean(config.checkpoints)
-        found = [ckpt.newest(config.checkpoints)]
-    dist.broadcast_object_list(found)
-    return found[0]
+def find_checkpoint(config: TrainConfig, ranks: Ranks) -> Path | None:
+    """The run's newest complete checkpoint, or None for a new run. Collective.
+
+    Rank 0 compares the sizes of its files; then the ranks share out the checksums, so that each byte is read once.
+    Corrupt checkpoints are moved aside.
+
+    Raises:
+        ValueError: if there are checkpoints, but all are corrupt; see `refuse_corrupt`.
+        OSError: if a file cannot be read, or a corrupt checkpoint not be moved.
+    """
+    while True:
+        found: list[Path | Exception | None] = [None]
+        if ranks.is_main:
+            try:
+                clean(config.checkpoints)
+                found = [next(reversed(set_corrupt_aside(config.checkpoints)), None)]
+                if found == [None]:
+                    refuse_corrupt(config)
+            except (ValueError, OSError) as error:
+                found = [error]
+        dist.broadcast_object_list(found)
+        folder = found[0]
+        if isinstance(folder, Exception):
+            raise folder
+        if folder is None:
+            return None
+        reason, failure = None, ""
+        try:
+            reason = checksum_mismatch(folder, training_files(folder)[ranks.rank :: ranks.world_size])
+        except (OSError, ValueError) as error:
+            failure = str(error)
+        failure = first_error(failure)
+        if failure:
+            raise OSError(f"the checkpoint {folder} cannot be read: {failure}")
+        reason = first_error(reason or "").partition(": ")[2]
+        if not reason:
+            return folder
+        if ranks.is_main:
+            set_aside(folder, reason)
+
+
+def refuse_corrupt(config: TrainConfig) -> None:
+    """Refuse to start a run again from step 0 because all its checkpoints are corrupt, unless the user asks for it.
+
+    Raises:
+        ValueError: lists them, and says what to type.
+    """
+    corrupt = corrupt_checkpoints(config.checkpoints)
+    if corrupt and not config.from_scratch:
+        listed = "; ".join(f"{folder}: {reason}" for folder, reason in corrupt.items())
+        raise ValueError(
+            f"run {config.name} has no complete checkpoint left ({listed}); to train it again from step 0, add "
+            f"--from-scratch true; to leave it as it is, choose another --name"
+        )
+
+
+def data_identity(shards: LatentShards) -> dict[str, Any]:
+    """What a checkpoint says of the data it was trained on."""
+    listed = "".join(shard.sha256 for shard in shards.shards)
+    return {
+        "vae_identity": shards.manifest.vae_identity,
+        "latent_shape": list(shards.latent_shape),
+        "shards": hashlib.sha256(listed.encode()).hexdigest(),
+    }
+
+
+def data_mismatch(state: dict[str, Any], flat: dict[str, Any], shards: LatentShards) -> list[str]:
+    """How the samples differ from those of the run so far, a few words each; empty where they are the same.
+
+    Args:
+        state: of a checkpoint; an early one holds less.
+        flat: the settings of this start, by dotted name.
+        shards: its data.
+
+    Raises:
+        ValueError: if the latents are of another VAE or size than those the model was trained on.
+    """
+    now = data_identity(shards)
+    shape = state.get("latent_shape") or config_from(state["network"]).latent_shape
+    shards.require(vae_identity=state.get("vae_identity"), latent_shape=tuple(shape))
+    mismatched = []
+    for name in SAMPLE_SETTINGS:
+        section, _, key = name.rpartition(".")
+        before = (state["settings"][section] if section else state["settings"])[key]
+        if before != flat[name]:
+            mismatched.append(f"{name} was {before} and is {flat[name]}")
+    if state.get("shards", now["shards"]) != now["shards"]:
+        mismatched.append(f"the videos in {Path(shards.location.path).name} are others")
+    return mismatched
 
 
 class Run:
-    """The parts of a training run, and what is kept of it."""
+    """The parts of a training run, and what it keeps in its folder."""
 
     def __init__(
         self,
@@ -171,6 +204,7 @@ class Run:
         ranks: Ranks,
         shards: LatentShards,
     ) -> None:
+        """Collective: opens process groups."""
         self.config, self.network, self.engine, self.ema = config, network, engine, ema
         self.ranks, self.shards = ranks, shards
         self.diffusion = Diffusion(config.diffusion)
@@ -178,35 +212,35 @@ class Run:
         self.first = 0  # the step at which this start began
         self.root = config.checkpoints
         self.hang_detector = HangDetector(config.engine.timeout)
-        self.writer = Writer(config.checkpoint.background, config.checkpoint.timeout)
+        self.writer = AsyncCheckpointWriter(config.checkpoint.background, config.checkpoint.timeout)
 
     def resume(self, folder: Path) -> None:
-        """Go on from a checkpoint.
+        """Continue from a checkpoint.
 
         Raises:
             ValueError: if it is of another model, or of other latents.
         """
-        state = ckpt.read_state(folder)
-        changed = changes(state, settings.flatten(self.config), self.shards)
+        state = read_state(folder)
+        mismatched = data_mismatch(state, settings.flatten(self.config), self.shards)
         if state["names"] != {name: list(shape) for name, shape in self.engine.names.items()}:
             raise ValueError(
                 f"{folder} holds a model of another shape ({state['settings']['model']}) than {self.config.model} on "
                 f"these data; give the run another name, or its own settings"
             )
-        slices = {name: ckpt.read_slice(folder, name, self.engine.slice) for name in ckpt.SLICES}
+        slices = read_slices(folder, SLICES, self.engine.slices)
         self.progress = Progress(**state["progress"])
         self.first = self.progress.step
         self.engine.load_state(slices, self.progress.updates)
-        self.ema.shards[0][: len(self.engine.slice)] = slices["ema"].to(self.engine.device)
+        for shard, values in zip(self.ema.shards, slices["ema"], strict=True):
+            shard[: len(values)] = values.to(self.engine.device)
         if self.ranks.is_main:
             logger.info("resuming %s from step %d", self.config.name, self.progress.step)
-            if changed:
-                logger.warning("from here on its samples are not those of the unbroken run: %s", "; ".join(changed))
+            if mismatched:
+                logger.warning("from here on its samples are not those of the unbroken run: %s", "; ".join(mismatched))
 
     def save(self) -> None:
         """Write a checkpoint and remove those that the policy does not keep. Collective."""
-        own = slice(len(self.engine.slice))
-        step, begin = self.progress.step, self.engine.slice.start
+        step, begin = self.progress.step, [part.start for part in self.engine.slices]
         state = {
             "progress": dict(vars(self.progress)),
             "names": self.engine.names,
@@ -216,16 +250,16 @@ class Run:
             "normalisation": self.shards.manifest.normalisation,
             "classes": list(self.shards.classes),
             "size": self.shards.manifest.size,
-        } | identity(self.shards)
+        } | data_identity(self.shards)
 
         def write(slices: dict[str, Tensor]) -> None:
             ranks = self.ranks
-            folder = ckpt.save(self.root, step, slices, begin, state, ranks.rank, ranks.world_size, self.writer.barrier)
+            folder = save(self.root, step, slices, begin, state, ranks.rank, ranks.world_size, self.writer.barrier)
             if ranks.is_main:
-                ckpt.prune(self.root, self.config.checkpoint)
+                prune(self.root, self.config.checkpoint)
                 logger.info("checkpoint %s", folder)
 
-        self.writer.begin(self.engine.state() | {"ema": self.ema.shards[0][own]}, write)
+        self.writer.begin(self.engine.state() | self.engine.own("ema", self.ema.shards), write)
 
     def finish(self) -> None:
         """Wait for the last checkpoint. Collective.
@@ -237,11 +271,11 @@ class Run:
         if error:
             raise OSError(
                 f"the last checkpoint, of step {self.progress.step}, could not be written ({error}); make room on the "
-                f"disk of {self.root} and start the run again: it goes on from the checkpoint before"
+                f"disk of {self.root} and start the run again: it resumes from the previous checkpoint"
             )
 
     def begin_tracking(self) -> Tracker:
-        """Write down what this run is, and begin (or continue) its MLflow run."""
+        """Record settings, environment and source changes, and start (or continue) the MLflow run."""
         folder = self.config.folder
         settings.save(self.config, folder / "config.yaml")
         write_text(folder / "environment.json", json.dumps(environment(), indent=1))
@@ -250,7 +284,7 @@ class Run:
         text = training_description(
             flat,
             command_line(),
-            parameters=sum(math.prod(shape) for shape in self.engine.names.values()),
+            parameters=self.engine.total,
             latent_shape=self.shards.latent_shape,
             videos=len(self.shards),
             vae=self.shards.manifest.vae,

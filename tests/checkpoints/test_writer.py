@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fvdm.checkpoints.writer import Writer
+from fvdm.checkpoints.writer import AsyncCheckpointWriter
 from fvdm.distributed import free_port
 
 
@@ -18,7 +18,7 @@ def group():
 
 
 def test_training_goes_on_while_a_copy_is_written():
-    writer, gate, written = Writer(background=True, timeout=60), threading.Event(), []
+    writer, gate, written = AsyncCheckpointWriter(background=True, timeout=60), threading.Event(), []
     weights = torch.zeros(3)
 
     def write(slices):
@@ -35,13 +35,13 @@ def test_training_goes_on_while_a_copy_is_written():
 
 
 def test_in_the_foreground_nothing_is_copied():
-    writer, weights, seen = Writer(background=False, timeout=60), torch.zeros(3), []
+    writer, weights, seen = AsyncCheckpointWriter(background=False, timeout=60), torch.zeros(3), []
     writer.begin({"w": weights}, lambda slices: seen.append(slices["w"].data_ptr()))
     assert seen == [weights.data_ptr()]
 
 
 def test_a_full_disk_is_told_at_the_next_write_and_other_errors_are_raised():
-    writer = Writer(background=True, timeout=60)
+    writer = AsyncCheckpointWriter(background=True, timeout=60)
     writer.begin({}, lambda slices: writer.barrier("No space left on device"))
     assert "rank 0: No space left" in str(writer.wait())
     assert writer.wait() is None

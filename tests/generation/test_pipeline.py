@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fvdm import config as settings
-from fvdm.checkpoints import checkpoint as ckpt
+from fvdm.checkpoints.layout import SLICES
+from fvdm.checkpoints.save import save
 from fvdm.diffusion.tasks import TASKS, Plan
 from fvdm.diffusion.timesteps import full_sequence, hold_clean
 from fvdm.distributed import Ranks
@@ -43,7 +44,7 @@ def make_run(root, classes=()):
         "classes": list(classes),
         "size": SIDE,
     }
-    ckpt.save(root / "checkpoints", 5, {name: flat.clone() for name in ckpt.SLICES}, 0, state, 0, 1, lambda: None)
+    save(root / "checkpoints", 5, {name: flat.clone() for name in SLICES}, 0, state, 0, 1, lambda: None)
     return root
 
 

@@ -23,10 +23,11 @@ from typing import NamedTuple
 
 import psutil
 
-from fvdm.checkpoints import checkpoint as ckpt
+from fvdm.checkpoints.find import checkpoints, newest
+from fvdm.checkpoints.read import read_state
 from tests.data_fixtures import make_shards
+from tests.runs import losses, words
 from tests.slurm.cluster import Cluster, can_cut, ranks
-from tests.trainings import losses, words
 
 NODES = 4
 EVERY = 10  # steps between checkpoints
@@ -177,7 +178,7 @@ class Chaos:
 
     def corrupt(self, draw: random.Random) -> str:
         """A bit flips in the newest checkpoint, and then the training needs it."""
-        found = ckpt.checkpoints(self.run / "checkpoints")
+        found = checkpoints(self.run / "checkpoints")
         if not found:
             raise Refused("there is no checkpoint")
         victim = self.rank(draw)
@@ -246,9 +247,9 @@ class Chaos:
         log = (self.run / "jobs" / f"{self.job}_0_log.out").read_text(errors="replace")[-3000:]
         planned = [event.kind for event in self.events]
         assert done == planned, f"the training ended after {done}, before {planned[len(done) :]}\n{log}"
-        newest = ckpt.newest(self.run / "checkpoints")
-        assert newest is not None
-        assert ckpt.read_state(newest)["step"] == self.steps, log
+        checkpoint = newest(self.run / "checkpoints")
+        assert checkpoint is not None
+        assert read_state(checkpoint)["step"] == self.steps, log
         wanted = losses(self.folder / "undisturbed", "run")
         for line in (self.run / "events.jsonl").read_text().splitlines():
             with contextlib.suppress(json.JSONDecodeError):  # of a line that a kill cut short

@@ -9,11 +9,11 @@ import time
 import pytest
 import torch
 
-from fvdm.checkpoints import checkpoint as ckpt
+from fvdm.checkpoints.find import newest
 from tests.data_fixtures import make_shards
+from tests.runs import losses, state, wait_until, words
 from tests.slurm.chaos import ENDED, KINDS, SHORT, chaos, schedule
 from tests.slurm.cluster import MISSING, ROOT, installed, ranks
-from tests.trainings import losses, state, wait_until, words
 
 pytestmark = pytest.mark.slow
 
@@ -100,7 +100,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster, latents, tmp_path):
     cluster.run("scancel", job)
     cluster.wait(job, {"CANCELLED"})
     wait_until(lambda: not ranks(tmp_path), 30)
-    assert ckpt.newest(tmp_path / "runs/run/checkpoints") is not None
+    assert newest(tmp_path / "runs/run/checkpoints") is not None
     time.sleep(3)
     assert cluster.state(job) == "CANCELLED"
 

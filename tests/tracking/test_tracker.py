@@ -16,7 +16,7 @@ from fvdm.tracking import tracker as tracking
 from fvdm.tracking.config import TrackingConfig
 from fvdm.tracking.tracker import Tracker, run_of
 from tests.data_fixtures import make_shards
-from tests.trainings import environment, losses, wait_until, words
+from tests.runs import environment, losses, wait_until, words
 
 QUIET = {"experiment": "tests", "system_metrics": False}
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fvdm.models import build, preset
 from fvdm.training.config import EngineConfig
 from fvdm.training.plan import activation_bytes, flops, largest_micro_batch, memory, parameters, wire_bytes
-from tests.trainings import ROOT
+from tests.runs import ROOT
 
 ENGINE = EngineConfig()
 

@@ -8,35 +8,35 @@ import pytest
 import torch
 
 from fvdm import config as settings
-from fvdm.checkpoints import checkpoint as ckpt
+from fvdm.checkpoints.layout import SLICES
 from fvdm.data.loader import batches
 from fvdm.data.shards import LatentShards
 from fvdm.diffusion.process import Diffusion
 from fvdm.distributed import Ranks
 from fvdm.models import build
 from fvdm.training.config import TrainConfig
-from fvdm.training.continuity import changes, identity
 from fvdm.training.engine import accumulation
-from fvdm.training.loop import Draw
-from fvdm.training.run import check, model_config
+from fvdm.training.noise import NoiseSampler
+from fvdm.training.run import data_identity, data_mismatch
+from fvdm.training.setup import check, model_config
 from tests.data_fixtures import make_shards
-from tests.trainings import losses, state, train, words
+from tests.runs import losses, state, train, words
 
 
 def plain(config, steps):
-    """The same training in plain PyTorch, on one process: losses and weights."""
+    """The same run in plain PyTorch, on one process: losses and weights."""
     shards = LatentShards(config.data.path)
     network = model_config(config, shards)
     torch.manual_seed(config.seed)
     model = build(network)
     optimizer = torch.optim.AdamW(model.parameters(), config.engine.lr, config.engine.betas, weight_decay=0)
-    draw = Draw(config, model, Ranks(), torch.device("cpu"))
+    sample_noise = NoiseSampler(config, model, Ranks(), torch.device("cpu"))
     ema = [p.detach().clone() for p in model.parameters()]
     data = batches(shards, config.data, seed=config.seed)
     means = []
     for _ in range(steps):
         batch = next(data)
-        t, noise, y = draw(batch)
+        t, noise, y = sample_noise(batch)
         loss = Diffusion().training_losses(model, batch.x_0, t, y, noise).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -71,7 +71,7 @@ def test_an_interrupted_run_is_bit_identical_to_one_that_was_not(latents, undist
     assert json.loads((tmp_path / "runs/run/tracking.json").read_text())["run_id"] == first
     (record, slices), (expected, reference) = state(tmp_path, "run"), state(undisturbed, "run")
     assert record["progress"] == expected["progress"]
-    for name in ckpt.SLICES:
+    for name in SLICES:
         assert torch.equal(slices[name], reference[name]), name
     assert losses(tmp_path, "run") == losses(undisturbed, "run")
 
@@ -156,11 +156,11 @@ def test_a_checkpoint_that_says_nothing_of_its_data_is_still_taken(latents, tmp_
     config = settings.parse(TrainConfig, words(latents, tmp_path, "run"))
     shards = LatentShards(latents)
     early = {"settings": settings.plain(config), "network": settings.plain(model_config(config, shards))}
-    assert changes(early, settings.flatten(config), shards) == []
-    assert changes(early | identity(shards), settings.flatten(config), shards) == []
+    assert data_mismatch(early, settings.flatten(config), shards) == []
+    assert data_mismatch(early | data_identity(shards), settings.flatten(config), shards) == []
     early["network"]["size"] = 8
     with pytest.raises(ValueError, match="hold latents of shape"):
-        changes(early, settings.flatten(config), shards)
+        data_mismatch(early, settings.flatten(config), shards)
 
 
 def test_accumulation_arithmetic():

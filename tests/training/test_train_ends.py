@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from fvdm import config as settings
-from fvdm.checkpoints import checkpoint as ckpt
+from fvdm.checkpoints.find import checkpoints, newest
+from fvdm.checkpoints.read import read_state
 from fvdm.training.config import TrainConfig
-from fvdm.training.run import check
+from fvdm.training.setup import check
 from tests.data_fixtures import make_shards
-from tests.trainings import ROOT, launch, losses, ranks_of, start, state, train, wait_until, words
+from tests.runs import ROOT, launch, losses, ranks_of, start, state, train, wait_until, words
 
 
 @pytest.mark.slow
@@ -93,7 +94,7 @@ def test_kill_9_and_the_same_command_again(latents, undisturbed, tmp_path, victi
     arguments = words(latents, tmp_path, "run", "--checkpoint.every", 1)
     launcher = launch([*arguments, "--steps", "100000"], tmp_path)
     root = tmp_path / "runs" / "run" / "checkpoints"
-    wait_until(lambda: len(ckpt.checkpoints(root)) >= 2)
+    wait_until(lambda: len(checkpoints(root)) >= 2)
     ranks = ranks_of(launcher)
     assert len(ranks) == 2
     if victim == "rank":
@@ -105,12 +106,12 @@ def test_kill_9_and_the_same_command_again(latents, undisturbed, tmp_path, victi
         launcher.kill()
         launcher.communicate()
     wait_until(lambda: not any(rank.is_running() and rank.status() != "zombie" for rank in ranks), 60)
-    done = ckpt.read_state(ckpt.newest(root))["step"]
+    done = read_state(newest(root))["step"]
     again = launch([*arguments, "--steps", str(done + 2)], tmp_path)
     output = again.communicate(timeout=240)[0]
     assert again.returncode == 0, output
     assert f"resuming run from step {done}" in output
-    assert ckpt.read_state(ckpt.newest(root))["step"] == done + 2
+    assert read_state(newest(root))["step"] == done + 2
     assert not list(root.glob(".tmp-*"))
     got, wanted = losses(tmp_path, "run"), losses(undisturbed, "run")
     assert all(got[step] == wanted[step] for step in set(got) & set(wanted))

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
-from fvdm.checkpoints import checkpoint as ckpt
+from fvdm.checkpoints.find import newest
+from fvdm.checkpoints.layout import SLICES
+from fvdm.checkpoints.read import read_slice, read_state
 from fvdm.distributed import free_port
 
 ROOT = Path(__file__).parent.parent
@@ -58,9 +60,9 @@ def train(world_size, arguments, folder, codes=(0,)):
 
 
 def state(folder, name):
-    newest = ckpt.newest(folder / "runs" / name / "checkpoints")
-    total = sum(torch.Size(shape).numel() for shape in ckpt.read_state(newest)["names"].values())
-    return ckpt.read_state(newest), {s: ckpt.read_slice(newest, s, range(total)) for s in ckpt.SLICES}
+    checkpoint = newest(folder / "runs" / name / "checkpoints")
+    total = sum(torch.Size(shape).numel() for shape in read_state(checkpoint)["names"].values())
+    return read_state(checkpoint), {s: read_slice(checkpoint, s, range(total)) for s in SLICES}
 
 
 def losses(folder, name):

@@ -1,0 +1,59 @@
+"""The randomness of a training step: timesteps, noise and dropped conditions, from each sample's own seed."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fvdm.data.loader import Batch
+from fvdm.diffusion.timesteps import sample_timesteps
+from fvdm.distributed import Ranks
+from fvdm.models.backbone import Backbone
+from fvdm.training.config import TrainConfig
+
+
+class NoiseSampler:
+    """Samples timesteps, noise and which conditions are dropped, from (seed, number of the sample) alone.
+
+    On the CPU, whatever the device: a GPU would launch eight small kernels for every sample, and give other numbers.
+    One asynchronous copy then takes a whole micro-batch to the device.
+    """
+
+    def __init__(self, config: TrainConfig, model: Backbone, ranks: Ranks, device: torch.device) -> None:
+        """Prepare.
+
+        Args:
+            config: seed, p, noise process, share of dropped conditions.
+            model: its null condition takes the place of a dropped one.
+            ranks: this process among its peers.
+            device: of the results.
+        """
+        self.config, self.model, self.ranks, self.device = config, model, ranks, device
+        self.generator = torch.Generator()
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`t (b f)`, noise `(b f c h w)` and condition `(b ...)` of a batch, on the device."""
+        config, (b, f) = self.config, batch.x_0.shape[:2]
+        # Batches are slices of one numbered sequence of samples: see fvdm.data.loader.
+        first = batch.consumed - b * self.ranks.world_size + b * self.ranks.rank
+        pin = self.device.type == "cuda"
+        noise = torch.empty(batch.x_0.shape, dtype=batch.x_0.dtype, pin_memory=pin)
+        t = torch.empty((b, f), dtype=torch.long, pin_memory=pin)
+        hide = torch.empty(b, pin_memory=pin)
+        for i in range(b):
+            self.generator.manual_seed(sample_seed(config.seed, first + i))
+            t[i] = sample_timesteps((1, f), config.p, config.diffusion.num_timesteps, generator=self.generator)
+            noise[i].normal_(generator=self.generator)
+            hide[i].uniform_(generator=self.generator)
+        t, noise, hide = (tensor.to(self.device, non_blocking=True) for tensor in (t, noise, hide))
+        null = self.model.null(b)
+        if null is None:
+            return t, noise, None
+        assert batch.y is not None
+        dropped = (hide < config.class_dropout).view(-1, *[1] * (batch.y.ndim - 1))
+        return t, noise, torch.where(dropped, null, batch.y)
+
+
+def sample_seed(seed: int, number: int) -> int:
+    """The seed of a sample's own randomness, 63 bits: from the run's seed and the number of the sample."""
+    state = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]
+    return int(state >> np.uint64(1))
