@@ -36,6 +36,7 @@ DOORS = {
     "filelock": {"fvdm/files.py"},
     "diffusers": {
         "fvdm/media/vae.py",
+        "fvdm/media/fast_layers.py",
         "data_prep/train_vae.py",
         "benchmarks/train_speed.py",
         "benchmarks/encode_speed.py",
