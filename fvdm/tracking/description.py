@@ -38,7 +38,7 @@ def training_description(flat: Mapping[str, Any], command: str, **facts: Any) ->
     data = f"`{flat['data.path']}`"
     if "videos" in facts:
         data += f" ({facts['videos']:,} videos, split {flat['data.split']})"
-    clips = f"clips of {flat['data.frames']} frames, every {_ordinal(flat['data.stride'])} frame"
+    clips = f"clips of {flat['data.frames']} frames at stride {flat['data.stride']}"
     if "latent_shape" in facts:
         clips += f", latents of {' × '.join(map(str, facts['latent_shape']))}"
     if facts.get("vae"):
@@ -59,9 +59,8 @@ def training_description(flat: Mapping[str, Any], command: str, **facts: Any) ->
 
 
 def commands(table: Mapping[str, str]) -> str:
-    """A table of what to do and what to type for it."""
-    rows = "".join(f"| {what} | `{_cell(command)}` |\n" for what, command in table.items() if command)
-    return f"\n\n| to | type |\n|---|---|\n{rows}"
+    """A list of what to do and what to type for it."""
+    return "\n\n" + "\n".join(f"- {what}: `{_line(command)}`" for what, command in table.items() if command)
 
 
 def render(
@@ -85,9 +84,10 @@ def render(
     story = _Story()
     for event in events:
         story.add(event)
-    parts = [start.get("description") or _plain(start), story.outcome()]
+    text, _, rest = (start.get("description") or _plain(start)).partition("\n\n")
+    parts = [f"{text} {story.outcome()}", rest]
     if story.figures:
-        rows = "".join(f"| {_cell(name)} | {value:.4g} |\n" for name, value in story.figures.items())
+        rows = "".join(f"| {_line(name)} | {value:.4g} |\n" for name, value in story.figures.items())
         parts.append(f"| figure | value |\n|---|---|\n{rows}")
     page, _, mode = artifacts.partition("?")
     shown = []
@@ -153,7 +153,7 @@ def duration(seconds: float) -> str:
 
 def _plain(start: Mapping[str, Any]) -> str:
     tags = start.get("tags", {})
-    return f"**{tags.get('kind', 'run')}** {start.get('name', '')}" + commands({"repeat": tags.get("command", "")})
+    return f"**{tags.get('kind', 'run')}** {start.get('name', '')}" + commands({"repeat": tags.get("mlflow.source.name", "")})
 
 
 def _moment(milliseconds: int) -> str:
@@ -167,9 +167,5 @@ def _image(paths: Iterable[str], key: str, step: int) -> str:
     return found[-1] if found else ""
 
 
-def _cell(text: str) -> str:
+def _line(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _ordinal(number: int) -> str:
-    return "single" if number == 1 else f"{number}{ {2: 'nd', 3: 'rd'}.get(number, 'th') }"

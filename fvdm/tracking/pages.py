@@ -60,13 +60,13 @@ def page_of(folder: Path) -> str:
 
 
 def where_to_look(folder: Path) -> str:
-    """One or two lines for the terminal: where the run of `folder` is seen in MLflow; empty while MLflow has none."""
+    """For the terminal: where the run of `folder` is seen in MLflow; empty while MLflow has no such run."""
     page = page_of(folder)
     if not page:
         return ""
     place = json.loads((folder / "tracking.json").read_text())
     uri = place.get("uri") or tracking_uri()
-    return page if is_server(uri) else f"{page}\n(start the pages with: fvdm ui{ui_words(uri)})"
+    return page if is_server(uri) else f"{page} (start the pages with: fvdm ui{ui_words(uri)})"
 
 
 def ui_words(uri: str) -> str:

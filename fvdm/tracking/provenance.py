@@ -73,4 +73,4 @@ def source_tags() -> dict[str, str]:
     """MLflow's tags of who made a run with which command."""
     command = command_line()[:5000]
     # MLflow shows the name of a "job" as it is, and of a "local" source only what stands after the last slash.
-    return {"mlflow.user": user_name(), "mlflow.source.name": command, "mlflow.source.type": "JOB", "command": command}
+    return {"mlflow.user": user_name(), "mlflow.source.name": command, "mlflow.source.type": "JOB"}

@@ -18,14 +18,19 @@ logger = logging.getLogger(__name__)
 BUSY = (401, 403, 408, 429)  # answers of a server that may take the same request later
 PROBE = 5.0  # seconds that a server has to say who it is
 _global_uri = threading.Lock()
+_import = threading.Lock()
 
 
 def prepare() -> None:
-    """Settings of mlflow that belong to a run which must not wait for a server; the user's own count."""
+    """Import mlflow, with the settings of a run that must not wait for a server; the user's own settings count."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    with _import:  # Two threads that import it at once would each find the other's half.
+        import mlflow.system_metrics.system_metrics_monitor
+        import mlflow.tracking  # noqa: F401
+    if "MLFLOW_LOGGING_LEVEL" not in os.environ:
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # One outage is one warning, and that is ours.
 

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from fvdm.tracking.server import prepare
+
 INTERVAL = 10.0  # seconds between two points, as mlflow's
 
 
@@ -23,6 +25,7 @@ class SystemMetrics:
         self._thread.start()
 
     def _sample(self) -> None:
+        prepare()
         monitors = _monitors()
         interval = float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", INTERVAL))
         while not self._stop.wait(interval):

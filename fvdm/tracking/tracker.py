@@ -21,6 +21,7 @@ from fvdm.tracking.delivery import Sender
 from fvdm.tracking.description import duration
 from fvdm.tracking.journal import Journal
 from fvdm.tracking.logged_model import LoggedModel
+from fvdm.tracking.pages import where_to_look
 from fvdm.tracking.provenance import git_commit, source_tags
 from fvdm.tracking.server import ExperimentDeletedError, prepare
 from fvdm.tracking.system_metrics import SystemMetrics
@@ -164,7 +165,7 @@ class Tracker:
 
     def _send_until_over(self, held: contextlib.ExitStack) -> None:
         outage = Outage(self.uri)
-        going, locked, wait = True, False, 0.0
+        going, locked, wait, shown = True, False, 0.0, False
         while going or (self.unsent() and not self._over.is_set()):
             with contextlib.suppress(queue.Empty):
                 going = self._wake.get(timeout=wait or None) and going
@@ -179,6 +180,9 @@ class Tracker:
                 self._sender.send()
                 outage.over()
                 wait = 0.0
+                if not shown:
+                    logger.info("MLflow: %s", where_to_look(self.folder))
+                shown = True
             except Exception as error:  # Whatever the server or the network does, the run goes on.
                 outage.failed(error)
                 wait = min(LONGEST_PAUSE, 2 * wait or 1.0)

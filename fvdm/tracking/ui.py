@@ -72,7 +72,9 @@ def _command(uri: str, port: int) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    return os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    # Five processes for the evaluation of language models.
+    return os.environ | quiet | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
 
 def _front(uri: str, address: str) -> str:

@@ -21,8 +21,8 @@ from fvdm.tracking.tracker import Tracker
 from fvdm.training.config import TrainConfig
 from tests.data_fixtures import make_shards, real_frames, write_video
 from tests.generation.test_pipeline import FRAMES, SIDE, make_run
+from tests.tracking.conftest import QUIET, Server
 from tests.runs import train, words
-from tests.tracking.test_tracker import QUIET, Server
 
 ROOT = Path(__file__).parents[2]
 FRESH = """

@@ -2,12 +2,10 @@
 
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
 import time
-import urllib.request
 
 import pytest
 
@@ -16,28 +14,8 @@ from fvdm.tracking import tracker as tracking
 from fvdm.tracking.config import TrackingConfig
 from fvdm.tracking.tracker import Tracker, run_of
 from tests.data_fixtures import make_shards
+from tests.tracking.conftest import QUIET, Server
 from tests.runs import environment, losses, wait_until, words
-
-QUIET = {"experiment": "tests", "system_metrics": False}
-
-
-@pytest.fixture(autouse=True)
-def patience(monkeypatch):
-    """A busy machine may take its time."""
-    monkeypatch.setattr(tracking, "TIMEOUT", 120.0)
-
-
-@pytest.fixture
-def client(tmp_path):
-    from mlflow.tracking import MlflowClient
-
-    return MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-
-
-@pytest.fixture
-def config(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return TrackingConfig(f"sqlite:///{tmp_path}/mlflow.db", **QUIET)
 
 
 def history(client, run_id, key):
@@ -193,31 +171,6 @@ def test_a_journal_that_a_kill_cut_short_loses_that_event_only(client, config, t
     again.metrics({"loss": 0.5}, 2)
     again.close()
     assert history(client, first.run_id, "loss") == [(1, 1.0), (2, 0.5)]
-
-
-class Server:
-    def __init__(self, folder):
-        self.folder, self.port = folder, free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-
-    def start(self):
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        for _ in range(900):
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=1)
-                return
-            except OSError:
-                time.sleep(0.2)
-        raise AssertionError("the MLflow server did not start")
-
-    def kill(self):
-        os.killpg(self.process.pid, 9)
-        self.process.wait()
 
 
 @pytest.mark.slow

@@ -1,0 +1,78 @@
+"""An MLflow database for each test, copied from one that is made once; and a server that may go away and come back."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from fvdm.distributed import free_port
+from fvdm.tracking import tracker as tracking
+from fvdm.tracking.config import TrackingConfig
+from fvdm.tracking.server import open_client, prepare
+
+QUIET = {"experiment": "tests", "system_metrics": False}
+
+
+@pytest.fixture(autouse=True)
+def timeout(monkeypatch):
+    """A busy machine may take its time."""
+    monkeypatch.setattr(tracking, "TIMEOUT", 120.0)
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory):
+    """A database with MLflow's tables and nothing in them; making it takes seconds."""
+    prepare()
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    open_client(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch, empty_database):
+    """Settings for a database of this test, from whose folder it runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    return TrackingConfig(f"sqlite:///{tmp_path}/mlflow.db", **QUIET)
+
+
+@pytest.fixture
+def client(config):
+    """A client of the test's database."""
+    return open_client(config.uri)
+
+
+class Server:
+    """An MLflow server on this machine."""
+
+    def __init__(self, folder):
+        self.folder, self.port = folder, free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+
+    def start(self):
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"},
+        )
+        for _ in range(900):
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=1)
+                return
+            except OSError:
+                time.sleep(0.2)
+        raise AssertionError("the MLflow server did not start")
+
+    def kill(self):
+        os.killpg(self.process.pid, 9)
+        self.process.wait()
