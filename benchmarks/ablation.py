@@ -162,7 +162,7 @@ class Ablation:
         if run_id:
             name = f"fvd/{options.protocol}_{options.frames}f_{point.sampler.replace(':', '_')}"
             found = Report("fvd", "fvd", [(point.step, {name: result["fvd"]})])
-            send(found, self.out, run_id=run_id, tracking=TrackingConfig(experiment=options.experiment))
+            send(found, self.out, run_id=run_id, tracking=TrackingConfig(experiment=options.experiment), show=False)
 
     def draw(self, found: dict[Spot, float]) -> dict[str, Path]:
         """The three figures: p, samplers, model scales."""

@@ -73,7 +73,7 @@ def main(words: list[str] | None = None) -> None:
         settings = TrackingConfig(words_of_run.mlflow, "benchmarks", system_metrics=False)
         params = {"vae": config.vae, "size": config.size, "cores": len(os.sched_getaffinity(0))}
         tracker = Tracker(folder, settings, "encode_speed", params, {"kind": "benchmark"})
-        tracker.metrics({name.replace(" ", "_").replace("/", "_per_"): value for name, value in results.items()}, 0)
+        tracker.figures({name.replace(" ", "_").replace("/", "_per_"): value for name, value in results.items()})
         tracker.close()
 
 

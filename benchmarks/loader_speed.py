@@ -58,7 +58,7 @@ def main(words: list[str] | None = None) -> None:
         settings = TrackingConfig(config.mlflow, "benchmarks", system_metrics=False)
         params = {"size": shards.manifest.size, "workers": config.workers, "cores": len(os.sched_getaffinity(0))}
         tracker = Tracker(folder, settings, "loader_speed", params, {"kind": "benchmark"})
-        tracker.metrics({name.replace(", ", "_").replace("/", "_per_"): value for name, value in results.items()}, 0)
+        tracker.figures({name.replace(", ", "_").replace("/", "_per_"): value for name, value in results.items()})
         tracker.close()
 
 

@@ -13,6 +13,7 @@ import torch
 
 from fvdm.config import flatten
 from fvdm.tracking.config import TrackingConfig
+from fvdm.tracking.pages import where_to_look
 from fvdm.tracking.tracker import Tracker
 
 EXPERIMENT = "benchmarks"
@@ -74,6 +75,7 @@ def send(
     parent: str = "",
     renew: str = "",
     tracking: TrackingConfig | None = None,
+    show: bool = True,
 ) -> str:
     """Report a benchmark as an MLflow run of its own, or into the run of the model that was measured.
 
@@ -84,6 +86,7 @@ def send(
         parent: id of the run that this one is a child of.
         renew: id of this report's own run of an earlier time, which is brought up to date with its tags.
         tracking: where to; the database of this folder when not given.
+        show: print the address of the run's page.
 
     Returns:
         The run's id; empty while the server does not answer (the journal keeps what was not sent).
@@ -106,6 +109,8 @@ def send(
         digest = hashlib.sha256(json.dumps([entry.path, entry.clips]).encode()).hexdigest()[:16]
         tracker.dataset(entry.name, entry.path, digest, entry.role, len(entry.clips))
     tracker.close()
+    if show:
+        print(f"MLflow: {where_to_look(tracker.folder)}")
     return tracker.run_id or ""
 
 
@@ -130,5 +135,6 @@ def conclude(figures: Mapping[str, float], config: Benchmark, name: str, kind: s
         print(f"{label:24s} {value:.3f}")
     tracking = TrackingConfig(experiment=EXPERIMENT)
     tracker = Tracker(Path(config.out), tracking, name, flatten(config), {"kind": kind})
-    tracker.metrics(dict(figures), 0)
+    tracker.figures(dict(figures))
     tracker.close()
+    print(f"MLflow: {where_to_look(tracker.folder)}")

@@ -282,7 +282,7 @@ def main() -> None:
             params = vars(options) | {"model": name, "device": str(device)}
             settings = TrackingConfig(experiment="benchmarks")
             tracker = Tracker(options.out / name.replace("/", "-"), settings, f"train_speed {name}", params, {})
-            tracker.metrics(figures, 0)
+            tracker.figures(figures)
             tracker.close()
     except ValueError as error:
         fail(error)

@@ -120,7 +120,7 @@ def _send(whole: Evidence, bench: Bench, job: Job, found: Report, parent: str, b
     tracking = TrackingConfig(experiment=EXPERIMENT, system_metrics=False)
     files = [] if before else bench.parts(job)
     found = replace(found, files=files)
-    return {"run_id": send(found, whole.out, parent=parent, renew=before, tracking=tracking)}
+    return {"run_id": send(found, whole.out, parent=parent, renew=before, tracking=tracking, show=False)}
 
 
 def _told(whole: Evidence, bench: Bench, job: Job, numbers: Mapping[str, Sequence[float]]) -> Report:

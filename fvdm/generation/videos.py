@@ -23,6 +23,7 @@ from fvdm.generation.config import GenerateCommand
 from fvdm.generation.inputs import choose, read_source
 from fvdm.generation.pipeline import Trained, encode_given, length_of, load, make_frames, make_plan
 from fvdm.media.writing import FORMATS, GIF_RATE, gif_stride, spread, tile, write, write_strips
+from fvdm.tracking.pages import where_to_look
 from fvdm.tracking.tracker import Tracker, run_of
 
 logger = logging.getLogger(__name__)
@@ -183,6 +184,7 @@ def report(files: Sequence[Path], config: GenerateCommand, trained: Trained) -> 
             tracker.image(path, f"generate/{config.task}", trained.step)
         tracker.artifact(path, f"generate/{config.task}")
     tracker.close()
+    print(f"MLflow: {where_to_look(tracker.folder)}")
 
 
 def gather(shown: dict[int, Overview], files: list[Path], ranks: Ranks) -> tuple[dict[int, Overview], list[Path]]:

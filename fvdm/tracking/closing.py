@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fvdm.files import LockHeldError
-from fvdm.tracking.config import TrackingConfig, experiment_name, tracking_uri
+from fvdm.tracking.config import experiment_name, tracking_uri
 from fvdm.tracking.delivery import Sender, ended
 from fvdm.tracking.journal import ENDS, Journal
 from fvdm.tracking.server import prepare
@@ -78,11 +78,11 @@ def _former_start(folder: Path) -> dict[str, Any]:
 
     settings = folder / "config.yaml"
     values = yaml.safe_load(settings.read_text()) if settings.exists() else {}
-    config = TrackingConfig(**values.get("tracking", {}))
+    tracking = values.get("tracking", {})
     position = json.loads((folder / "tracking.json").read_text()) if (folder / "tracking.json").exists() else {}
     return {
         "name": values.get("name", folder.name),
-        "experiment": experiment_name(config.experiment),
-        "uri": position.get("uri") or tracking_uri(config.uri),
+        "experiment": experiment_name(tracking.get("experiment", "")),
+        "uri": position.get("uri") or tracking_uri(tracking.get("uri", "")),
         "tags": {"kind": "train"} if settings.exists() else {},
     }

@@ -153,7 +153,9 @@ def duration(seconds: float) -> str:
 
 def _plain(start: Mapping[str, Any]) -> str:
     tags = start.get("tags", {})
-    return f"**{tags.get('kind', 'run')}** {start.get('name', '')}" + commands({"repeat": tags.get("mlflow.source.name", "")})
+    return f"**{tags.get('kind', 'run')}** {start.get('name', '')}" + commands(
+        {"repeat": tags.get("mlflow.source.name", "")}
+    )
 
 
 def _moment(milliseconds: int) -> str:
@@ -161,8 +163,8 @@ def _moment(milliseconds: int) -> str:
 
 
 def _image(paths: Iterable[str], key: str, step: int) -> str:
-    """The image of a series at a step: MLflow keeps `images/KEY%step%STEP%timestamp%...png` and a smaller `.webp`."""
-    start = f"images/{key.replace('/', '#')}%step%{step}%"
+    """The image of a series at a step: `images/KEY+step+STEP+timestamp+...png`, with `~` for the slashes of the key."""
+    start = f"images/{key.replace('/', '~')}+step+{step}+"
     found = [path for path in sorted(paths) if path.startswith(start) and path.endswith(".png")]
     return found[-1] if found else ""
 

@@ -60,10 +60,10 @@ def page_of(folder: Path) -> str:
 
 
 def where_to_look(folder: Path) -> str:
-    """For the terminal: where the run of `folder` is seen in MLflow; empty while MLflow has no such run."""
+    """For the terminal: where the run of `folder` is seen in MLflow, or that MLflow has none yet."""
     page = page_of(folder)
     if not page:
-        return ""
+        return "the server does not answer; the run has no page yet"
     place = json.loads((folder / "tracking.json").read_text())
     uri = place.get("uri") or tracking_uri()
     return page if is_server(uri) else f"{page} (start the pages with: fvdm ui{ui_words(uri)})"

@@ -10,6 +10,7 @@ from fvdm.data.shards import LatentShards
 from fvdm.models.backbone import Backbone
 from fvdm.models.config import BackboneConfig
 from fvdm.models.loading import load_weights, preset
+from fvdm.tracking.server import check as check_tracking
 from fvdm.training.config import TrainConfig
 from fvdm.training.engine import accumulation
 from fvdm.training.run import data_mismatch, refuse_corrupt
@@ -61,6 +62,7 @@ def check(config: TrainConfig, world_size: int) -> None:
         ValueError: if the data cannot be read, model, data, batch, ranks and the run so far do not fit each other, or
             all checkpoints of the run are corrupt.
     """
+    check_tracking(config.tracking.uri)
     shards = LatentShards(config.data.path, config.data.split, config.data.cache)
     model_config(config, shards)
     checkpoint = newest(config.checkpoints)

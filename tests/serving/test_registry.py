@@ -21,8 +21,8 @@ from fvdm.tracking.tracker import Tracker
 from fvdm.training.config import TrainConfig
 from tests.data_fixtures import make_shards, real_frames, write_video
 from tests.generation.test_pipeline import FRAMES, SIDE, make_run
-from tests.tracking.conftest import QUIET, Server
 from tests.runs import train, words
+from tests.tracking.conftest import QUIET, Server
 
 ROOT = Path(__file__).parents[2]
 FRESH = """
@@ -232,3 +232,19 @@ def test_what_is_no_model_is_refused_with_a_sentence(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "holds no whole checkpoint" in done.stderr
+
+
+def test_a_model_that_version_0_1_registered_still_predicts(run, tmp_path):
+    """Its own copy of the former file imports `fvdm.pipeline` and `fvdm.registry`."""
+    import mlflow
+    import pandas as pd
+
+    packed = pack(run / "checkpoints" / "step-00000005", tmp_path / "packed")
+    code = str(Path(__file__).with_name("pyfunc_0_1.py"))
+    mlflow.pyfunc.save_model(
+        str(tmp_path / "model"), python_model=code, artifacts={"model": str(packed.folder)}, pip_requirements=["fvdm"]
+    )
+    clips = mlflow.pyfunc.load_model(str(tmp_path / "model")).predict(
+        pd.DataFrame({"task": ["generate"], "seed": [7], "steps": [1], "class": ["dog"]})
+    )
+    assert np.array_equal(clips, load(run).generate(seed=7, steps=1, class_="dog").numpy())

@@ -18,8 +18,8 @@ from fvdm.tracking.config import TrackingConfig
 from fvdm.tracking.logged_model import LoggedModel
 from fvdm.tracking.server import check, open_client
 from fvdm.tracking.tracker import Tracker
-from tests.tracking.conftest import QUIET, Server
 from tests.runs import wait_until
+from tests.tracking.conftest import QUIET, Server
 
 
 def history(client, run_id, key):

@@ -14,8 +14,8 @@ from fvdm.tracking import tracker as tracking
 from fvdm.tracking.config import TrackingConfig
 from fvdm.tracking.tracker import Tracker, run_of
 from tests.data_fixtures import make_shards
-from tests.tracking.conftest import QUIET, Server
 from tests.runs import environment, losses, wait_until, words
+from tests.tracking.conftest import QUIET, Server
 
 
 def history(client, run_id, key):

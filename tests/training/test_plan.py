@@ -107,7 +107,7 @@ def test_a_real_training_needs_what_was_planned(tmp_path):
     ratio = float(re.findall(r"measured_over_predicted\s+([\d.]+)", done.stdout)[0])
     assert 0.85 < ratio < 1.15
     events = [json.loads(line) for line in (tmp_path / "journal/events.jsonl").read_text().splitlines()]
-    assert any("peak_gb" in event.get("metrics", {}) for event in events)
+    assert any("peak_gb" in event.get("figures", {}) for event in events)
 
 
 @pytest.mark.slow
@@ -132,7 +132,7 @@ def test_what_a_checkpoint_costs_is_measured_and_no_run_is_touched(tmp_path):
     figures = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines() if line.count(" ") > 4}
     assert figures["rank_gb"] > 0
     events = [json.loads(line) for line in (tmp_path / "out/events.jsonl").read_text().splitlines()]
-    assert any(figures.keys() <= event.get("metrics", {}).keys() for event in events)
+    assert any(figures.keys() <= event.get("figures", {}).keys() for event in events)
     kept = tmp_path / "out/checkpoints/step-00000001"
     kept.mkdir(parents=True)
     done = subprocess.run(command, cwd=tmp_path, env=hidden, capture_output=True, text=True, timeout=300)
