@@ -1,8 +1,8 @@
-"""Decodes many videos side by side, each in a process that may crash, hang or run out of memory alone.
+"""Decodes many videos side by side in worker processes, so that a crash, a hang or a lack of memory costs one video.
 
-A worker process decodes one video after another and sends the frames in chunks; a thread per worker takes
-them into one bounded queue, from which the encoder is fed. A worker that dies or says nothing for too long is
-replaced and its video rejected, with the reason.
+A worker process decodes one video after another and sends the frames in chunks. A thread per worker puts them into one
+bounded queue, from which the encoder takes them. A worker that dies or sends nothing for too long is replaced, and its
+video is rejected with the reason.
 """
 
 import contextlib
@@ -26,18 +26,18 @@ MEMORY = 8 * 2**30  # bytes of private memory that one decoder may take
 
 @dataclass(frozen=True)
 class Task:
-    """A video to read. `key` is the caller's; `chunk` is in frames, 0 for an estimate only."""
+    """A video to read. `key` is any number of the caller; `chunk` is in frames, 0 for an estimate only."""
 
     key: int
     path: str
     size: int
-    how: Preprocess
+    preprocess: Preprocess
     chunk: int
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """The reason why a video cannot be used; `unread` where the file could not be read, and may be good."""
+    """The reason why a video cannot be used; `unread` if the file could not be read and may be good."""
 
     reason: str
     unread: bool = False
@@ -45,7 +45,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Restarted:
-    """The decoder, or the disk, was lost in the middle of the video, which begins again: what came of it is void."""
+    """The decoder or the disk failed in the middle of the video, which starts again: discard the chunks so far."""
 
 
 def decode(tasks: Iterable[Task], *, workers: int, timeout: float = 120.0) -> Generator[tuple[int, Any], None, None]:
@@ -57,10 +57,10 @@ def decode(tasks: Iterable[Task], *, workers: int, timeout: float = 120.0) -> Ge
         timeout: seconds after which a decoder that has sent nothing is killed.
 
     Yields:
-        `(key, chunk)` with uint8 (n 3 size size) in the order of each video's frames, the videos interleaved;
+        `(key, chunk)` with uint8 (n 3 size size), in order for each video, the videos interleaved;
         for each video once at its end `(key, Info)`, `(key, Rejected)` or its estimate; and `(key,
-        Restarted)` when a decoder was lost (one that the machine killed for lack of memory says nothing of
-        the video), or the file could not be read. The second time, it is rejected.
+        Restarted)` when its decoder died (perhaps because the machine ran out of memory) or the file could not
+        be read. The second time, the video is rejected.
     """
     out: queue.Queue[tuple[int, Any]] = queue.Queue(maxsize=2 * workers)
     stop = threading.Event()
@@ -91,7 +91,7 @@ def decode(tasks: Iterable[Task], *, workers: int, timeout: float = 120.0) -> Ge
 
 
 def estimate(paths: list[str], *, workers: int, timeout: float = 60.0) -> list[int]:
-    """About how many frames each video has, from the headers; 0 where that is not known."""
+    """About how many frames each video has, from the headers; 0 if unknown."""
     frames = [0] * len(paths)
     tasks = (Task(key, path, 0, Preprocess(), 0) for key, path in enumerate(paths))
     for key, item in decode(tasks, workers=min(workers, max(1, len(paths))), timeout=timeout):
@@ -106,7 +106,7 @@ def _serve(
     stop: threading.Event,
     timeout: float,
 ) -> None:
-    """Runs in a thread: drives one worker process after another until the tasks are used up."""
+    """Runs in a thread: drives one worker process after another until there are no more tasks."""
     worker: _Worker | None = None
     try:
         while not stop.is_set():
@@ -125,7 +125,7 @@ def _serve(
                     worker = None
                 if not again or stop.wait(1.0):
                     break
-    except BaseException as error:  # brought to the caller, in its own thread
+    except BaseException as error:  # raised in the caller's thread
         out.put((-1, error))
     finally:
         if worker:
@@ -146,14 +146,14 @@ class _Worker:
         self.healthy = True
 
     def read(self, task: Task, timeout: float, stop: threading.Event) -> Iterator[Any]:
-        """Yields chunks, then Info or Rejected. After trouble `healthy` is False."""
+        """Yields chunks, then Info or Rejected. After a failure `healthy` is False."""
         try:
             self.pipe.send(task)
             while True:
                 if not self._wait(timeout, stop):
                     self.healthy = False
                     if not stop.is_set():
-                        yield Rejected(f"decoder said nothing for {timeout:.0f} s")
+                        yield Rejected(f"decoder sent nothing for {timeout:.0f} s")
                     return
                 item = self.pipe.recv()
                 yield item
@@ -174,7 +174,7 @@ class _Worker:
         return False
 
     def close(self) -> None:
-        """Ends the process, by force if it is in the middle of a video."""
+        """Ends the process; kills it if it is in the middle of a video."""
         self.pipe.close()
         if not self.healthy:
             self.process.kill()
@@ -186,7 +186,7 @@ class _Worker:
 
 
 def _work(pipe: Connection) -> None:
-    """The worker process: reads tasks until the pipe closes. A signal meant for the job is not for it."""
+    """The worker process: reads tasks until the pipe closes. It ignores signals that are meant for the job."""
     import torch
 
     from fvdm.media.videos import VideoError, estimate_frames, read_video
@@ -203,7 +203,7 @@ def _work(pipe: Connection) -> None:
                 pipe.send(estimate_frames(task.path))
                 continue
             try:
-                for item in read_video(Path(task.path), task.size, task.how, task.chunk):
+                for item in read_video(Path(task.path), task.size, task.preprocess, task.chunk):
                     pipe.send(item)
             except VideoError as error:
                 pipe.send(Rejected(str(error), error.unread))
@@ -211,5 +211,5 @@ def _work(pipe: Connection) -> None:
                 pipe.send(Rejected(f"decoding takes more than {MEMORY / 2**30:.0f} GiB of memory"))
             except (BrokenPipeError, EOFError):
                 return
-            except Exception as error:  # whatever a damaged file brings about costs that file alone
+            except Exception as error:  # any failure on a corrupt file costs that file only
                 pipe.send(Rejected(f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"))

@@ -280,7 +280,7 @@ class VideoFile:
 
 
 def upright(frame: av.VideoFrame, aspect: float = 1.0) -> Frame:
-    """A frame as its display matrix says: one of the eight rotations and reflections; others count as the nearest.
+    """A frame turned as its `displaymatrix` says: one of eight rotations and reflections; others count as the nearest.
 
     Args:
         frame: the decoded frame.
@@ -289,10 +289,10 @@ def upright(frame: av.VideoFrame, aspect: float = 1.0) -> Frame:
     pixels = frame.to_ndarray(format="rgb24", threads=1)
     height, width = pixels.shape[:2]
     side = max(1, round(width * aspect)), height
-    matrix: Any = next((data for data in cast(Any, frame.side_data) if data.type == Type.DISPLAYMATRIX), None)
-    if matrix is None:
+    transform: Any = next((data for data in cast(Any, frame.side_data) if data.type == Type.DISPLAYMATRIX), None)
+    if transform is None:
         return Frame(pixels, side)
-    a, b, _, c, d = np.frombuffer(bytes(matrix)[:20], np.int32).tolist()  # x' = a x + c y, y' = b x + d y
+    a, b, _, c, d = np.frombuffer(bytes(transform)[:20], np.int32).tolist()  # x' = a x + c y, y' = b x + d y
     if abs(b) + abs(c) > abs(a) + abs(d):
         pixels, side = pixels.transpose(1, 0, 2), side[::-1]
         a, d = c, b

@@ -69,7 +69,7 @@ class Source:
     """One video: a file, or a folder of frames.
 
     Attributes:
-        name: its path below the videos folder; bytes that are not UTF-8 are kept as surrogates (os.fsdecode).
+        name: its path below the videos folder; bytes that are not UTF-8 are represented by surrogates (os.fsdecode).
         kind: `file` or `frames`.
         label: class index, or None.
         split: `train`, or the split whose list names it.
@@ -261,20 +261,20 @@ def _label(
     if class_file:
         classes = _classes(class_file)
     else:
-        found = {name.split("/")[0] for name, _ in names if "/" in name}
-        classes = {name: index for index, name in enumerate(sorted(found, key=os.fsencode))}
+        folders = {name.split("/")[0] for name, _ in names if "/" in name}
+        classes = {name: index for index, name in enumerate(sorted(folders, key=os.fsencode))}
     listing.classes = list(classes)
     splits = dict(_listed(split_files)) if split_files else {name: "train" for name, _ in names}
-    known = dict(names)
+    found = dict(names)
     for name in sorted(splits, key=os.fsencode):
         label = classes.get(name.split("/")[0])
-        if name not in known:
+        if name not in found:
             listing.rejected.append((name, "named by a split list, but not on disk"))
         elif label is None:
             listing.rejected.append((name, "lies in no class folder" if "/" not in name else "unknown class"))
         else:
-            listing.sources.append(Source(name, known[name], label, splits[name]))
-    left_out = len(known.keys() - splits.keys())
+            listing.sources.append(Source(name, found[name], label, splits[name]))
+    left_out = len(found.keys() - splits.keys())
     if left_out:
         listing.ignored["in no split list"] += left_out
 

@@ -115,9 +115,9 @@ def to_square(frame: np.ndarray, size: int, preprocess: Preprocess, side: tuple[
     if min(shorter, rows, columns) < 1 or max(height, width) > MAX_ASPECT * shorter:
         raise VideoError(f"a frame of {width}x{height}: sides must be within {MAX_ASPECT} to 1")
     if preprocess.resize == "centre-square":
-        kept = max(1, round(rows * shorter / height)), max(1, round(columns * shorter / width))
-        top, left = (rows - kept[0]) // 2, (columns - kept[1]) // 2
-        frame = frame[top : top + kept[0], left : left + kept[1]]
+        square = max(1, round(rows * shorter / height)), max(1, round(columns * shorter / width))
+        top, left = (rows - square[0]) // 2, (columns - square[1]) // 2
+        frame = frame[top : top + square[0], left : left + square[1]]
         target = (size, size)
     else:
         target = (max(size, round(height * size / shorter)), max(size, round(width * size / shorter)))

@@ -45,7 +45,7 @@ class VAE:
         self.frame_map = kind.frame_map(config)
         self.normalisation = normalisation_of(model)
         self.device, self.dtype = device, dtype
-        self.cached, self.odd, self.is_video = kind.cached, kind.odd, kind.stride is not None
+        self.cached, self.needs_odd, self.is_video = kind.cached, kind.needs_odd, kind.stride is not None
         layout = torch.preserve_format if self.is_video else torch.channels_last
         self.model = model.to(device, dtype, memory_format=layout).eval().requires_grad_(False)
         if not self.is_video:
@@ -175,7 +175,9 @@ class VAE:
         else:
             clip = torch.stack(list(unscaled), dim=2)
             count = self.frame_map.pixel_frames(clip.shape[2])
-            if self.odd and clip.shape[2] % 2 == 0:  # of an even number diffusers would also double the first frame
+            if (
+                self.needs_odd and clip.shape[2] % 2 == 0
+            ):  # of an even number diffusers would also double the first frame
                 clip = torch.cat([clip, clip[:, :, -1:]], dim=2)
             # LTX-Video's later decoders take a time: 0 stands for latents without noise.
             times = {"temb": clip.new_zeros(len(clip))} if self.model.config.get("timestep_conditioning") else {}

@@ -20,7 +20,7 @@ class VAEKind:
         channels: the configuration's name of the number of latent channels.
         cached: encoding and decoding go on chunk by chunk with a cache of features, exactly: memory does not grow with
             the clip, and a shorter clip's latents are a prefix of a longer one's.
-        odd: diffusers decodes odd numbers of latent frames as the frame map says, and gives more frames for even ones.
+        needs_odd: diffusers decodes odd numbers of latent frames as the frame map says, and gives more frames for even ones.
     """
 
     name: str
@@ -29,7 +29,7 @@ class VAEKind:
     factor: Callable[[Any], int]
     channels: str
     cached: bool = False
-    odd: bool = False
+    needs_odd: bool = False
 
     def frame_map(self, config: Any) -> FrameMap:
         """The map from pixel frames to latent frames."""
@@ -69,7 +69,7 @@ KINDS = (
     VAEKind("AutoencoderKLWan", "Wan 2.1, Wan 2.2", _wan_stride, _wan_factor, "z_dim", cached=True),
     VAEKind("AutoencoderKLHunyuanVideo", "HunyuanVideo", _time_ratio, _space_ratio, "latent_channels"),
     VAEKind("AutoencoderKLLTXVideo", "LTX-Video", _ltx_stride, _ltx_factor, "latent_channels"),
-    VAEKind("AutoencoderKLCogVideoX", "CogVideoX", _time_ratio, _blocks, "latent_channels", odd=True),
+    VAEKind("AutoencoderKLCogVideoX", "CogVideoX", _time_ratio, _blocks, "latent_channels", needs_odd=True),
 )
 
 

@@ -1,4 +1,4 @@
-"""Videos as people look at them: mp4 and gif files, and one picture of many frames. The only place that writes them.
+"""Videos as people look at them: mp4 and gif files, and one image of many frames. The only place that writes them.
 
 The same frames give the same bytes: ranks that share the work write the files that one alone would have written.
 """
@@ -29,13 +29,13 @@ def _picture(frame: Tensor) -> np.ndarray:
 
 
 def open_mp4(path: Path, fps: float = 8.0) -> AbstractContextManager[Put]:
-    """A file of H.264, near lossless, playable in every browser; frames of odd sides lose their last row or column."""
+    """Open an H.264 file, near lossless, playable in every browser; odd sides lose their last row or column."""
     # With mbtree, x264's AVX-512 code reads memory it has not written: the same frames gave several files.
     return _open_video(path, fps, "mp4", "libx264", {"crf": "12", "mbtree": "0"})
 
 
 def open_webm(path: Path, fps: float = 8.0) -> AbstractContextManager[Put]:
-    """A file of VP9, near lossless; see `open_mp4`."""
+    """Open a VP9 file, near lossless; see `open_mp4`."""
     return _open_video(path, fps, "webm", "libvpx-vp9", {"crf": "15", "b": "0", "deadline": "good", "cpu-used": "4"})
 
 
@@ -62,7 +62,7 @@ def _open_video(path: Path, fps: float, container: str, codec: str, options: dic
 
 @contextmanager
 def open_frames(path: Path, fps: float = 8.0) -> Iterator[Put]:
-    """A folder of numbered PNG files, each there at once; these have no rate."""
+    """Open a folder of numbered PNG files, each written at once; they have no rate."""
     from PIL import Image
 
     path.mkdir(parents=True, exist_ok=True)
@@ -76,13 +76,13 @@ def open_frames(path: Path, fps: float = 8.0) -> Iterator[Put]:
 
 
 def gif_stride(fps: float) -> int:
-    """Of how many frames a gif shows one: it counts in hundredths of a second, and viewers show none for only one."""
+    """Every how many frames a gif shows one: its unit is 1/100 s, and viewers do not show frames of a single unit."""
     return max(1, math.ceil(fps / GIF_RATE))
 
 
 @contextmanager
 def open_gif(path: Path, fps: float = 8.0) -> Iterator[Put]:
-    """An animated gif that repeats for ever; of more than 50 frames per second, every `gif_stride`-th."""
+    """Open an animated gif that loops forever; above 50 frames per second it has every `gif_stride`-th frame."""
     from PIL import GifImagePlugin, Image
 
     every, numbers = gif_stride(fps), count()
@@ -148,7 +148,7 @@ def write_strips(videos: Tensor, path: Path, columns: int = 8, rows: int = 1) ->
 
 
 def card(clips: int) -> tuple[int, int]:
-    """Rows and columns of frames for each of some clips that together make a near-square picture, as MLflow's cards."""
+    """Rows and columns of frames for each of some clips that together make a near-square image, as MLflow's cards."""
     shapes = [(r, c) for r in range(1, 5) for c in range(1, 13) if 5 <= r * c <= 12]
     return min(shapes, key=lambda shape: abs(math.log(shape[1] / (clips * shape[0]))))
 

@@ -147,7 +147,7 @@ def disk(tmp_path, monkeypatch):
 
             def read(self, task, timeout, stop):
                 try:
-                    yield from failing(task.path, task.size, task.how, task.chunk)
+                    yield from failing(task.path, task.size, task.preprocess, task.chunk)
                 except VideoError as error:
                     yield Rejected(str(error), error.unread)
 
