@@ -20,7 +20,7 @@ class VAEKind:
         channels: the configuration's name of the number of latent channels.
         cached: encoding and decoding go on chunk by chunk with a cache of features, exactly: memory does not grow with
             the clip, and a shorter clip's latents are a prefix of a longer one's.
-        needs_odd: diffusers decodes odd numbers of latent frames as the frame map says, and gives more frames for even ones.
+        needs_odd: diffusers follows the frame map for odd numbers of latent frames, and gives more for even ones.
     """
 
     name: str
