@@ -1,21 +1,24 @@
-"""Where latent shards lie: local folders, shared file systems, and URLs as WebDataset takes them."""
+"""Where latent shards are: local folders, shared file systems, and URLs."""
 
 import hashlib
 import logging
 import os
 import re
-import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
-from fvdm.files import atomic_write, lock
+from fvdm.data.cache import ShardCache
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 RETRY_DELAYS = (1.0, 4.0, 16.0)  # seconds between tries
-NOT_FOUND = 22  # exit status of curl where a server answers that it does not have a file, or does not give it
+TIMEOUT = 60.0  # seconds that a server may be silent
+BLOCK = 1 << 20  # bytes
+NOT_FOUND = 22  # exit status of `pipe:curl -f` where a server does not have a file, or does not give it
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp"}
 
 
 class CorruptShardError(ValueError):
@@ -48,7 +51,7 @@ def retry(read: Callable[[], T], what: str, missing: int | None = None) -> T:
         except UnreachableError:
             raise
         except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-            raise MissingError((error.strerror or str(error)).lower()) from None
+            raise MissingError((error.strerror or "no such file").lower()) from None
         except OSError as error:
             status = re.search(r": exit (-?\d+) \(read\)", str(error))  # of a pipe of webdataset's
             if status and int(status[1]) == missing:
@@ -64,22 +67,64 @@ def retry(read: Callable[[], T], what: str, missing: int | None = None) -> T:
     raise AssertionError("the last try returns or raises")
 
 
-class Location:
-    """Where shards lie: a folder, a URL of a folder, or URLs of tars with braces
-    (`.../train-{000000..000007}.tar`).
+@contextmanager
+def translate_errors() -> Iterator[None]:
+    """What the clients of object stores raise, as an OSError: PermissionError where the server refuses for good."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # each client has its own classes, which need not be installed
+        status = getattr(error, "status", None)
+        if status in (401, 403, 410):
+            raise PermissionError(status, f"the server refuses it, status {status}") from None
+        reason = f"status {status}" if status else " ".join(str(error).split())[:200] or type(error).__name__
+        raise OSError(reason) from None
 
-    A remote file is fetched once into a cache folder, under the name of its checksum; local ones are used in
-    place.
+
+def open_url(url: str) -> BinaryIO:
+    """The bytes behind a URL that fsspec knows (http, s3, gs, hf, memory, ...), as a stream.
+
+    Raises:
+        ValueError: no such kind of URL, or its package is not installed.
+        OSError: it cannot be read.
+    """
+    import fsspec
+
+    protocol = url.partition("://")[0]
+    options: dict[str, Any] = {}
+    if protocol in ("http", "https"):
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
+        options = {"client_kwargs": {"timeout": timeout, "trust_env": True}}
+    try:
+        file_system, path = fsspec.core.url_to_fs(url, **options)
+    except ImportError:
+        package = PACKAGES.get(protocol, f"fsspec[{protocol}]")
+        raise ValueError(f"{protocol}:// needs the package {package}: pip install {package}") from None
+    except ValueError:
+        raise ValueError(f"{url!r} is of no kind that fsspec knows; use http, s3, gs, hf or pipe:COMMAND.") from None
+    with translate_errors():
+        # Of http one stream, without asking for the size first; of the others large blocks.
+        reading = {"block_size": 0, "size": 1} if options else {"block_size": 16 * BLOCK, "cache_type": "readahead"}
+        return file_system.open(path, "rb", **reading)
+
+
+class Location:
+    """Where shards are: a folder, a URL of a folder, or URLs of tars with braces.
 
     Args:
         path: folder or URL; `pipe:COMMAND` names the tar in the command.
         cache: folder for fetched files.
+        cache_gb: most gigabytes of shards in that folder; 0 for no bound.
     """
 
-    def __init__(self, path: str, cache: str | None = None) -> None:
+    def __init__(self, path: str, cache: str | None = None, cache_gb: float = 0.0) -> None:
         """Fetches nothing yet."""
         self.path = os.fspath(path)
-        self.cache = Path(cache or os.environ.get("FVDM_CACHE") or Path.home() / ".cache" / "fvdm" / "shards")
+        folder = Path(cache or os.environ.get("FVDM_CACHE") or Path.home() / ".cache" / "fvdm" / "shards")
+        self.cache = ShardCache(folder, int(cache_gb * 1e9))
         self.template, self.names = self._parse()
         self.remote = re.match(r"^(pipe:|[a-z0-9]+://)", self.template) is not None
         if self.template.startswith("file:"):
@@ -98,9 +143,7 @@ class Location:
         names = {re.findall(pattern, url)[-1] for url in urls}
         templates = {"\0".join(url.rsplit(re.findall(pattern, url)[-1], 1)) for url in urls}
         if len(templates) != 1:
-            raise ValueError(
-                f"{self.path!r}: the shards must lie in one folder; encode into one, or merge the folders."
-            )
+            raise ValueError(f"{self.path!r}: the shards must be in one folder; encode into one, or merge the folders.")
         return templates.pop(), names
 
     def url(self, name: str) -> str:
@@ -116,7 +159,7 @@ class Location:
         """
 
         def read() -> bytes:
-            with self._open(name) as stream:
+            with translate_errors(), self._open(name) as stream:
                 return stream.read()
 
         try:
@@ -127,8 +170,13 @@ class Location:
                 "encode_latents.py wrote to the end?"
             ) from None
 
-    def local(self, name: str, sha256: str) -> Path:
+    def local(self, name: str, sha256: str, size: int = 0) -> Path:
         """Path of a file on this machine, fetched if it is remote. Safe to call from many processes at once.
+
+        Args:
+            name: of the file.
+            sha256: of its bytes; 64 hexadecimal digits.
+            size: in bytes, for which room is made in the cache first.
 
         Raises:
             CorruptShardError: what arrived is not what the manifest promises.
@@ -137,38 +185,51 @@ class Location:
         """
         if not self.remote:
             return Path(self.url(name))
-        kept = self.cache / (sha256 + os.path.splitext(name)[1])
-        if kept.exists():
-            return kept
-        self.cache.mkdir(parents=True, exist_ok=True)
-        with lock(Path(f"{kept}.lock")):
-            if not kept.exists():
-                self._fetch(name, sha256, kept)
-        return kept
+        return self.cache.get(self.key(name, sha256), size, lambda path: self._fetch(name, sha256, path))
 
-    def _fetch(self, name: str, sha256: str, kept: Path) -> None:
-        def fetch() -> str:
+    def prefetch(self, name: str, sha256: str, size: int) -> bool:
+        """Fetches a shard ahead of its use, unless there is no room or another process is at it.
+
+        Returns:
+            Whether the shard is in the cache.
+        """
+        return self.cache.prefetch(self.key(name, sha256), size, lambda path: self._fetch(name, sha256, path))
+
+    def cached(self, name: str, sha256: str) -> bool:
+        """Whether a remote file is in the cache."""
+        return (self.cache.folder / self.key(name, sha256)).exists()
+
+    @staticmethod
+    def key(name: str, sha256: str) -> str:
+        """Name of a file in the cache."""
+        return sha256 + os.path.splitext(name)[1]
+
+    def _fetch(self, name: str, sha256: str, to: Path) -> int:
+        """Writes the file to a path that exists; returns its size."""
+
+        def fetch() -> tuple[str, int]:
             digest = hashlib.sha256()
-            with self._open(name) as stream, partial.open("wb") as file:
-                while block := stream.read(1 << 20):
+            with translate_errors(), self._open(name) as stream, to.open("r+b") as file:
+                while block := stream.read(BLOCK):
                     digest.update(block)
                     file.write(block)
-            return digest.hexdigest()
+                file.truncate()
+                return digest.hexdigest(), file.tell()
 
-        with atomic_write(kept) as partial:
-            try:
-                found = retry(fetch, self.url(name))
-            except MissingError as error:
-                raise ValueError(f"Cannot fetch {self.url(name)!r} to {str(self.cache)!r}: {error}.") from None
-            if found != sha256:
-                raise CorruptShardError(f"{self.url(name)!r} is not the file that the manifest lists: copy it again.")
+        try:
+            found, size = retry(fetch, self.url(name))
+        except MissingError as error:
+            raise ValueError(f"Cannot fetch {self.url(name)!r} to {str(self.cache.folder)!r}: {error}.") from None
+        if found != sha256:
+            raise CorruptShardError(f"{self.url(name)!r} is not the file that the manifest lists: copy it again.")
+        return size
 
     def _open(self, name: str) -> BinaryIO:
-        if not self.remote:
-            return open(self.url(name), "rb")
-        from webdataset.gopen import gopen
-
         url = self.url(name)
-        if url.startswith("s3://"):
-            url = f"pipe:aws s3 cp {shlex.quote(url)} -"
-        return gopen(url)
+        if not self.remote:
+            return open(url, "rb")
+        if url.startswith("pipe:"):
+            from webdataset.gopen import gopen
+
+            return gopen(url)
+        return open_url(url)

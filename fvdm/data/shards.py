@@ -30,6 +30,7 @@ class LatentShards:
         path: as `Location` takes it.
         split: which shards, by the first word of their names.
         cache: folder for fetched files.
+        cache_gb: most gigabytes of shards in that folder; 0 for no bound.
 
     Attributes:
         manifest: what made the shards, and their buckets.
@@ -41,9 +42,9 @@ class LatentShards:
         ValueError: no shards there, of another format, or of another size than the manifest says.
     """
 
-    def __init__(self, path: str | Path, split: str = "train", cache: str | None = None) -> None:
+    def __init__(self, path: str | Path, split: str = "train", cache: str | None = None, cache_gb: float = 0.0) -> None:
         """Reads the manifest and maps the tables; does not open the shards yet."""
-        self.location = Location(os.fspath(path), cache)
+        self.location = Location(os.fspath(path), cache, cache_gb)
         self.manifest = read_manifest(self.location.read("manifest.json"), self.location.url("manifest.json"))
         named = self.location.names
         listed: Sequence[Shard] = self.manifest.shards
@@ -253,10 +254,15 @@ class LatentShards:
             self._open.move_to_end(shard)
             return self._open[shard]
         info = self.shards[shard]
-        self._open[shard] = os.open(self.location.local(info.name, info.sha256), os.O_RDONLY)
+        self._open[shard] = os.open(self.location.local(info.name, info.sha256, info.bytes), os.O_RDONLY)
         if len(self._open) > OPEN_FILES:
             os.close(self._open.popitem(last=False)[1])
         return self._open[shard]
+
+    def close_all_but(self, shards: frozenset[int]) -> None:
+        """Closes the files of other shards, so that what is removed from the cache leaves the disk."""
+        for shard in self._open.keys() - shards:
+            os.close(self._open.pop(shard))
 
     def _corrupt(self, shard: int, sample: int | None, what: str) -> CorruptShardError:
         if sample is not None:

@@ -54,7 +54,7 @@ def train(config: TrainConfig) -> Stop:
     stop.install()
     ranks = from_environment()
     torch.set_float32_matmul_precision("high")
-    shards = LatentShards(config.data.path, config.data.split, config.data.cache)
+    shards = LatentShards(config.data.path, config.data.split, config.data.cache, config.data.cache_gb)
     network = model_config(config, shards)
     seed_everything(config.seed)
     device = initialise(config.engine.timeout)
@@ -109,14 +109,15 @@ def translate_errors(run: Run) -> Iterator[None]:
 
 def _loop(run: Run, model: Backbone, tracker: Tracker | None, stop: StopFlag) -> Stop:
     config, engine, progress, ranks = run.config, run.engine, run.progress, run.ranks
-    sample_noise = NoiseSampler(config, model, ranks, engine.device)
+    sample_noise = NoiseSampler(config, model, engine.device)
     data = batches(
         run.shards,
-        replace(config.data, batch_size=engine.micro_batch * ranks.world_size),
+        replace(config.data, batch_size=engine.micro_batch * ranks.world_size, lanes=run.lanes),
         rank=ranks.rank,
         world_size=ranks.world_size,
         seed=config.seed,
         start=progress.consumed,
+        step_size=config.data.batch_size,
         device=engine.device,
     )
     meter = Meter(run.diffusion.num_timesteps, engine.device)
@@ -131,6 +132,7 @@ def _loop(run: Run, model: Backbone, tracker: Tracker | None, stop: StopFlag) ->
             engine.backward(loss.mean())
             moved = engine.step(progress.step, config.steps)
             meter.add(loss, t)
+            run.read_meter.add(batch)
             seen.append((batch.keys, loss.detach()))
         if moved:
             run.ema.update()
@@ -203,6 +205,7 @@ def _suspects(run: Run, seen: list[tuple[list[str], Tensor]]) -> str:
 def _report(run: Run, meter: Meter, tracker: Tracker | None) -> None:
     values, frames, seconds = meter.read()
     progress, config = run.progress, run.config
+    values |= run.read_data_metrics()
     if tracker is None:
         return
     clips = frames / config.data.frames

@@ -1,4 +1,4 @@
-"""Mean losses between two reports, by timestep and by whether a clip's frames share it."""
+"""What is counted between two reports: losses by timestep, and what reading the data took."""
 
 import time
 
@@ -6,6 +6,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fvdm.data.cache import ReadCounters
+from fvdm.data.loader import Batch
 
 
 class Meter:
@@ -45,3 +48,35 @@ class Meter:
         groups |= {f"loss/t_{edges[k] + 1:04d}_{edges[k + 1]:04d}": (slice(None), k) for k in range(self.BUCKETS)}
         means = {name: loss[at].sum() / count[at].sum() for name, at in groups.items() if count[at].sum()}
         return means, float(count.sum()), seconds
+
+
+class ReadMeter:
+    """Counts what reading the data took, and corrupt samples that were skipped, on all ranks."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Begin at zero.
+
+        Args:
+            device: where collectives run.
+        """
+        self.device = device
+        self.counters, self.corrupt = ReadCounters(), 0
+
+    def add(self, batch: Batch) -> None:
+        """Count a batch of this rank."""
+        self.counters.add(batch.read)
+        self.corrupt += batch.skipped
+
+    def read(self) -> tuple[ReadCounters, int]:
+        """Sums over all ranks since the last call: what was read, and corrupt samples. Collective."""
+        own = self.counters.take()
+        sums = torch.tensor([*vars(own).values()], dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums)
+        return ReadCounters(*sums.tolist()), self.read_corrupt()
+
+    def read_corrupt(self) -> int:
+        """Corrupt samples of all ranks since the last call of this or of `read`. Collective."""
+        count = torch.tensor(self.corrupt, device=self.device)
+        dist.all_reduce(count)
+        self.corrupt = 0
+        return int(count)

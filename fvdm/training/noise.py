@@ -6,7 +6,6 @@ from torch import Tensor
 
 from fvdm.data.loader import Batch
 from fvdm.diffusion.timesteps import sample_timesteps
-from fvdm.distributed import Ranks
 from fvdm.models.backbone import Backbone
 from fvdm.training.config import TrainConfig
 
@@ -18,29 +17,26 @@ class NoiseSampler:
     One asynchronous copy then takes a whole micro-batch to the device.
     """
 
-    def __init__(self, config: TrainConfig, model: Backbone, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, model: Backbone, device: torch.device) -> None:
         """Prepare.
 
         Args:
             config: seed, p, noise process, share of dropped conditions.
             model: its null condition takes the place of a dropped one.
-            ranks: this process among its peers.
             device: of the results.
         """
-        self.config, self.model, self.ranks, self.device = config, model, ranks, device
+        self.config, self.model, self.device = config, model, device
         self.generator = torch.Generator()
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """`t (b f)`, noise `(b f c h w)` and condition `(b ...)` of a batch, on the device."""
         config, (b, f) = self.config, batch.x_0.shape[:2]
-        # Batches are slices of one numbered sequence of samples: see fvdm.data.loader.
-        first = batch.consumed - b * self.ranks.world_size + b * self.ranks.rank
         pin = self.device.type == "cuda"
         noise = torch.empty(batch.x_0.shape, dtype=batch.x_0.dtype, pin_memory=pin)
         t = torch.empty((b, f), dtype=torch.long, pin_memory=pin)
         hide = torch.empty(b, pin_memory=pin)
-        for i in range(b):
-            self.generator.manual_seed(sample_seed(config.seed, first + i))
+        for i, position in enumerate(batch.positions):  # in one sequence of samples, see fvdm.data.loader
+            self.generator.manual_seed(sample_seed(config.seed, position))
             t[i] = sample_timesteps((1, f), config.p, config.diffusion.num_timesteps, generator=self.generator)
             noise[i].normal_(generator=self.generator)
             hide[i].uniform_(generator=self.generator)

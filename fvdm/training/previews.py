@@ -85,7 +85,7 @@ class Previews:
     def sample(self, model: Backbone) -> dict[str, Tensor]:
         """This rank's clips of each task, latents `(b f c h w)` on the CPU; empty for a rank without a share."""
         own = list(self.ranks.share(self.config.num))
-        data = replace(self.data, batch_size=self.config.num, workers=0, flip=False)
+        data = replace(self.data, batch_size=self.config.num, workers=0, flip=False, lanes=None)
         source = next(batches(self.shards, data, device=self.device))
         clip = source.x_0[own]
         y = source.y[own] if model.config.conditional and source.y is not None else None

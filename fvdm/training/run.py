@@ -24,6 +24,7 @@ from fvdm.checkpoints.layout import SLICES, checksum_mismatch, training_files
 from fvdm.checkpoints.read import read_slices, read_state
 from fvdm.checkpoints.save import save
 from fvdm.checkpoints.writer import AsyncCheckpointWriter
+from fvdm.data.sequence import resolve_lanes
 from fvdm.data.shards import LatentShards
 from fvdm.diffusion.process import Diffusion
 from fvdm.distributed import HangDetector, Ranks, first_error
@@ -36,12 +37,13 @@ from fvdm.tracking.tracker import Tracker
 from fvdm.training.config import TrainConfig
 from fvdm.training.ema import EMA
 from fvdm.training.engine import Engine
+from fvdm.training.meter import ReadMeter
 
 logger = logging.getLogger(__name__)
 
 LOCK_TIMEOUT = 10.0  # seconds
 # With the videos, these settings decide what a sample is.
-SAMPLE_SETTINGS = ("seed", "data.batch_size", "data.frames", "data.stride", "data.flip")
+SAMPLE_SETTINGS = ("seed", "data.batch_size", "data.frames", "data.stride", "data.flip", "data.shuffle_window")
 
 
 @dataclass
@@ -53,12 +55,14 @@ class Progress:
         updates: steps that moved the weights; Adam's count.
         consumed: samples used up by all ranks.
         skipped: steps in a row that moved nothing.
+        corrupt: corrupt samples in whose place others came, of all ranks.
     """
 
     step: int = 0
     updates: int = 0
     consumed: int = 0
     skipped: int = 0
+    corrupt: int = 0
 
 
 @contextmanager
@@ -184,7 +188,7 @@ def data_mismatch(state: dict[str, Any], flat: dict[str, Any], shards: LatentSha
     mismatched = []
     for name in SAMPLE_SETTINGS:
         section, _, key = name.rpartition(".")
-        before = (state["settings"][section] if section else state["settings"])[key]
+        before = (state["settings"][section] if section else state["settings"]).get(key, flat[name])
         if before != flat[name]:
             mismatched.append(f"{name} was {before} and is {flat[name]}")
     if state.get("shards", now["shards"]) != now["shards"]:
@@ -209,6 +213,8 @@ class Run:
         self.ranks, self.shards = ranks, shards
         self.diffusion = Diffusion(config.diffusion)
         self.progress = Progress()
+        self.lanes = resolve_lanes(config.data, shards, config.data.batch_size)
+        self.read_meter = ReadMeter(engine.device)
         self.first = 0  # the step at which this start began
         self.root = config.checkpoints
         self.hang_detector = HangDetector(config.engine.timeout)
@@ -229,6 +235,7 @@ class Run:
             )
         slices = read_slices(folder, SLICES, self.engine.slices)
         self.progress = Progress(**state["progress"])
+        self.lanes = state.get("lanes", 0)  # of a run that began before there were lanes: one permutation
         self.first = self.progress.step
         self.engine.load_state(slices, self.progress.updates)
         for shard, values in zip(self.ema.shards, slices["ema"], strict=True):
@@ -237,10 +244,26 @@ class Run:
             logger.info("resuming %s from step %d", self.config.name, self.progress.step)
             if mismatched:
                 logger.warning("from here on its samples are not those of the unbroken run: %s", "; ".join(mismatched))
+            if self.config.data.lanes not in (None, self.lanes):
+                logger.warning(
+                    "data.lanes stays %d, as this run began; a run of another name may have others", self.lanes
+                )
+
+    def read_data_metrics(self) -> dict[str, float]:
+        """What reading the data took since the last call, of all ranks, by name of the metric. Collective."""
+        counted, corrupt = self.read_meter.read()
+        self.progress.corrupt += corrupt
+        values = {}
+        if self.config.data.corrupt == "skip":
+            values["data/corrupt_samples"] = float(self.progress.corrupt)
+        if self.shards.location.remote:
+            values |= {f"data/{name}": value for name, value in vars(counted).items()}
+        return values
 
     def save(self) -> None:
         """Write a checkpoint and remove those that the policy does not keep. Collective."""
         step, begin = self.progress.step, [part.start for part in self.engine.slices]
+        self.progress.corrupt += self.read_meter.read_corrupt()
         state = {
             "progress": dict(vars(self.progress)),
             "names": self.engine.names,
@@ -250,6 +273,7 @@ class Run:
             "normalisation": self.shards.manifest.normalisation,
             "classes": list(self.shards.classes),
             "size": self.shards.manifest.size,
+            "lanes": self.lanes,
         } | data_identity(self.shards)
 
         def write(slices: dict[str, Tensor]) -> None:

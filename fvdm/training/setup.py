@@ -6,6 +6,7 @@ from pathlib import Path
 from fvdm import config as settings
 from fvdm.checkpoints.find import newest
 from fvdm.checkpoints.read import read_state
+from fvdm.data.loader import batches
 from fvdm.data.shards import LatentShards
 from fvdm.models.backbone import Backbone
 from fvdm.models.config import BackboneConfig
@@ -63,13 +64,17 @@ def check(config: TrainConfig, world_size: int) -> None:
             all checkpoints of the run are corrupt.
     """
     check_tracking(config.tracking.uri)
-    shards = LatentShards(config.data.path, config.data.split, config.data.cache)
+    shards = LatentShards(config.data.path, config.data.split, config.data.cache, config.data.cache_gb)
     model_config(config, shards)
     checkpoint = newest(config.checkpoints)
+    lanes = config.data.lanes
     if checkpoint:
-        data_mismatch(read_state(checkpoint), settings.flatten(config), shards)
+        state = read_state(checkpoint)
+        data_mismatch(state, settings.flatten(config), shards)
+        lanes = state.get("lanes", 0)
     else:
         refuse_corrupt(config)
     if config.init and not Path(config.init).exists():
         raise ValueError(f"init {config.init}: there is no such file or folder")
     accumulation(config.data.batch_size, config.engine.micro_batch, world_size)
+    batches(shards, replace(config.data, lanes=lanes), world_size=world_size)  # reads nothing before the first batch

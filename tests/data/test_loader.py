@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fvdm.data.loader import batches, draw_frames, epoch_order
+from fvdm.data.loader import batches, draw_frames
 from fvdm.data.shards import LatentShards
 from tests.data_fixtures import make_shards
 from tests.loading import LENGTHS, config, sequence, take
@@ -117,13 +117,6 @@ def test_order_and_resume_for_any_shards_and_ranks(tmp_path_factory, lengths, pe
     for first in range(0, len(keys) - len(lengths) + 1, len(lengths)):
         assert sorted(keys[first : first + len(lengths)]) == shards.keys
     shutil.rmtree(folder)
-
-
-def test_order_is_pinned_across_versions():
-    assert epoch_order(0, 0, 10).tolist() == [0, 8, 9, 3, 7, 5, 1, 2, 6, 4]
-    assert epoch_order(7, 3, 10).tolist() == [7, 1, 9, 6, 0, 4, 2, 8, 3, 5]
-    assert sorted(epoch_order(1, 1, 1000)) == list(range(1000))
-    assert not np.array_equal(epoch_order(1, 1, 1000), epoch_order(1, 2, 1000))
 
 
 @given(available=st.integers(1, 200), frames=st.integers(1, 32), stride=st.integers(1, 8), seed=st.integers(0, 9))

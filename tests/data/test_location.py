@@ -2,6 +2,7 @@
 
 import errno
 import http.server
+import importlib.util
 import itertools
 import os
 import shutil
@@ -78,14 +79,22 @@ def test_a_source_that_never_works_stops_training_with_one_sentence(folder, tmp_
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Cuts the connection as often as `failures` says, then serves."""
+    """Answers with an error, or ends in the middle of a file, as often as `failures` says, then serves."""
 
     failures = 0
+    how: int | str = 503
 
     def do_GET(self):
         if Handler.failures:
             Handler.failures -= 1
-            self.connection.close()
+            if isinstance(Handler.how, int):
+                self.send_error(Handler.how)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            self.wfile.write(b"x" * 1000)
+            self.close_connection = True
             return
         super().do_GET()
 
@@ -95,8 +104,6 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(folder):
-    if not shutil.which("curl"):
-        pytest.skip("webdataset reads http through curl, which is not installed")
     handler = type("Here", (Handler,), {"__init__": lambda self, *a: Handler.__init__(self, *a, directory=str(folder))})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -105,20 +112,53 @@ def server(folder):
     server.server_close()
 
 
-def test_a_web_server_that_fails_twice_and_then_works(folder, server, tmp_path, waits):
+@pytest.mark.parametrize("how", [500, 503, 429, "cut"])
+def test_a_web_server_that_fails_twice_and_then_works(folder, server, tmp_path, waits, how):
     remote = LatentShards(server, cache=str(tmp_path))
-    Handler.failures = 2
+    Handler.failures, Handler.how = 2, how
     assert read_all(remote) == read_all(LatentShards(folder))
     assert waits == [1.0, 4.0]
 
 
 def test_a_web_server_that_is_gone_and_a_page_that_is_not_there(server, tmp_path, waits):
-    with pytest.raises(ValueError, match=r"Cannot read .*nothing/manifest.json' \(the server does not have it"):
+    with pytest.raises(ValueError, match=r"Cannot read .*nothing/manifest.json' \(no such file\)"):
         LatentShards(f"{server}/nothing", cache=str(tmp_path))
     assert not waits
-    with pytest.raises(UnreachableError, match=r"Cannot read 'http://127.0.0.1:9/manifest.json' .*exit status 7"):
+    with pytest.raises(UnreachableError, match=r"Cannot read 'http://127.0.0.1:9/manifest.json' \(Conn.* in 4 tries"):
         LatentShards("http://127.0.0.1:9", cache=str(tmp_path))
     assert len(waits) == 3
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_web_server_that_refuses(server, tmp_path, waits, status):
+    Handler.failures, Handler.how = 1, status
+    with pytest.raises(ValueError, match=r"Cannot read 'http.*manifest.json' \(.*\): is 'http.*' a folder that"):
+        LatentShards(server, cache=str(tmp_path))
+    assert not waits
+    assert not Handler.failures
+
+
+def test_urls_that_fsspec_knows(folder, tmp_path):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for path in folder.iterdir():
+        memory.pipe(f"/bucket/{path.name}", path.read_bytes())
+    remote = LatentShards("memory://bucket", cache=str(tmp_path))
+    assert read_all(remote) == read_all(LatentShards(folder))
+    assert len(list(tmp_path.glob("*.tar"))) == len(remote.shards)
+    with pytest.raises(ValueError, match=r"Cannot read 'memory://nothing/manifest.json' \("):
+        LatentShards("memory://nothing", cache=str(tmp_path))
+
+
+@pytest.mark.parametrize(("protocol", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
+def test_what_a_url_needs_is_said_in_one_sentence(tmp_path, protocol, package):
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(ValueError, match=rf"^{protocol}:// needs the package {package}: pip install {package}$"):
+        LatentShards(f"{protocol}://bucket/latents", cache=str(tmp_path))
+    with pytest.raises(ValueError, match="is of no kind that fsspec knows"):
+        LatentShards("gopher://bucket/latents", cache=str(tmp_path))
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])

@@ -12,7 +12,6 @@ from fvdm.checkpoints.layout import SLICES
 from fvdm.data.loader import batches
 from fvdm.data.shards import LatentShards
 from fvdm.diffusion.process import Diffusion
-from fvdm.distributed import Ranks
 from fvdm.models import build
 from fvdm.training.config import TrainConfig
 from fvdm.training.engine import accumulation
@@ -30,7 +29,7 @@ def plain(config, steps):
     torch.manual_seed(config.seed)
     model = build(network)
     optimizer = torch.optim.AdamW(model.parameters(), config.engine.lr, config.engine.betas, weight_decay=0)
-    sample_noise = NoiseSampler(config, model, Ranks(), torch.device("cpu"))
+    sample_noise = NoiseSampler(config, model, torch.device("cpu"))
     ema = [p.detach().clone() for p in model.parameters()]
     data = batches(shards, config.data, seed=config.seed)
     means = []
