@@ -38,7 +38,7 @@ from fvdm.diffusion.sampling import SamplerConfig
 from fvdm.diffusion.solvers import SOLVERS, solver
 from fvdm.diffusion.tasks import given_frames, on_window
 from fvdm.diffusion.timesteps import spaced
-from fvdm.diffusion.video import draw
+from fvdm.diffusion.video import sample_video
 from fvdm.evaluation import fvd
 from fvdm.evaluation.distances import quiet
 from fvdm.evaluation.protocols import protocol, select_real
@@ -129,8 +129,8 @@ class Bench:
         """Latents `(n f c h w)` of all clips, the seconds they took, and how many clips the network has seen."""
         options, network, classes = self.options, self.trained.model.config, self.trained.classes
         counter, parts, batch = Counter(self.trained), [], self.setting.batch
-        how = SamplerConfig(solver(name), Guidance(options.guidance if classes else 1.0))
-        levels = spaced(how.solver.spacing, steps, self.trained.diffusion.noise_levels())
+        sampler = SamplerConfig(solver(name), Guidance(options.guidance if classes else 1.0))
+        levels = spaced(sampler.solver.spacing, steps, self.trained.diffusion.noise_levels())
         schedule = on_window(self.setting.task, levels, network.frames, 2 * network.frames).schedule
         _synchronize()
         begun = time.perf_counter()
@@ -139,7 +139,7 @@ class Bench:
             y = class_numbers("", classes, seeds)
             y = None if y is None else y.to(self.source.device)
             clip = self.source[first : first + batch]
-            parts.append(draw(counter, self.trained.diffusion, clip, schedule, seeds, how, y))
+            parts.append(sample_video(counter, self.trained.diffusion, clip, schedule, seeds, sampler, y))
         _synchronize()
         return torch.cat(parts).float(), time.perf_counter() - begun, counter.clips
 

@@ -37,7 +37,7 @@ from fvdm.diffusion.sampling import SamplerConfig
 from fvdm.diffusion.solvers import solver
 from fvdm.diffusion.tasks import given_frames, on_window
 from fvdm.diffusion.timesteps import spaced
-from fvdm.diffusion.video import draw, place
+from fvdm.diffusion.video import place, sample_video
 from fvdm.evaluation import fvd
 from fvdm.evaluation.distances import quiet
 from fvdm.evaluation.i3d import I3D, MIN_FRAMES
@@ -71,10 +71,10 @@ class Method:
         y = trained.model.null(len(truth))
         length, options = truth.shape[1], self.options
         if self.name == "held":
-            how = SamplerConfig(solver(options.solver))
-            levels = spaced(how.solver.spacing, options.steps, trained.diffusion.noise_levels())
+            sampler = SamplerConfig(solver(options.solver))
+            levels = spaced(sampler.solver.spacing, options.steps, trained.diffusion.noise_levels())
             schedule = on_window(task, levels, network.frames, length).schedule
-            made = draw(trained.model, trained.diffusion, latents, schedule, seeds, how, y)
+            made = sample_video(trained.model, trained.diffusion, latents, schedule, seeds, sampler, y)
         else:
             repeats = options.resamples if self.name == "repaint" else 1
             made = replacement(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data_prep.moving_digits import SPEEDS
-from fvdm.diffusion.process import Diffusion, Model
+from fvdm.diffusion.process import Denoiser, Diffusion
 from fvdm.evaluation.distances import kernel_distance, quiet
 from fvdm.evaluation.fvd import frechet_distance
 
@@ -83,7 +83,7 @@ def path_residual(where: np.ndarray, size: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def neighbour_table(model: Model, diffusion: Diffusion, x_0: Tensor, seed: int, y: Tensor | None = None) -> Tensor:
+def neighbour_table(model: Denoiser, diffusion: Diffusion, x_0: Tensor, seed: int, y: Tensor | None = None) -> Tensor:
     """What a frame's estimate is worth, by its own timestep and that of its cleanest neighbour.
 
     One frame of each clip stands at its own timestep, the frame after it at the smallest, all others above that.

@@ -19,7 +19,7 @@ class ConvertConfig:
     Attributes:
         src: their checkpoint, .pt or .safetensors.
         dst: folder to write.
-        heads: attention heads; 0 finds them by itself for the sizes S, B, L and XL.
+        heads: attention heads; 0 takes those of the sizes S, B, L and XL.
         vae: VAE of its latents.
         classes: names of its classes in their order; empty numbers them.
         stride: the clips it was trained on take every stride-th frame.
@@ -46,14 +46,14 @@ def convert(config: ConvertConfig) -> "Backbone":
 
     if Path(config.dst).exists() and (not Path(config.dst).is_dir() or any(Path(config.dst).iterdir())):
         raise ValueError(f"{config.dst} exists: name a new folder")
-    model = from_official(load_torch(config.src), config.heads or None)
+    model = from_official(load_torch(config.src), config.heads or None, config.src)
     count = model.config.classes
     if config.classes and len(config.classes) != count:
         raise ValueError(f"{len(config.classes)} class names came, the checkpoint has {count} classes")
     model.save_pretrained(config.dst)
     diffusion = replace(config.diffusion, learned_variance=model.config.learned_variance)
-    use = InferenceConfig(diffusion, config.vae, config.classes or tuple(map(str, range(count))), config.stride)
-    write_inference_config(Path(config.dst), use)
+    inference = InferenceConfig(diffusion, config.vae, config.classes or tuple(map(str, range(count))), config.stride)
+    write_inference_config(Path(config.dst), inference)
     return model
 
 

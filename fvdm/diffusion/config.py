@@ -16,7 +16,7 @@ class DiffusionConfig:
         beta_start: the first beta of the linear schedule; the discrete form of beta(0) = 0.1.
         beta_end: the last beta of the linear schedule; the discrete form of beta(T) = 20.
         objective: what the network estimates: eps, the noise (the paper's); v, `alpha eps - sigma x_0` (Salimans and
-            Ho), from which short runs learn the whole picture sooner; or flow, `eps - x_0` (rectified flow), whose
+            Ho), from which short runs learn the large shapes sooner; or flow, `eps - x_0` (rectified flow), whose
             noise process is the straight line `alpha = 1 - t / T`, `sigma = t / T` in place of the betas.
         learned_variance: the network also predicts where the reverse variance lies in its range (IDDPM).
         min_snr: each frame's squared error is weighted by its own timestep, so that it counts in x_0 as

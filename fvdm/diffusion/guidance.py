@@ -1,6 +1,7 @@
-"""What is asked of the network in one forward pass: guidance by class and by history, and noise on given frames.
+"""What one forward pass of the network evaluates: guidance by condition and by history, and noise on given frames.
 
-Each is a model made of a model, called like one: `(x_t (b f c h w), t (b f), y (b) or None) -> estimate`.
+Each function wraps a model. Whether a row of the schedule is guided is read from the schedule, which stays on the CPU,
+so that no step waits for the device.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fvdm.diffusion.process import Diffusion, Model
+from fvdm.diffusion.process import Denoiser, Diffusion
+
+RowDenoiser = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
+"""A denoiser that also takes the row of the schedule `(f)`, on the CPU: `(x_t, t, y, row) -> estimate`."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Guidance:
             raise ValueError(f"guidance interval {self.interval}: give the lower timestep first")
 
 
-def null_condition(model: Model, y: Tensor) -> Tensor:
+def null_condition(model: Denoiser, y: Tensor) -> Tensor:
     """The condition that says nothing, in the shape of `y (b ...)`: the model's own, as only it knows.
 
     Raises:
@@ -55,32 +59,30 @@ def null_condition(model: Model, y: Tensor) -> Tensor:
 
 
 def guided(
-    model: Model, how: Guidance, diffusion: Diffusion, noise: Callable[[], Tensor], null: Tensor | None = None
-) -> Model:
+    model: Denoiser, guidance: Guidance, diffusion: Diffusion, noise: Callable[[], Tensor], null: Tensor | None = None
+) -> RowDenoiser:
     """A model whose estimate is guided; the learned variance stays that of the conditional model.
 
-    The variants of the question go through the network as one batch, and only in rows where a frame is inside the
-    interval.
+    The network evaluates all conditions as one batch, and only in rows where a frame is inside the interval.
 
     Args:
         model: denoiser.
-        how: the scales.
+        guidance: the scales.
         diffusion: its noise process.
-        noise: draws what stands in place of the clean frames for `how.history`, `(b f c h w)`.
-        null: the condition that the estimate is pushed away from, shaped as `y`; needed with `how.scale`.
+        noise: draws what stands in place of the clean frames for `guidance.history`, `(b f c h w)`.
+        null: the condition that the estimate is pushed away from, shaped as `y`; needed with `guidance.scale`.
     """
-    if how.scale == how.history == 1.0:
-        return model
-    hidden = noise() if how.history != 1.0 else None
+    if guidance.scale == guidance.history == 1.0:
+        return lambda x, t, y, row: model(x, t, y)
+    hidden = noise() if guidance.history != 1.0 else None
 
-    def answer(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        inside = (t > 0) & _between(t, how.interval)
-        seen = (t == 0)[..., None, None, None]
-        by_class, by_history = how.scale != 1.0, hidden is not None and bool(seen.any())
-        if not inside.any() or not (by_class or by_history):
+    def evaluate(x: Tensor, t: Tensor, y: Tensor | None, row: Tensor) -> Tensor:
+        by_condition, by_history = guidance.scale != 1.0, hidden is not None and bool((row == 0).any())
+        if not _inside(row, guidance.interval).any() or not (by_condition or by_history):
             return model(x, t, y)
+        inside, seen = _inside(t, guidance.interval), (t == 0)[..., None, None, None]
         xs, ts, ys = [x], [t], [y]
-        if by_class:
+        if by_condition:
             assert null is not None, "guidance has something to push away from"
             xs, ts, ys = [*xs, x], [*ts, t], [*ys, null]
         if by_history and hidden is not None:
@@ -90,20 +92,19 @@ def guided(
         full, *others = model(torch.cat(xs), torch.cat(ts), labels).chunk(len(xs))
         c = x.shape[2]
         plain = full[:, :, :c]
-        scales = [how.scale] * by_class + [how.history] * by_history
+        scales = [guidance.scale] * by_condition + [guidance.history] * by_history
         pushed = plain
         for scale, other in zip(scales, others, strict=True):
             pushed = pushed + (scale - 1) * (plain - other[:, :, :c])
-        pushed = _rescaled(pushed, plain, how.rescale)
+        pushed = _rescaled(pushed, plain, guidance.rescale)
         return torch.cat([torch.where(inside[..., None, None, None], pushed, plain), full[:, :, c:]], dim=2)
 
-    return answer
+    return evaluate
 
 
-def _between(t: Tensor, interval: tuple[int, int] | None) -> Tensor:
-    if interval is None:
-        return torch.ones_like(t, dtype=torch.bool)
-    return (t >= interval[0]) & (t <= interval[1])
+def _inside(t: Tensor, interval: tuple[int, int] | None) -> Tensor:
+    """Which frames are guided."""
+    return (t > 0) if interval is None else (t > 0) & (t >= interval[0]) & (t <= interval[1])
 
 
 def _rescaled(pushed: Tensor, plain: Tensor, rescale: float) -> Tensor:
@@ -113,8 +114,8 @@ def _rescaled(pushed: Tensor, plain: Tensor, rescale: float) -> Tensor:
     return pushed * (1 + rescale * (ratio - 1))[..., None, None, None]
 
 
-def noisy_given(model: Model, diffusion: Diffusion, level: int, noise: Callable[[], Tensor]) -> Model:
-    """A model that sees clean frames with a little noise, and is told so: it forgives their flaws.
+def noisy_given(model: Denoiser, diffusion: Diffusion, level: int, noise: Callable[[], Tensor]) -> Denoiser:
+    """A model that sees clean frames with a little noise, at the timestep of that noise: it forgives their flaws.
 
     Diffusion forcing (Chen et al. 2024, section 3.3) so steadies long videos, whose conditions are the model's own
     frames. The clip itself is not touched: given frames stay bit-identical.
@@ -132,12 +133,12 @@ def noisy_given(model: Model, diffusion: Diffusion, level: int, noise: Callable[
         raise ValueError(f"noise of level {level} on given frames: choose 0 (none) to {diffusion.num_timesteps}")
     if not level:
         return model
-    fixed = noise()
+    noise_once = noise()
 
-    def answer(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+    def evaluate(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         shown = torch.where(t == 0, level, t)
-        copies = len(x) // len(fixed)  # Guidance asks several questions about one clip.
-        noised = diffusion.q_sample(x, torch.full_like(t, level), fixed.repeat(copies, 1, 1, 1, 1).to(x.dtype))
+        copies = len(x) // len(noise_once)  # Guidance evaluates several copies of a clip.
+        noised = diffusion.q_sample(x, torch.full_like(t, level), noise_once.repeat(copies, 1, 1, 1, 1).to(x.dtype))
         return model(torch.where((t == 0)[..., None, None, None], noised, x), shown, y)
 
-    return answer
+    return evaluate

@@ -3,7 +3,7 @@
 `x_t = alpha[t] x_0 + sigma[t] noise` holds for each frame with its own `t` in 0..T. The tables have T + 1 entries;
 entry 0 is clean data (`alpha = 1`, `sigma = 0`), so the official code's index i is our t = i + 1.
 
-What the network estimates is one line of `OBJECTIVES`; every solver reads it through `Diffusion.predict`.
+What the network estimates is one entry of `OBJECTIVES`; every solver reads it through `Diffusion.predict`.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fvdm.diffusion.config import DiffusionConfig
 
-Model = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """`model(x_t (b f c h w), t (b f), y (b ...) or None) -> (b f c h w)`, or `2c` channels with learned variance."""
 
 
@@ -58,14 +58,30 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 class Prediction(NamedTuple):
-    """What one network evaluation says of each frame; all `(b f c h w)`."""
+    """What one network evaluation estimates of each frame; all `(b f c h w)`."""
 
     x_0: Tensor
     eps: Tensor
     variance: Tensor | None
     """Learned variance: -1 is the lower, +1 the upper end of its log range."""
     estimate: Tensor
-    """What the network was asked for: see `DiffusionConfig.objective`."""
+    """The network's own output: see `DiffusionConfig.objective`."""
+
+
+class _Posterior(NamedTuple):
+    """q(x_next | x_t, x_0) of each frame: the coefficients of its mean, and the ends of its log-variance's range."""
+
+    of_x_0: Tensor
+    of_x_t: Tensor
+    lower: Tensor
+    upper: Tensor
+
+    def mean(self, x_0: Tensor, x_t: Tensor) -> Tensor:
+        return self.of_x_0 * x_0 + self.of_x_t * x_t
+
+
+def _noised(x_0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    return alpha.to(x_0.dtype) * x_0 + sigma.to(x_0.dtype) * noise
 
 
 class Diffusion:
@@ -89,11 +105,15 @@ class Diffusion:
         """T: timesteps run from 0 (clean) to T (noise)."""
         return self.config.num_timesteps
 
+    def _table_on(self, device: torch.device) -> Tensor:
+        """`alpha_bar` of 0..T on a device, to which it is copied once."""
+        if device not in self._on:
+            self._on[device] = self.alpha_bar.to(device)
+        return self._on[device]
+
     def _alpha_bar(self, t: Tensor) -> Tensor:
-        """`alpha_bar[t]` as float64, `(b f) -> (b f 1 1 1)`; the table is copied once to each device."""
-        if t.device not in self._on:
-            self._on[t.device] = self.alpha_bar.to(t.device)
-        return self._on[t.device][t][..., None, None, None]
+        """`alpha_bar[t]` as float64, `(b f) -> (b f 1 1 1)`."""
+        return self._table_on(t.device)[t][..., None, None, None]
 
     def _power(self, alpha_bar: Tensor) -> Tensor | float:
         """`alpha ** 2 + sigma ** 2`: 1 where the process preserves variance; less on the straight line of a flow."""
@@ -101,7 +121,9 @@ class Diffusion:
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """`alpha` and `sigma` of each frame: `(b f) -> (b f 1 1 1)`, float64."""
-        alpha_bar = self._alpha_bar(t)
+        return self._levels(self._alpha_bar(t))
+
+    def _levels(self, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
         return alpha_bar.sqrt(), (self._power(alpha_bar) - alpha_bar).sqrt()
 
     def noise_levels(self) -> Tensor:
@@ -121,17 +143,18 @@ class Diffusion:
             ValueError: if `t` is not one timestep per frame.
         """
         check_timesteps(x_0, t)
-        alpha, sigma = self.levels(t)
-        return alpha.to(x_0.dtype) * x_0 + sigma.to(x_0.dtype) * noise
+        return _noised(x_0, noise, *self.levels(t))
 
     def predict(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         """Read the network's output: float32 estimates of the clean clip and of the noise.
 
         A frame at `t = 0` is its own estimate.
         """
-        output, x_t = output.float(), x_t.float()
+        return self._predict(output.float(), x_t.float(), *self.levels(t))
+
+    def _predict(self, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
         estimate, variance = output.chunk(2, dim=2) if self.config.learned_variance else (output, None)
-        alpha, sigma = (level.float() for level in self.levels(t))
+        alpha, sigma = alpha.float(), sigma.float()
         x_0 = self.objective.x_0(alpha, sigma, x_t, estimate)
         return Prediction(x_0, self.objective.eps(alpha, sigma, x_t, estimate), variance, estimate)
 
@@ -163,15 +186,22 @@ class Diffusion:
         Returns:
             mean `(b f c h w)`; lower and upper log-variance `(b f 1 1 1)`, the ends of the learned range.
         """
-        now, then = self._alpha_bar(t), self._alpha_bar(t_next)
+        found = self._posterior(self._alpha_bar(t), self._alpha_bar(t_next))
+        return found.mean(x_0, x_t), found.lower, found.upper
+
+    def _posterior(self, now: Tensor, then: Tensor) -> "_Posterior":
+        """The posterior of frames that step from `alpha_bar` `now` to `then`, `(b f 1 1 1)` each."""
         beta, noise_now, noise_then = self._step(now, then)
-        mean = (then.sqrt() * beta / noise_now).float() * x_0
-        mean = mean + ((now / then).sqrt() * noise_then / noise_now).float() * x_t
-        first, second = self._alpha_bar(torch.ones_like(t)), self._alpha_bar(torch.full_like(t, 2))
+        first, second = self._table_on(now.device)[1], self._table_on(now.device)[2]
         floor_beta, noise_second, noise_first = self._step(second, first)
         floor = noise_first / noise_second * floor_beta
         variance = torch.where(then < 1, beta * noise_then / noise_now, floor)
-        return mean, variance.log().float(), beta.log().float()
+        return _Posterior(
+            (then.sqrt() * beta / noise_now).float(),
+            ((now / then).sqrt() * noise_then / noise_now).float(),
+            variance.log().float(),
+            beta.log().float(),
+        )
 
     def _step(self, now: Tensor, then: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Noise variance that the forward step from `then` to `now` adds; and the variances at `now` and at `then`."""
@@ -179,7 +209,7 @@ class Diffusion:
         return power_now - now / then * power_then, power_now - now, power_then - then
 
     def training_losses(
-        self, model: Model, x_0: Tensor, t: Tensor, y: Tensor | None = None, noise: Tensor | None = None
+        self, model: Denoiser, x_0: Tensor, t: Tensor, y: Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
         """Loss of each frame: squared error of the estimate, plus the variational term that trains the variance.
 
@@ -201,21 +231,28 @@ class Diffusion:
             ValueError: if `t` is not one timestep per frame.
         """
         noise = torch.randn_like(x_0) if noise is None else noise
-        x_t = self.q_sample(x_0, t, noise)
-        prediction = self.predict(model(x_t, t, y), x_t, t)
-        loss = (prediction.estimate - self.target(x_0, t, noise)).square().flatten(2).mean(2)
+        check_timesteps(x_0, t)
+        alpha_bar = self._alpha_bar(t)  # read once: every formula below is of it
+        alpha, sigma = self._levels(alpha_bar)
+        x_t = _noised(x_0, noise, alpha, sigma)
+        prediction = self._predict(model(x_t, t, y).float(), x_t.float(), alpha, sigma)
+        target = self.objective.target(alpha.float(), sigma.float(), x_0.float(), noise.float())
+        loss = (prediction.estimate - target).square().flatten(2).mean(2)
         if self.config.min_snr:
             loss = loss * self.weight(t)
         if prediction.variance is not None:
-            loss = loss + self._variational(prediction, x_0.float(), x_t.float(), t)
+            loss = loss + self._variational(prediction, x_0.float(), x_t.float(), t, alpha_bar)
         return torch.where(t > 0, loss, 0.0)
 
-    def _variational(self, prediction: Prediction, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    def _variational(self, prediction: Prediction, x_0: Tensor, x_t: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
         assert prediction.variance is not None
+        # A clean frame has no step behind it: it takes that of t = 1, so that no gradient is 0 / 0.
+        now = torch.where(t[..., None, None, None] > 0, alpha_bar, self._table_on(t.device)[1])
+        posterior = self._posterior(now, self._alpha_bar((t - 1).clamp(min=0)))
         t = t.clamp(min=1)
-        true_mean, lower, upper = self.posterior(x_0, x_t, t, t - 1)
-        mean, _, _ = self.posterior(prediction.x_0.detach(), x_t, t, t - 1)
-        log_variance = interpolate_log_variance(prediction.variance, lower, upper)
+        lower = posterior.lower
+        true_mean, mean = posterior.mean(x_0, x_t), posterior.mean(prediction.x_0.detach(), x_t)
+        log_variance = interpolate_log_variance(prediction.variance, lower, posterior.upper)
         divergence = normal_kl(true_mean, lower, mean, log_variance).flatten(2).mean(2)
         likelihood = discretized_log_likelihood(x_0, mean, 0.5 * log_variance).flatten(2).mean(2)
         return torch.where(t == 1, -likelihood, divergence) / math.log(2)

@@ -1,8 +1,8 @@
-"""Sampling: one loop over the rows of a timestep matrix, for a window of frames that slides along the video. Pure.
+"""Sampling: one loop over the rows of a timestep schedule, for a window of frames that slides along the video. Pure.
 
-A row says where each frame's timestep is, the next one where it goes. A frame whose timestep stands still does not
-move, to the bit; that is all it takes to hold a given frame, start one late, or finish one early. A video longer than
-the model's window is a wide matrix: `windows` cuts it into blocks, and `stream` slides from one to the next.
+A row holds each frame's timestep, the next row the timestep it goes to. A frame whose timestep stays does not change,
+to the bit; that is all it takes to hold a given frame, start one late, or finish one early. A video longer than the
+model's window has a wide schedule: `windows` cuts it into blocks, and `stream` slides from one to the next.
 """
 
 import functools
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from fvdm.diffusion.guidance import Guidance, guided, noisy_given, null_condition
-from fvdm.diffusion.process import Diffusion, Model
+from fvdm.diffusion.process import Denoiser, Diffusion
 from fvdm.diffusion.solvers import HistoryEntry, Solver, Step, ddim
 from fvdm.diffusion.timesteps import check_schedule
 
 Block = tuple[int, Tensor]
-"""A window's first frame, and the matrix `(s + 1, window)` that is walked there."""
+"""A window's first frame, and the schedule `(s + 1, window)` of its frames."""
 Progress = Callable[[Sequence[int]], Iterator[int]]
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """How a matrix is walked; the same for every task.
+    """How a schedule is followed; the same for every task.
 
     Attributes:
         solver: takes the steps; DDIM with eta 0 unless another is given.
@@ -45,33 +45,35 @@ class State:
 
     Attributes:
         x: the frames `(b f c h w)`.
-        past: the rows before, newest first; as many as the solver reads.
-        known: int64 `(b f)`: how many of them hold for the frame.
+        history: the rows before, newest first; as many as the solver reads.
+        valid_history: int64 `(b f)`: how many of them are valid for the frame.
     """
 
     x: Tensor
-    past: tuple[HistoryEntry, ...]
-    known: Tensor
+    history: tuple[HistoryEntry, ...]
+    valid_history: Tensor
 
     @classmethod
     def of(cls, x: Tensor) -> "State":
-        """A window with no past."""
+        """A window without history."""
         return cls(x, (), torch.zeros(x.shape[:2], dtype=torch.long, device=x.device))
 
-    def slide(self, fresh: Tensor) -> tuple[Tensor, "State"]:
-        """Move on by the frames `fresh (b n c h w)`: the n frames that leave on the left, and the window after."""
-        n = fresh.shape[1]
-        none = torch.zeros(fresh.shape[:2], dtype=torch.long, device=fresh.device)
+    def slide(self, next_frames: Tensor) -> tuple[Tensor, "State"]:
+        """Append `next_frames (b n c h w)`: the n frames that leave on the left, and the window after."""
+        n = next_frames.shape[1]
+        none = torch.zeros(next_frames.shape[:2], dtype=torch.long, device=next_frames.device)
 
-        def moved(kept: Tensor, new: Tensor) -> Tensor:
-            return torch.cat([kept, new.to(kept.dtype)], dim=1)
+        def shifted(old: Tensor, new: Tensor) -> Tensor:
+            return torch.cat([old, new.to(old.dtype)], dim=1)
 
-        past = tuple(
-            HistoryEntry(moved(p.t, none)[:, n:], moved(p.x_t, fresh)[:, n:], moved(p.x_0, fresh)[:, n:])
-            for p in self.past
+        history = tuple(
+            HistoryEntry(
+                shifted(p.t, none)[:, n:], shifted(p.x_t, next_frames)[:, n:], shifted(p.x_0, next_frames)[:, n:]
+            )
+            for p in self.history
         )
-        frames = moved(self.x, fresh)
-        return frames[:, :n], State(frames[:, n:], past, moved(self.known, none)[:, n:])
+        frames = shifted(self.x, next_frames)
+        return frames[:, :n], State(frames[:, n:], history, shifted(self.valid_history, none)[:, n:])
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -102,21 +104,21 @@ def start(x_0: Tensor, schedule: Tensor, diffusion: Diffusion, generator: Sequen
     return torch.where(clean, x_0, torch.where(pure, noise, diffusion.q_sample(x_0, t, noise)))
 
 
-def walk(
+def denoise(
     state: State,
     schedule: Tensor,
-    denoise: Callable[[Tensor, Tensor], Tensor],
+    estimate: Callable[[Tensor, Tensor, Tensor], Tensor],
     diffusion: Diffusion,
     solver: Solver,
     noise: Callable[[], Tensor],
     progress: Progress = iter,
 ) -> State:
-    """Walk a window down the rows of its matrix. The only sampling loop there is.
+    """Denoise a window along the rows of its schedule. The only sampling loop there is.
 
     Args:
         state: the window, its frames at the timesteps of the first row.
-        schedule: int `(s + 1, f)`; columns never rise.
-        denoise: `(x_t, t) -> estimate`.
+        schedule: int `(s + 1, f)` on the CPU; columns never rise.
+        estimate: `(x_t, t (b f), row (f) on the CPU) -> estimate`.
         diffusion: the noise process.
         solver: takes the steps.
         noise: draws standard normal `(b f c h w)`.
@@ -124,43 +126,44 @@ def walk(
     """
     moving = (schedule[1:] < schedule[:-1]).any(1).tolist()
     rows = schedule.to(state.x.device)
-    x, past, known = state.x, state.past, state.known
+    x, history, valid_history = state.x, state.history, state.valid_history
     for i in progress([k for k, moves in enumerate(moving) if moves]):
         t, t_next = (rows[k].expand(x.shape[:2]) for k in (i, i + 1))
         moves = t_next < t
-        prediction = diffusion.predict(denoise(x, t), x, t)
-        now = Step(diffusion, prediction, x.float(), t, t_next, noise, past, known)
+        prediction = diffusion.predict(estimate(x, t, schedule[i]), x, t)
+        now = Step(diffusion, prediction, x.float(), t, t_next, noise, history, valid_history)
         if solver.correct is not None:
             now = now._replace(x_t=solver.correct(now))
         x = torch.where(moves[..., None, None, None], solver.move(now).to(x.dtype), x)
-        past = (HistoryEntry(t, now.x_t, prediction.x_0), *past)[: solver.memory]
-        known = torch.where(moves, known + 1, 0)  # A frame that stands forgets: see fvdm.diffusion.solvers.
-    return State(x, past, known)
+        history = (HistoryEntry(t, now.x_t, prediction.x_0), *history)[: solver.memory]
+        # The history of a frame that waited is not valid: see fvdm.diffusion.solvers.
+        valid_history = torch.where(moves, valid_history + 1, 0)
+    return State(x, history, valid_history)
 
 
 @torch.no_grad()
 def stream(
-    model: Model,
-    fresh: Callable[[int], Tensor],
+    model: Denoiser,
+    next_frames: Callable[[int], Tensor],
     blocks: Iterable[Block],
     diffusion: Diffusion,
-    how: SamplerConfig | None = None,
+    sampler: SamplerConfig | None = None,
     *,
     y: Tensor | None = None,
     negative: Tensor | None = None,
     generator: Sequence[torch.Generator] = (),
 ) -> Iterator[Tensor]:
-    """Walk the blocks of a video one after another, and let the frames go as they leave the window.
+    """Denoise the blocks of a video one after another, and yield the frames as they leave the window.
 
     The memory is that of one window, however long the video.
 
     Args:
         model: the denoiser, called as `model(x_t, t, y)`.
-        fresh: `n -> (b n c h w)`: the next n frames of the video, noised to the timesteps they begin at.
-        blocks: first frames, never falling, and matrices of one width; a frame that two blocks share begins in the
+        next_frames: `n -> (b n c h w)`: the next n frames of the video, noised to the timesteps they begin at.
+        blocks: first frames, never falling, and schedules of one width; a frame that two blocks share begins in the
             second where it ended in the first.
         diffusion: the noise process the model was trained with.
-        how: solver, guidance and so on.
+        sampler: solver, guidance and so on.
         y: condition `(b ...)` of the samples.
         negative: condition `(b ...)` that guidance pushes away from; None is the one that says nothing, `model.null`.
         generator: one per sample, for what draws noise on the way.
@@ -171,51 +174,55 @@ def stream(
     Raises:
         ValueError: if the blocks do not fit each other, or guidance is asked for without a condition.
     """
-    how = how or SamplerConfig()
-    if how.guidance.scale != 1.0:
+    sampler = sampler or SamplerConfig()
+    if sampler.guidance.scale != 1.0:
         if y is None:
-            raise ValueError(f"guidance {how.guidance.scale} needs a condition y; use guidance 1 without one")
+            raise ValueError(f"guidance {sampler.guidance.scale} needs a condition y; use guidance 1 without one")
         negative = null_condition(model, y) if negative is None else negative
-    state, begin = None, 0
+    state, first_before = None, 0
     reached: Tensor | None = None  # Timesteps of the window's frames.
     for first, schedule in blocks:
         check_schedule(schedule, diffusion.num_timesteps)
         width = schedule.shape[1]
-        state = state or State.of(fresh(width))
-        if first < begin or width != state.x.shape[1]:
+        state = state or State.of(next_frames(width))
+        if first < first_before or width != state.x.shape[1]:
             raise ValueError(
-                f"a window of {width} frames at {first} cannot follow one of {state.x.shape[1]} at {begin}"
+                f"a window of {width} frames at {first} cannot follow one of {state.x.shape[1]} at {first_before}"
             )
-        if first > begin:
-            left, state = state.slide(fresh(first - begin))
+        if first > first_before:
+            left, state = state.slide(next_frames(first - first_before))
             yield left
-        shared = max(0, width - (first - begin))
+        shared = max(0, width - (first - first_before))
         if reached is not None and not torch.equal(reached[width - shared :], schedule[0, :shared]):
             raise ValueError(f"the window at frame {first} begins at other timesteps than the one before ended at")
-        state = _walk_block(model, state, schedule, diffusion, how, y, negative, generator)
-        begin, reached = first, schedule[-1]
+        state = _denoise_block(model, state, schedule, diffusion, sampler, y, negative, generator)
+        first_before, reached = first, schedule[-1]
     if state is not None:
         yield state.x
 
 
-def _walk_block(
-    model: Model,
+def _denoise_block(
+    model: Denoiser,
     state: State,
     schedule: Tensor,
     diffusion: Diffusion,
-    how: SamplerConfig,
+    sampler: SamplerConfig,
     y: Tensor | None,
     negative: Tensor | None,
     generator: Sequence[torch.Generator],
 ) -> State:
     noise = functools.partial(draw_noise, state.x.shape, generator, state.x.device)
-    steady = noisy_given(model, diffusion, how.given_noise, noise)
-    asked = guided(steady, how.guidance, diffusion, noise, negative)
-    return walk(state, schedule, lambda x, t: asked(x, t, y), diffusion, how.solver, noise, how.progress)
+    noised = noisy_given(model, diffusion, sampler.given_noise, noise)
+    evaluate = guided(noised, sampler.guidance, diffusion, noise, negative)
+
+    def estimate(x: Tensor, t: Tensor, row: Tensor) -> Tensor:
+        return evaluate(x, t, y, row)
+
+    return denoise(state, schedule, estimate, diffusion, sampler.solver, noise, sampler.progress)
 
 
 def sample(
-    model: Model,
+    model: Denoiser,
     x: Tensor,
     schedule: Tensor,
     diffusion: Diffusion,
@@ -227,7 +234,7 @@ def sample(
     generator: Sequence[torch.Generator] | torch.Generator = (),
     progress: Progress = iter,
 ) -> Tensor:
-    """Walk a clip of one window down the rows of a timestep matrix.
+    """Denoise a clip of one window along the rows of a timestep schedule.
 
     Args:
         model: the denoiser, called as `model(x_t, t, y)`.
@@ -254,23 +261,23 @@ def sample(
         generator = [generator] * len(x)
     if y is None and hasattr(model, "null") and model.null(1) is None:
         guidance = 1.0  # With and without its condition, an unconditional model says the same.
-    how = SamplerConfig(solver or ddim(), Guidance(guidance), progress=progress)
+    sampler = SamplerConfig(solver or ddim(), Guidance(guidance), progress=progress)
     blocks = [(0, schedule)]
-    return next(stream(model, lambda n: x, blocks, diffusion, how, y=y, negative=negative, generator=generator))
+    return next(stream(model, lambda n: x, blocks, diffusion, sampler, y=y, negative=negative, generator=generator))
 
 
 def windows(schedule: Tensor, window: int) -> list[Block]:
-    """Cut the matrix of a long video into blocks that a model of `window` frames can walk.
+    """Cut the schedule of a long video into blocks that a model of `window` frames can denoise.
 
     In each row the window is where it holds all frames that move and sees the least noise: finished and given frames
     rather than frames that wait. It never goes back.
 
     Args:
-        matrix: int `(s + 1, frames)`.
+        schedule: int `(s + 1, frames)`.
         window: frames that the model takes.
 
     Returns:
-        first frames and matrices, for `stream`.
+        first frames and schedules, for `stream`.
 
     Raises:
         ValueError: if frames move in one row that no window holds together.

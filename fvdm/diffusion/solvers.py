@@ -1,9 +1,9 @@
 """Solver steps: from the network's estimate at `t` to the clip at `t_next`, both `(b f)`. Pure functions.
 
 All of them step along `lambda = log(alpha / sigma)` of each frame, in the exact form of the linear part (DPM-Solver++,
-equation 8): `x_next = sigma_next / sigma x_t + alpha_next (integral over the estimate of x_0)`. What they know of the
-past is per frame: `Past.known` counts a frame's last rows in which it moved without a pause. A frame that starts late
-has none, and a frame that stood still has none either: while it waited the others moved on, and its estimate with them.
+equation 8): `x_next = sigma_next / sigma x_t + alpha_next (integral over the estimate of x_0)`. Their
+history is per frame: `Step.valid_history` counts a frame's last rows in which it moved without a pause. A frame that
+starts late has none, and a frame that waited has none either: meanwhile the others moved on, and its estimate with them.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from fvdm.diffusion.process import Diffusion, Prediction, interpolate_log_varian
 
 
 class HistoryEntry(NamedTuple):
-    """A row that is behind, as the solver left it.
+    """An earlier row, as the solver left it.
 
     Attributes:
         t: timesteps `(b f)`.
@@ -31,17 +31,17 @@ class HistoryEntry(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a solver knows when it takes a step.
+    """What a solver takes a step from.
 
     Attributes:
         diffusion: the noise process.
         prediction: the network's estimates at `t`.
-        x_t: where the clip stands, float32 `(b f c h w)`.
+        x_t: the clip at `t`, float32 `(b f c h w)`.
         t: its timesteps `(b f)`.
         t_next: the timesteps it goes to, `(b f)`.
-        noise: draws standard normal `(b f c h w)`, fresh at each call.
-        past: the rows before, newest first; as many as the solver asked for, fewer at the start.
-        known: int `(b f)`: how many of `past` hold for the frame.
+        noise: draws new standard normal `(b f c h w)` at each call.
+        history: the rows before, newest first; as many as the solver asked for, fewer at the start.
+        valid_history: int `(b f)`: how many entries of `history` are valid for the frame.
     """
 
     diffusion: Diffusion
@@ -50,18 +50,18 @@ class Step(NamedTuple):
     t: Tensor
     t_next: Tensor
     noise: Callable[[], Tensor]
-    past: Sequence[HistoryEntry]
-    known: Tensor
+    history: Sequence[HistoryEntry]
+    valid_history: Tensor
 
 
 @dataclass(frozen=True)
 class Solver:
-    """A way to take steps. What it says of frames that stand still is not used.
+    """A way to take steps. Its result for frames that do not move is not used.
 
     Attributes:
         move: `Step` -> the clip at `t_next`, `(b f c h w)`.
-        correct: `Step` -> a better `x_t`, now that the estimate there is known; called before `move`. None: as it is.
-        memory: how many rows of the past it reads.
+        correct: `Step` -> a better `x_t`, now that there is an estimate at `t`; called before `move`. None: as it is.
+        memory: how many rows of history it reads.
         spacing: the spacing of timesteps that suits it, by its name in `fvdm.diffusion.timesteps`.
     """
 
@@ -96,7 +96,7 @@ def ddpm() -> Solver:
     """Ancestral sampling (DDPM, algorithm 2) with the learned variance where the network gives one (IDDPM)."""
 
     def move(now: Step) -> Tensor:
-        # A standing frame has no step to take; its posterior would be 0 / 0, so compute that of a step it could
+        # A frame that does not move has no step to take; its posterior would be 0 / 0, so compute that of a step it could
         # take. sample() keeps its x_t.
         t = now.t.clamp(min=1)
         t_next = torch.where(now.t_next < t, now.t_next, t - 1)
@@ -151,26 +151,26 @@ def _log_snr(diffusion: Diffusion, t: Tensor) -> Tensor:
 def _move_2m(now: Step) -> Tensor:
     alpha, sigma = now.diffusion.levels(now.t)
     alpha_next, sigma_next = now.diffusion.levels(now.t_next)
-    kept = sigma_next / sigma
+    ratio = sigma_next / sigma
     estimate = now.prediction.x_0
-    if now.past:
-        here, there, before = (_log_snr(now.diffusion, t) for t in (now.t, now.t_next, now.past[0].t))
+    if now.history:
+        here, there, before = (_log_snr(now.diffusion, t) for t in (now.t, now.t_next, now.history[0].t))
         ahead = (there - here) / (2 * (here - before))  # Half a step ahead, in lengths of the step before.
-        usable = (now.known >= 1)[..., None, None, None] & ahead.isfinite()
+        usable = (now.valid_history >= 1)[..., None, None, None] & ahead.isfinite()
         slope = torch.where(usable, ahead, 0.0).float()
-        estimate = estimate + slope * (estimate - now.past[0].x_0)
-    return kept.float() * now.x_t + (alpha_next - alpha * kept).float() * estimate
+        estimate = estimate + slope * (estimate - now.history[0].x_0)
+    return ratio.float() * now.x_t + (alpha_next - alpha * ratio).float() * estimate
 
 
 def _correct(now: Step) -> Tensor:
-    """`x_t` as the end of the step from the row before, with the estimates at both ends and, if known, one before.
+    """`x_t` as the end of the step from the row before, with the estimates at both ends and, where valid, one before.
 
     With z = 0 at the row before and z = 1 here, the estimate is read as `D(0) + c_1 z + c_2 z^2`; `psi_k` are the
     integrals of its powers.
     """
-    if not now.past:
+    if not now.history:
         return now.x_t
-    first = now.past[0]
+    first = now.history[0]
     alpha, sigma = now.diffusion.levels(now.t)
     _, sigma_first = now.diffusion.levels(first.t)
     here, there = _log_snr(now.diffusion, first.t), _log_snr(now.diffusion, now.t)
@@ -179,13 +179,15 @@ def _correct(now: Step) -> Tensor:
     psi_1 = 1 - psi_0 / h
     psi_2 = 1 - 2 * psi_1 / h
     end, weight = now.prediction.x_0 - first.x_0, psi_1
-    change: Tensor | float = 0.0
-    if len(now.past) > 1:
-        z = (_log_snr(now.diffusion, now.past[1].t) - here) / h  # negative
-        share = torch.where((now.known >= 2)[..., None, None, None] & z.isfinite(), (psi_1 - psi_2) / (1 - z), 0.0)
+    curvature: Tensor | float = 0.0
+    if len(now.history) > 1:
+        z = (_log_snr(now.diffusion, now.history[1].t) - here) / h  # negative
+        share = torch.where(
+            (now.valid_history >= 2)[..., None, None, None] & z.isfinite(), (psi_1 - psi_2) / (1 - z), 0.0
+        )
         weight = psi_1 - share
-        change = torch.where(share > 0, share / z, 0.0).float() * (now.past[1].x_0 - first.x_0)
+        curvature = torch.where(share > 0, share / z, 0.0).float() * (now.history[1].x_0 - first.x_0)
     x = (sigma / sigma_first).float() * first.x_t + (alpha * psi_0).float() * first.x_0
-    x = x + alpha.float() * (weight.float() * end + change)
-    usable = (now.known >= 1)[..., None, None, None] & h.isfinite() & (h > 0)
+    x = x + alpha.float() * (weight.float() * end + curvature)
+    usable = (now.valid_history >= 1)[..., None, None, None] & h.isfinite() & (h > 0)
     return torch.where(usable, x, now.x_t)

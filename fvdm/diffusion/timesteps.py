@@ -3,8 +3,8 @@
 `t` is `(b f)` and lives beside a clip `(b f c h w)`: the vectorized timestep variable, VTV (FVDM, equation 4).
 `t = 0` is clean data, `t = T` (1000) pure noise.
 
-Training draws `t` (`sample_timesteps`). Sampling walks `t` down the rows of a matrix `(s + 1, f)`: row 0 says
-where each frame starts, the last row where it ends, and a column never rises. A task is such a matrix.
+Training draws `t` (`sample_timesteps`). Sampling lowers `t` along the rows of a schedule `(s + 1, f)`: row 0 holds
+where each frame starts, the last row where it ends, and a column never rises. A task is such a schedule.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -49,8 +49,8 @@ def sample_timesteps(
         device = generator.device
     b, f = shape
     per_frame = torch.randint(1, num_timesteps + 1, (b, f), generator=generator, device=device)
-    alone = torch.rand((b, 1), generator=generator, device=device) < p
-    return torch.where(alone, per_frame, per_frame[:, :1])
+    own_t = torch.rand((b, 1), generator=generator, device=device) < p
+    return torch.where(own_t, per_frame, per_frame[:, :1])
 
 
 def evenly_spaced(steps: int, num_timesteps: int = NUM_TIMESTEPS) -> Tensor:
@@ -139,13 +139,13 @@ def _finite(noise: Tensor) -> Tensor:
 
 
 def _nearest(steps: int, scale: Tensor) -> Tensor:
-    """Falling timesteps whose values on a rising `scale (T + 1)` are spread evenly, as near as whole t can be."""
+    """Falling timesteps whose values on a rising `scale (T + 1)` are spread evenly, as near as integer t can be."""
     last = len(scale) - 1
     _check_steps(steps, last)
     if steps == 1:
         return torch.tensor([last, 0])
-    wanted = torch.linspace(scale[1].item(), scale[-1].item(), steps, dtype=torch.float64)
-    rising = (1 + (scale[1:, None] - wanted).abs().argmin(0)).tolist()
+    targets = torch.linspace(scale[1].item(), scale[-1].item(), steps, dtype=torch.float64)
+    rising = (1 + (scale[1:, None] - targets).abs().argmin(0)).tolist()
     # Neighbours that round to one t are spread: first upwards, then down again from T.
     for k in range(1, steps):
         rising[k] = max(rising[k], rising[k - 1] + 1)
@@ -188,7 +188,7 @@ def _check_steps(steps: int, num_timesteps: int) -> None:
 
 
 def together(levels: Tensor, frames: int) -> Tensor:
-    """All frames walk down `levels (s + 1,)` together: `(s + 1, frames)`.
+    """All frames follow `levels (s + 1,)` together: `(s + 1, frames)`.
 
     Raises:
         ValueError: if `frames` is less than 1.
@@ -199,7 +199,7 @@ def together(levels: Tensor, frames: int) -> Tensor:
 
 
 def full_sequence(steps: int, frames: int, num_timesteps: int = NUM_TIMESTEPS) -> Tensor:
-    """Standard generation: all frames walk together from pure noise to clean, with the paper's spacing.
+    """Standard generation: all frames go together from pure noise to clean, with the paper's spacing.
 
     Returns:
         int64 `(steps + 1, frames)`.
@@ -210,18 +210,18 @@ def full_sequence(steps: int, frames: int, num_timesteps: int = NUM_TIMESTEPS) -
     return together(evenly_spaced(steps, num_timesteps), frames)
 
 
-def staggered(levels: Tensor, begins: Sequence[int]) -> Tensor:
-    """Frame i walks down `levels (s + 1,)` from row `begins[i]` on, and waits before: the pyramid of diffusion forcing.
+def staggered(levels: Tensor, start_rows: Sequence[int]) -> Tensor:
+    """Frame i follows `levels (s + 1,)` from row `start_rows[i]` on, and waits before: the pyramid of diffusion forcing.
 
     Args:
         levels: falling timesteps.
-        begins: the row in which each frame takes its first step, 0 or more.
+        start_rows: the row in which each frame takes its first step, 0 or more.
 
     Returns:
-        int64 `(max(begins) + s + 1, f)`.
+        int64 `(max(start_rows) + s + 1, f)`.
     """
     steps = len(levels) - 1
-    rows = torch.arange(max(begins) + steps + 1)[:, None] - torch.tensor(list(begins))
+    rows = torch.arange(max(start_rows) + steps + 1)[:, None] - torch.tensor(list(start_rows))
     return levels[rows.clamp(0, steps)]
 
 
@@ -247,14 +247,14 @@ def hold_clean(schedule: Tensor, frames: Iterable[int]) -> Tensor:
 
 
 def check_schedule(schedule: Tensor, num_timesteps: int = NUM_TIMESTEPS) -> None:
-    """Refuse a matrix that no sampler can walk.
+    """Refuse a schedule that no sampler can follow.
 
     Raises:
         ValueError: unless it is an integer `(s + 1, f)` within 0..T whose columns never rise.
     """
     if schedule.ndim != 2 or schedule.shape[0] < 2 or schedule.is_floating_point():
-        raise ValueError(f"a schedule is an integer matrix (steps + 1, frames), not {tuple(schedule.shape)}")
+        raise ValueError(f"a schedule holds integers (steps + 1, frames), not {tuple(schedule.shape)}")
     if schedule.min() < 0 or schedule.max() > num_timesteps:
         raise ValueError(f"the schedule leaves the timesteps 0 to {num_timesteps}")
     if (schedule[1:] > schedule[:-1]).any():
-        raise ValueError("the schedule rises: a frame's timestep may only fall or stand still")
+        raise ValueError("the schedule rises: a frame's timestep may only fall or stay")

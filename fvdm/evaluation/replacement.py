@@ -11,14 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fvdm.diffusion.process import Diffusion, Model
+from fvdm.diffusion.process import Denoiser, Diffusion
 from fvdm.diffusion.sampling import draw_noise, generators, sample
 from fvdm.diffusion.timesteps import full_sequence
 
 
 @torch.no_grad()
 def replacement(
-    model: Model,
+    model: Denoiser,
     diffusion: Diffusion,
     clip: Tensor,
     given: Sequence[int],

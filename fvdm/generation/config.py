@@ -1,4 +1,4 @@
-"""What to make, and how: the settings that the command line, Python and a registered model share. Pure."""
+"""Settings of generation, which the command line, Python and a registered model share. Pure."""
 
 import re
 from dataclasses import dataclass, field, fields
@@ -9,13 +9,13 @@ from fvdm.tracking.config import TrackingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """What to make, and how. docs/tasks.md shows every task.
+    """Settings of a video to generate. docs/tasks.md shows every task.
 
     Attributes:
         task: generate, image-to-video, interpolate, any-frame, infill, transition, long, next-frame, progressive,
             edit, pyramid or stream.
-        frames: indices that the task is about, such as 0,5,-1 or 4:12: the given frames of any-frame, the missing ones
-            of infill, those that edit changes.
+        frames: indices of the frames that the task selects, such as 0,5,-1 or 4:12: the given frames of any-frame, the
+            missing ones of infill, those that edit changes.
         length: frames of the video; 0 is one window of the model, or 128 for long and stream.
         context: given frames that long, next-frame, pyramid and stream go on from, and that transition takes of each
             clip; also frames that a window of long shares with the one before, and clean ones that stream keeps in
@@ -25,8 +25,8 @@ class GenerationConfig:
         slope: how much nearer to pure noise each frame of progressive begins than the one before.
         num: number of samples.
         seed: seed of the first sample; the k-th has seed + k, whatever the batch size.
-        batch_size: samples drawn at once.
-        class_: class of a class-conditional model, by name or number; empty draws one for each sample, from its seed.
+        batch_size: samples made at once.
+        class_: class of a class-conditional model, by name or number; empty picks one for each sample at random, from its seed.
         steps: sampling steps of a frame.
         solver: ddim, ddpm, dpm++ or unipc.
         spacing: where the steps lie: even (the paper's), trailing, leading, karras or log-snr; empty is even for ddim
@@ -76,18 +76,18 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class GenerateCommand(GenerationConfig):
-    """What to make, from what, and where to put it.
+    """Settings of a video to generate, what it starts from, and where to write it.
 
     Attributes:
         checkpoint: a run's folder (its newest checkpoint is taken) or a checkpoint; a folder of `fvdm convert`; a
             checkpoint file of Latte or of the official FVDM code; or `example`, a small model that ships with this.
         given: an image, a video, a folder of frames, or a list of them, [a.png,b.png]. One video gives the frames that
-            the task wants, at the model's stride; two give the end of the first and the beginning of the second.
+            the task needs, at the model's stride; two give the end of the first and the beginning of the second.
         out: folder for the videos.
         formats: mp4, gif, webm or frames (a folder of PNG files); several with commas.
         fps: frames per second of the files; 0 keeps the speed of the given video, or is 8 without one.
         num: number of samples.
-        show_matrix: print the timestep schedule, and make nothing.
+        show_schedule: print the timestep schedule, and generate nothing.
         weights: ema (the average) or model (the weights themselves).
         vae: VAE by name or path; empty takes the one the model was trained with.
         device: where to run, such as cuda or cpu; empty takes a GPU if there is one.
@@ -133,7 +133,7 @@ class GenerateCommand(GenerationConfig):
 
 
 def generation_config(task: str, settings: dict[str, Any]) -> GenerationConfig:
-    """The recipe of keyword arguments.
+    """The settings as keyword arguments.
 
     Raises:
         ValueError: if there is no such setting; lists those there are.

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fvdm.diffusion.tasks import Plan
+from fvdm.diffusion.tasks import TaskPlan
 from fvdm.media.videos import Info, Preprocess, VideoError, read_video, to_square
 
 _FIT = Preprocess(min_frames=1)
@@ -105,7 +105,7 @@ def available(clips: Sequence[Tensor], stride: int) -> int:
     return sum(-(-len(clip) // stride) for clip in clips)
 
 
-def choose(clips: Sequence[Tensor], plan: Plan, stride: int) -> tuple[Tensor, list[str]]:
+def choose(clips: Sequence[Tensor], plan: TaskPlan, stride: int) -> tuple[Tensor, list[str]]:
     """The frames that a task needs, and from where each was taken.
 
     If there are exactly as many frames as the task needs, they are taken in their order. One longer clip gives every

@@ -21,9 +21,9 @@ from fvdm.diffusion.guidance import Guidance
 from fvdm.diffusion.process import Diffusion
 from fvdm.diffusion.sampling import Progress, SamplerConfig, generators
 from fvdm.diffusion.solvers import solver
-from fvdm.diffusion.tasks import Plan, TaskSpec, find
+from fvdm.diffusion.tasks import TaskPlan, TaskSpec, find
 from fvdm.diffusion.timesteps import spaced
-from fvdm.diffusion.video import draw, place, stream_video
+from fvdm.diffusion.video import place, sample_video, stream_video
 from fvdm.generation.config import GenerationConfig, generation_config, indices
 from fvdm.generation.inputs import as_frames, available, choose
 from fvdm.media.vae import VAE, load_vae
@@ -40,7 +40,7 @@ class Trained:
     Attributes:
         model: on its device, in eval mode.
         diffusion: its noise process.
-        vae: turns its latents into pictures.
+        vae: turns its latents into images.
         classes: names of its classes; empty without.
         size: side of a frame in pixels.
         stride: the clips it was trained on take every stride-th frame.
@@ -74,7 +74,7 @@ class Trained:
 
         Args:
             task: a name of docs/tasks.md.
-            given: pictures or clips, uint8 `(3 h w)` or `(n 3 h w)`; several in a list.
+            given: images or clips, uint8 `(3 h w)` or `(n 3 h w)`; several in a list.
             progress: wraps the sequence of steps, such as `tqdm`.
             **settings: of `GenerationConfig`, such as `seed=3, steps=25, solver="dpm++", class_="dog"`.
 
@@ -134,7 +134,7 @@ def load(
         compile: make the blocks faster with `torch.compile`; the first clip then takes a minute longer.
 
     Raises:
-        ValueError: if there is no whole checkpoint, its VAE cannot be found, or this machine cannot compile.
+        ValueError: if there is no complete checkpoint, its VAE cannot be found, or this machine cannot compile.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.bfloat16 if (precision or ("bf16" if place.type == "cuda" else "fp32")) == "bf16" else torch.float32
@@ -161,7 +161,7 @@ def load(
 
 
 def fitted(trained: Trained, given: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
-    """Given pictures as clips of the model's size, uint8 `(n 3 size size)` each."""
+    """Given images as clips of the model's size, uint8 `(n 3 size size)` each."""
     clips = [] if given is None else [given] if isinstance(given, Tensor) else list(given)
     return [as_frames(clip, trained.size) for clip in clips]
 
@@ -171,10 +171,10 @@ def length_of(trained: Trained, config: GenerationConfig) -> int:
     return config.length or find(config.task).length or trained.model.config.frames
 
 
-def wish(trained: Trained, config: GenerationConfig, clips: Sequence[Tensor]) -> TaskSpec:
-    """What a task is told."""
+def task_spec(trained: Trained, config: GenerationConfig, clips: Sequence[Tensor]) -> TaskSpec:
+    """The settings of the task."""
     noise = trained.diffusion.noise_levels()
-    want = TaskSpec(
+    spec = TaskSpec(
         levels=spaced(config.spacing or solver(config.solver).spacing, config.steps, noise),
         window=trained.model.config.frames,
         length=length_of(trained, config),
@@ -186,26 +186,26 @@ def wish(trained: Trained, config: GenerationConfig, clips: Sequence[Tensor]) ->
         slope=config.slope,
     )
     count = sum(map(len, clips))
-    # Exactly as many frames as are wanted are taken as they are, at no stride.
-    return replace(want, given=count) if count == find(config.task).context(want) else want
+    # Exactly as many frames as are needed are taken as they are, without a stride.
+    return replace(spec, given=count) if count == find(config.task).context(spec) else spec
 
 
-def make_plan(trained: Trained, config: GenerationConfig, clips: Sequence[Tensor], whole: bool = False) -> Plan:
-    """The task's matrix and given frames.
+def make_plan(trained: Trained, config: GenerationConfig, clips: Sequence[Tensor], complete: bool = False) -> TaskPlan:
+    """The task's schedule and given frames.
 
     Args:
         trained: from `load`.
         config: the task and its settings.
         clips: the given frames.
-        whole: the whole matrix of a task without an end, too; else that of its first window, which says what is given.
+        complete: the complete schedule of a task without an end, too; else that of its first window.
 
     Raises:
-        ValueError: if the task wants given frames and none came, or came and are not wanted.
+        ValueError: if the task needs given frames and there are none, or takes none and there are some.
     """
-    task, want = find(config.task), wish(trained, config, clips)
-    if task.endless is not None and not whole:
-        want = replace(want, length=min(want.length, want.window))
-    plan = task.plan(want)
+    task, spec = find(config.task), task_spec(trained, config, clips)
+    if task.endless is not None and not complete:
+        spec = replace(spec, length=min(spec.length, spec.window))
+    plan = task.plan(spec)
     if task.needs_given and not clips:
         raise ValueError(f"{config.task} starts from {len(plan.given)} given frame(s); name them with --given")
     if clips and not plan.given:
@@ -213,7 +213,7 @@ def make_plan(trained: Trained, config: GenerationConfig, clips: Sequence[Tensor
     return plan
 
 
-def encode_given(trained: Trained, plan: Plan, clips: Sequence[Tensor]) -> Tensor:
+def encode_given(trained: Trained, plan: TaskPlan, clips: Sequence[Tensor]) -> Tensor:
     """Latents `(1 f c h w)` of a plan's clip: those of the given frames at their places, zeros elsewhere.
 
     Raises:
@@ -226,7 +226,7 @@ def encode_given(trained: Trained, plan: Plan, clips: Sequence[Tensor]) -> Tenso
 
 
 def class_numbers(name: str, classes: Sequence[str], seeds: Sequence[int]) -> Tensor | None:
-    """The class of each sample, int64 `(b)`: the one named, or one drawn from the sample's seed; None without classes.
+    """The class of each sample, int64 `(b)`: the one named, or one at random from the sample's seed; None without classes.
 
     Raises:
         ValueError: if the model has no such class.
@@ -236,55 +236,55 @@ def class_numbers(name: str, classes: Sequence[str], seeds: Sequence[int]) -> Te
             raise ValueError(f"class {name!r}: this model has no classes")
         return None
     if not name:
-        draws = [torch.randint(len(classes), (), generator=generator) for generator in generators(seeds)]
-        return torch.stack(draws)
+        numbers = [torch.randint(len(classes), (), generator=generator) for generator in generators(seeds)]
+        return torch.stack(numbers)
     if name in classes:
         return torch.full((len(seeds),), list(classes).index(name))
     if name.isdigit() and int(name) < len(classes):
         return torch.full((len(seeds),), int(name))
-    raise ValueError(f"class {name!r} is none of this model's; choose one of {', '.join(classes)}")
+    raise ValueError(f"this model has no class {name!r}; choose one of {', '.join(classes)}")
 
 
 def make_frames(
     trained: Trained,
     config: GenerationConfig,
-    plan: Plan,
+    plan: TaskPlan,
     clip: Tensor,
     seeds: Sequence[int],
     progress: Progress = iter,
 ) -> Iterator[Tensor]:
     """Samples of these seeds, frame by frame, uint8 `(b 3 h w)` on the CPU.
 
-    Those of a task without an end are drawn as they are asked for, in constant memory; stop when there are enough.
+    Those of a task without an end are sampled one at a time, in constant memory; stop when there are enough.
 
     Raises:
         ValueError: if a setting does not fit the model.
     """
-    y, how = _condition(trained, config, seeds, progress)
+    y, sampler = sampler_inputs(trained, config, seeds, progress)
     batch = clip.expand(len(seeds), *clip.shape[1:])
     endless = find(config.task).endless
     if endless is None:
         window = trained.model.config.frames
-        latents = draw(trained.model, trained.diffusion, batch, plan.schedule, seeds, how, y, window)
+        latents = sample_video(trained.model, trained.diffusion, batch, plan.schedule, seeds, sampler, y, window)
         return iter(trained.vae.decode(latents).cpu().unbind(1))
     given = batch[:, : len(plan.given)]
-    blocks = endless(replace(wish(trained, config, []), given=given.shape[1]))
-    drawn = stream_video(trained.model, trained.diffusion, given, blocks, seeds, how, y)
+    blocks = endless(replace(task_spec(trained, config, []), given=given.shape[1]))
+    drawn = stream_video(trained.model, trained.diffusion, given, blocks, seeds, sampler, y)
     return (trained.vae.decode(latents[:, 0]).cpu() for latents in drawn)
 
 
-def _condition(
+def sampler_inputs(
     trained: Trained, config: GenerationConfig, seeds: Sequence[int], progress: Progress
 ) -> tuple[Tensor | None, SamplerConfig]:
     """Classes and settings of the sampler."""
     y = class_numbers(config.class_, trained.classes, seeds)
     if config.guidance != 1.0 and y is None:
-        raise ValueError(f"guidance {config.guidance:g} is towards a class, and this model has no classes")
+        raise ValueError(f"guidance {config.guidance:g} needs classes, and this model has no classes")
     guidance = Guidance(
         config.guidance,
         config.history_guidance,
         config.guidance_interval,
         config.guidance_rescale,
     )
-    how = SamplerConfig(solver(config.solver, config.eta), guidance, config.given_noise, progress)
-    return None if y is None else y.to(trained.device), how
+    sampler = SamplerConfig(solver(config.solver, config.eta), guidance, config.given_noise, progress)
+    return None if y is None else y.to(trained.device), sampler

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fvdm import config as settings
-from fvdm.diffusion.tasks import Plan, text
+from fvdm.diffusion.tasks import TaskPlan, format_schedule
 from fvdm.distributed import Ranks
 from fvdm.files import write_text
 from fvdm.generation.config import GenerateCommand
@@ -28,13 +28,13 @@ from fvdm.tracking.tracker import Tracker, run_of
 
 logger = logging.getLogger(__name__)
 STEP_IN_TIME = 8.0  # frames per second where nothing given has a rate
-GRID, ROWS, COLUMNS = 16, 8, 8  # videos side by side; rows, and frames of each, of the picture: at most
+GRID, ROWS, COLUMNS = 16, 8, 8  # videos side by side; rows, and frames of each, of the image: at most
 SHOWN = 256  # frames that are shown side by side, at most: they are held until all videos are made
 
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """What the settings come to, once model and given files are read.
+    """The task, once model and given files are read.
 
     Attributes:
         plan: the task.
@@ -44,7 +44,7 @@ class PreparedTask:
         messages: what was done to the given files, a line each.
     """
 
-    plan: Plan
+    plan: TaskPlan
     clip: Tensor
     length: int
     fps: float
@@ -71,7 +71,7 @@ def prepare(trained: Trained, config: GenerateCommand) -> PreparedTask:
     """
     sources = [read_source(path, trained.size) for path in config.paths]
     clips = [source.frames for source in sources]
-    plan = make_plan(trained, config, clips, whole=config.show_schedule)
+    plan = make_plan(trained, config, clips, complete=config.show_schedule)
     messages = [str(source) for source in sources]
     if clips:
         messages.append("given: " + "; ".join(choose(clips, plan, trained.stride)[1]))
@@ -79,10 +79,12 @@ def prepare(trained: Trained, config: GenerateCommand) -> PreparedTask:
     fps = config.fps or (rates[0] / trained.stride if rates else STEP_IN_TIME)
     if rates and not config.fps:
         messages.append(
-            f"fps: {fps:g}, the given speed at every {trained.stride}. frame" if trained.stride > 1 else f"fps: {fps:g}"
+            f"fps: {fps:g}, the given speed at a stride of {trained.stride} frames"
+            if trained.stride > 1
+            else f"fps: {fps:g}"
         )
     if "gif" in config.forms and gif_stride(fps) > 1:
-        messages.append(f"gif: every {gif_stride(fps)}. frame, as a gif shows at most {GIF_RATE} a second")
+        messages.append(f"gif: at a stride of {gif_stride(fps)} frames, as a gif shows at most {GIF_RATE} a second")
     return PreparedTask(plan, encode_given(trained, plan, clips), length_of(trained, config), fps, tuple(messages))
 
 
@@ -97,19 +99,19 @@ def batches(config: GenerateCommand, ranks: Ranks) -> list[range]:
 def make(
     trained: Trained, config: GenerateCommand, prepared: PreparedTask, ranks: Ranks
 ) -> tuple[dict[int, Overview], list[Path]]:
-    """Draw and write this rank's samples; what is shown of them, by seed, and the files.
+    """Make and write this rank's samples; returns their overviews by seed, and the files.
 
     Raises:
         ValueError: if the class or a setting does not fit the model.
     """
-    shown: dict[int, Overview] = {}
+    overviews: dict[int, Overview] = {}
     files: list[Path] = []
     for seeds in batches(config, ranks):
         frames = make_frames(trained, config, prepared.plan, prepared.clip, seeds, _progress)
         videos, written = write_samples(islice(frames, prepared.length), seeds, config, prepared)
-        shown |= videos
+        overviews |= videos
         files += written
-    return shown, files
+    return overviews, files
 
 
 def _progress(steps: Sequence[int]) -> Iterator[int]:
@@ -121,7 +123,7 @@ def _progress(steps: Sequence[int]) -> Iterator[int]:
 def write_samples(
     frames: Iterable[Tensor], seeds: Sequence[int], config: GenerateCommand, prepared: PreparedTask
 ) -> tuple[dict[int, Overview], list[Path]]:
-    """Write samples in every format, as their frames come; what is shown of them, by seed, and the files.
+    """Write samples in every format, as their frames come; returns their overviews by seed, and the files.
 
     Args:
         frames: uint8 `(b 3 h w)`, of all samples at once.
@@ -145,20 +147,20 @@ def write_samples(
                     put(own)
             first += [frame] if k < SHOWN else []
             far += [frame] if k in picked else []
-    shown = {
+    overviews = {
         seed: Overview(torch.stack([frame[k] for frame in first]), torch.stack([frame[k] for frame in far]))
         for k, seed in enumerate(seeds)
         if seed < config.seed + GRID
     }
-    return shown, [path for each in files.values() for path in each.values()]
+    return overviews, [path for each in files.values() for path in each.values()]
 
 
 def write_overview(
-    shown: dict[int, Overview], config: GenerateCommand, trained: Trained, prepared: PreparedTask
+    overviews: dict[int, Overview], config: GenerateCommand, trained: Trained, prepared: PreparedTask
 ) -> list[Path]:
-    """Write the videos side by side, a picture of their frames, and a record of how they were made."""
+    """Write the videos side by side, an image of their frames, and a record of the settings."""
     out = Path(config.out)
-    several = [shown[seed] for seed in sorted(shown)]
+    several = [overviews[seed] for seed in sorted(overviews)]
     forms = [form for form in config.forms if form != "frames"] or ["mp4"]
     files = [out / f"{config.task}.{form}" for form in forms]
     for form, path in zip(forms, files, strict=True):
@@ -187,19 +189,19 @@ def report(files: Sequence[Path], config: GenerateCommand, trained: Trained) -> 
     print(f"MLflow: {where_to_look(tracker.folder)}")
 
 
-def gather(shown: dict[int, Overview], files: list[Path], ranks: Ranks) -> tuple[dict[int, Overview], list[Path]]:
+def gather(overviews: dict[int, Overview], files: list[Path], ranks: Ranks) -> tuple[dict[int, Overview], list[Path]]:
     """What the ranks made, on rank 0; there is nothing to do for one rank alone."""
     if ranks.world_size == 1:
-        return shown, files
+        return overviews, files
     parts: list[Any] | None = [None] * ranks.world_size if ranks.is_main else None
-    dist.gather_object((shown, files), parts)
+    dist.gather_object((overviews, files), parts)
     if parts is None:
         return {}, []
     return {k: v for part, _ in parts for k, v in part.items()}, sorted(path for _, some in parts for path in some)
 
 
 def run(config: GenerateCommand, ranks: Ranks) -> None:
-    """Make, write, and report; rank 0 alone speaks.
+    """Make, write, and report; rank 0 alone prints.
 
     Raises:
         ValueError: if settings, files and model do not fit each other.
@@ -212,17 +214,17 @@ def run(config: GenerateCommand, ranks: Ranks) -> None:
         print("\n".join(prepared.messages), end="\n" if prepared.messages else "", flush=True)
     if config.show_schedule:
         if ranks.is_main:
-            print(text(prepared.plan.schedule))
+            print(format_schedule(prepared.plan.schedule))
         return
     try:
         Path(config.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write to {config.out}: {error.strerror}") from None
-    shown, files = gather(*make(trained, config, prepared, ranks), ranks)
+    overviews, files = gather(*make(trained, config, prepared, ranks), ranks)
     if ranks.is_main:
-        overview = write_overview(shown, config, trained, prepared)
+        overview = write_overview(overviews, config, trained, prepared)
         report([*(path for path in files if path.is_file()), *overview], config, trained)
         print(
             f"{config.task}: {config.num} video(s) of {prepared.length} frames in {config.out}; "
-            f"all in one: {overview[0]}"
+            f"all together: {overview[0]}"
         )

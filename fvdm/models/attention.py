@@ -4,8 +4,8 @@ The only place that imports flash_attn.
 """
 
 import functools
-import importlib.util
 import logging
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +16,44 @@ from fvdm.models.config import BACKENDS, Backend
 # Positions up to which plain products in bfloat16 beat PyTorch's fused attention on CPUs, 2 to 8 times.
 CPU_PRODUCTS = 512
 FLASH_PAYS = 200  # positions from which flash-attn pays: launches dominate below
+LAUNCH_LIMIT = 65535  # batch x heads of one CUDA launch: the second and third dimension of a grid end there
 
+Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 logger = logging.getLogger(__name__)
 
 
+def import_flash() -> Function | None:
+    """flash-attn's function, of version 2 or 4, or None where neither can be imported.
+
+    The function itself is imported: of flash-attn-4 only the subpackage `flash_attn.cute` exists, whose function
+    returns the logarithm of the softmax's sums beside the output.
+    """
+    failures = (ImportError, OSError, RuntimeError)  # missing; or built for another CUDA or PyTorch
+    try:
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func
+    except failures:
+        pass
+    try:
+        from flash_attn.cute import flash_attn_func as with_sums
+    except failures:
+        return None
+    return lambda q, k, v: with_sums(q, k, v)[0]
+
+
+FLASH = import_flash()
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "auto") -> Tensor:
-    """Softmax attention of each head over `n` positions.
+    """Softmax attention of each head over the positions of the keys.
 
     Strided views are welcome: no backend needs contiguous input, and all return memory laid out as `(b n h e)`.
 
     Args:
-        q: queries `(b n h e)`; likewise `k` and `v`.
-        k: keys.
-        v: values.
+        q: queries `(b n h e)`.
+        k: keys `(b m h e)`.
+        v: values `(b m h e)`.
         backend: `auto` picks; `flash`, `sdpa` and `math` force one.
 
     Returns:
@@ -37,21 +62,51 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "auto") -> Ten
     Raises:
         ValueError: if the forced backend is unknown or cannot run on these tensors.
     """
-    chosen = _choose(q.device.type, q.dtype, _reach(q.shape[1]), q.shape[3], backend)
-    if chosen == "flash":
-        from flash_attn import flash_attn_func
+    chosen = _choose(q.device.type, q.dtype, _reach(max(q.shape[1], k.shape[1])), q.shape[3], backend)
+    function = FLASH if chosen == "flash" and FLASH is not None else _FUNCTIONS[chosen]
+    if q.device.type == "cuda":
+        return in_launches(function, q, k, v, LAUNCH_LIMIT)
+    return function(q, k, v)
 
-        return flash_attn_func(q, k, v)
+
+def in_launches(function: Function, q: Tensor, k: Tensor, v: Tensor, limit: int) -> Tensor:
+    """Call `function` on parts of the batch or of the heads, `limit` of batch x heads at most in each.
+
+    Attention over time has a head for each token of a frame, which may be more than a CUDA grid holds.
+
+    Args:
+        function: attention of `(b n h e)`.
+        q: queries `(b n h e)`.
+        k: keys.
+        v: values.
+        limit: batch x heads of a launch.
+    """
+    b, _, h, _ = q.shape
+    if b * h <= limit:
+        return function(q, k, v)
+    axis, size = (2, limit // b) if h >= b else (0, limit // h)
+    queries, keys, values = (z.split(max(1, size), axis) for z in (q, k, v))
+    parts = zip(queries, keys, values, strict=True)
+    return torch.cat([in_launches(function, *part, limit) for part in parts], axis)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (b h n e)
-    if chosen == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    q, k, v = (z.contiguous() for z in (q, k, v))  # The products would copy them anyway, and again in the backward.
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # Contiguous: the products would copy them anyway, and again in the backward pass.
+    q, k, v = (z.transpose(1, 2).contiguous() for z in (q, k, v))  # (b h n e)
     weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1, dtype=torch.float32)
     return (weights.to(v.dtype) @ v).transpose(1, 2)
 
 
+_FUNCTIONS: dict[str, Function] = {"sdpa": _sdpa, "math": _math}
+
+
 def _reach(positions: int) -> str:
-    """How long a sequence is: words, so that a compiled graph need not be made anew for every number of frames."""
+    """How long a sequence is: words, so that a graph is not compiled again for every number of frames."""
     if positions < FLASH_PAYS:
         return f"fewer than {FLASH_PAYS}"
     return f"up to {CPU_PRODUCTS}" if positions <= CPU_PRODUCTS else f"more than {CPU_PRODUCTS}"
@@ -59,7 +114,7 @@ def _reach(positions: int) -> str:
 
 @torch.compiler.assume_constant_result
 def _choose(device: str, dtype: torch.dtype, reach: str, width: int, backend: Backend) -> str:
-    """The backend for such tensors. A compiler asks while it traces, and keeps the answer: no break in its graph."""
+    """The backend for such tensors. A compiler evaluates this once while it traces: no break in its graph."""
     return _chosen(device, dtype, reach, width, backend)
 
 
@@ -69,7 +124,7 @@ def _chosen(device: str, dtype: torch.dtype, reach: str, width: int, backend: Ba
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     fits = device == "cuda" and dtype in (torch.bfloat16, torch.float16) and width <= 256 and width % 8 == 0
-    installed = importlib.util.find_spec("flash_attn") is not None
+    installed = FLASH is not None
     if backend == "flash" and not (fits and installed):
         reason = (
             f"it takes bf16 or fp16 on CUDA with head width a multiple of 8 up to 256, not {dtype} on {device} "

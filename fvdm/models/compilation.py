@@ -24,7 +24,7 @@ def compile_blocks(model: Backbone, backend: str = "inductor") -> Backbone:
         The same model.
 
     Raises:
-        ValueError: if this machine cannot compile; a try with a single addition tells.
+        ValueError: if this machine cannot compile, which a single addition tests.
     """
     device = model.device
     try:

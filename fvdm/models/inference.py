@@ -1,4 +1,4 @@
-"""What one must know of a network beside its weights to sample from it: `inference.json` in its folder."""
+"""What sampling from a network needs beside its weights: `inference.json` in its folder."""
 
 import json
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ FORMER = "use.json"  # its name up to version 0.1
 
 @dataclass(frozen=True)
 class InferenceConfig:
-    """What one must know of a folder's network to sample from it. The defaults are the paper's.
+    """What sampling from a network needs beside its weights. The defaults are the paper's.
 
     Attributes:
         diffusion: its noise process.
@@ -34,7 +34,7 @@ class InferenceConfig:
 
 
 def read_inference_config(path: Path, model: BackboneConfig) -> InferenceConfig:
-    """What a network's folder says of it, its VAE in `vae/` before any other; else the paper's settings.
+    """The inference settings in a network's folder, with the VAE in `vae/` if there is one; else the paper's settings.
 
     Args:
         path: a model's folder, a checkpoint of a run, or a file of weights, as `fvdm.models.loading.resolve` finds it.

@@ -69,7 +69,8 @@ class Attention(nn.Module):
 class ModulatedLinear(torch.autograd.Function):
     """`linear(layer_norm(x) (1 + scale) + shift)`, which keeps `x` alone for the backward pass.
 
-    The norm and the modulated tokens are made again there: two cheap passes in place of two tensors of the size of `x`.
+    The backward pass recomputes the norm and the modulated tokens: two cheap passes in place of two tensors of the size
+    of `x`.
     """
 
     @staticmethod
@@ -98,8 +99,7 @@ class ModulatedLinear(torch.autograd.Function):
 
 def modulated(linear: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """A linear layer of tokens `(b f n d)`, normalised and moved by their frame's `(b f 1 d)` shift and scale."""
-    # What wraps the layer (LoRA), looks into it (hooks) or casts it (autocast) goes before memory, and a compiler finds
-    # by itself what need not be kept.
+    # A wrapper (LoRA), hooks and autocast need the layer's own forward, and a compiler finds what need not be stored.
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
     bare = type(linear) is nn.Linear and not any(hooks)
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or not bare:
@@ -182,7 +182,7 @@ class Latte(Backbone):
             `(b f c h w)` in the dtype of the weights; `2c` channels with learned variance.
 
         Raises:
-            ValueError: if the shapes do not fit the model, or labels are missing or not wanted.
+            ValueError: if the shapes do not fit the model, or labels are missing, or the model takes none.
         """
         self._check(x, t, y)
         c = self.t_embedder(t)  # (b f d)
@@ -213,7 +213,9 @@ class Latte(Backbone):
             )
         if (y is None) != (self.y_embedder is None):
             raise ValueError(
-                "the model needs class labels y (b)" if y is None else "the model has no classes, but labels came"
+                "the model needs class labels y (b)"
+                if y is None
+                else "the model has no classes; leave out the labels y"
             )
 
     def num_parameters(self) -> int:

@@ -82,7 +82,7 @@ def load_backbone(path_or_name: str | Path, weights: str = "ema", num_heads: int
 def read_backbone(path: Path, weights: str = "ema", num_heads: int | None = None) -> Backbone:
     """The network at a path that `resolve` returned; see `load_backbone`."""
     if path.is_file():
-        return from_official(load_torch(path), num_heads)
+        return from_official(load_torch(path), num_heads, path)
     if (path / "config.json").is_file():
         return Latte.from_pretrained(path)
     model = build(config_from(read_state(path)["network"]))

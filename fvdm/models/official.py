@@ -42,32 +42,35 @@ TABLES = {"pos_embed": "space", "temp_embed": "time"}  # Fixed; ours are compute
 HALF = 4e-3  # what is lost of a table in half precision, bfloat16 included
 
 
-def from_official(state_dict: Mapping[str, Any], num_heads: int | None = None) -> Latte:
+def from_official(
+    state_dict: Mapping[str, Any], num_heads: int | None = None, source: str | Path = "the checkpoint"
+) -> Latte:
     """A model with the weights of a Latte or an official FVDM checkpoint; size and options are read off the shapes.
 
     Args:
         state_dict: `blocks.N.*` (Latte) or `blocks_spatial.N.*` and `blocks_temp.N.*` (FVDM), also wrapped in `ema` or
             `model`, also with `module.` or `_orig_mod.` before every name.
-        num_heads: attention heads; found by itself for the sizes S, B, L and XL.
+        num_heads: attention heads; known for the sizes S, B, L and XL.
+        source: where the weights were read, for messages.
 
     Raises:
         ValueError: if it is another model's checkpoint, or a weight is not finite; says by which names.
     """
     weights = _unwrap(state_dict)
-    require_finite(weights, "the checkpoint")
+    require_finite(weights, source)
     config = _config(weights, num_heads)
     ours: dict[str, Tensor] = {}
     for name, value in weights.items():
         if name not in TABLES:
             ours |= _rename(name, value, config)
     model = Latte(config)
-    wanted = {name: p.shape for name, p in model.named_parameters()}
-    missing, extra = wanted.keys() - ours.keys(), ours.keys() - wanted.keys()
+    expected = {name: p.shape for name, p in model.named_parameters()}
+    missing, extra = expected.keys() - ours.keys(), ours.keys() - expected.keys()
     if missing or extra:
         raise ValueError(f"{NOT_OURS}: missing {_few(missing)}, left over {_few(extra)}")
-    wrong = {name for name in wanted if wanted[name] != ours[name].shape}
-    if wrong:
-        raise ValueError(f"{NOT_OURS}: these have other shapes than its size: {_few(wrong)}")
+    mismatched = {name for name in expected if expected[name] != ours[name].shape}
+    if mismatched:
+        raise ValueError(f"{NOT_OURS}: these have other shapes than its size: {_few(mismatched)}")
     _compare_tables(weights, model)
     model.load_state_dict(ours)
     return model
@@ -75,8 +78,8 @@ def from_official(state_dict: Mapping[str, Any], num_heads: int | None = None) -
 
 def _compare_tables(weights: Mapping[str, Tensor], model: Latte) -> None:
     for theirs, ours in TABLES.items():
-        table, wanted = weights[theirs].float().cpu(), getattr(model, ours)[None]
-        if table.shape != wanted.shape or not torch.allclose(table, wanted, rtol=0, atol=HALF):
+        table, expected = weights[theirs].float().cpu(), getattr(model, ours)[None]
+        if table.shape != expected.shape or not torch.allclose(table, expected, rtol=0, atol=HALF):
             raise ValueError(
                 f"{NOT_OURS}: its positions in {ours}, {theirs}, are not the sines and cosines that those have; without"
                 f" them it would be another network"
@@ -114,7 +117,9 @@ def _config(weights: dict[str, Tensor], num_heads: int | None) -> LatteConfig:
     if num_heads or not heads:
         heads = num_heads
     if not heads:
-        raise ValueError(f"{depth} blocks of width {width} are none of the published sizes; say how many heads it has")
+        raise ValueError(
+            f"{depth} blocks of width {width} are not a published size; say how many heads it has (--heads)"
+        )
     table = weights.get("y_embedder.embedding_table.weight")
     return replace(
         LatteConfig(),
@@ -171,9 +176,7 @@ def load_torch(path: str | Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(
-            f"cannot read weights from {path}: it is damaged, or holds code; nothing of it was run"
-        ) from None
+        raise ValueError(f"cannot read weights from {path}: it is corrupt, or holds code, which was not run") from None
     except (OSError, RuntimeError, EOFError, SafetensorError, ValueError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise ValueError(f"cannot read weights from {path}: {reason or 'it is empty'}") from None

@@ -59,12 +59,14 @@ class Pretrained:
         folder = Path(path)
         model = cls(cls.Config(**_read_config(folder, cls)))  # type: ignore[call-arg]
         weights = _read_weights(folder)
-        wanted: dict[str, Tensor] = model.state_dict()  # type: ignore[attr-defined]
-        odd = [
-            k for k in {*wanted, *weights} if k not in wanted or k not in weights or wanted[k].shape != weights[k].shape
+        expected: dict[str, Tensor] = model.state_dict()  # type: ignore[attr-defined]
+        mismatched = [
+            k
+            for k in {*expected, *weights}
+            if k not in expected or k not in weights or expected[k].shape != weights[k].shape
         ]
-        if odd:
-            raise ValueError(f"the weights in {folder} do not fit its {CONFIG}: {', '.join(sorted(odd)[:3])}")
+        if mismatched:
+            raise ValueError(f"the weights in {folder} do not fit its {CONFIG}: {', '.join(sorted(mismatched)[:3])}")
         model.load_state_dict(weights)  # type: ignore[attr-defined]
         return model
 

@@ -18,7 +18,7 @@ from fvdm.diffusion.sampling import SamplerConfig
 from fvdm.diffusion.solvers import solver
 from fvdm.diffusion.tasks import on_window
 from fvdm.diffusion.timesteps import spaced
-from fvdm.diffusion.video import draw
+from fvdm.diffusion.video import sample_video
 from fvdm.distributed import Ranks, first_error
 from fvdm.media.writing import card, tile, write_gif, write_mp4, write_strips
 from fvdm.models.backbone import Backbone
@@ -94,7 +94,7 @@ class Previews:
         made: dict[str, Tensor] = {}
         for task in self.config.tasks if own else ():
             schedule = on_window(task, levels, clip.shape[1], self.config.long_frames).schedule
-            made[task] = draw(model, self.diffusion, clip, schedule, own, sampler, y).float().cpu()
+            made[task] = sample_video(model, self.diffusion, clip, schedule, own, sampler, y).float().cpu()
         return made
 
     def write(self, latents: dict[str, Tensor], step: int, tracker: Tracker) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fvdm.diffusion.tasks import TaskSpec, find, text
+from fvdm.diffusion.tasks import TaskSpec, find, format_schedule
 from fvdm.diffusion.timesteps import evenly_spaced
 from fvdm.distributed import Ranks
 from fvdm.generation import videos as command_line
@@ -145,9 +145,9 @@ def test_the_matrix_can_be_seen_before_it_is_walked(run, clip, tmp_path):
     words = ["--task", "interpolate", "--given", clip, "--show-matrix"]
     done = subprocess.run(command(run, tmp_path / "out", *words), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert text(find("interpolate").plan(TaskSpec(evenly_spaced(2), FRAMES, FRAMES)).schedule) in done.stdout
+    assert format_schedule(find("interpolate").plan(TaskSpec(evenly_spaced(2), FRAMES, FRAMES)).schedule) in done.stdout
     assert "frames 0, 14 of it" in done.stdout
-    assert "at every 2. frame" in done.stdout
+    assert "at a stride of 2 frames" in done.stdout
     assert not (tmp_path / "out").exists()
 
 

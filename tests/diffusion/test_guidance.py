@@ -33,7 +33,7 @@ def noise():
 def ask(how, t, y=None, model=None, null=5):
     model = model or Recorder()
     hidden = None if y is None else torch.full_like(y, null)
-    return guided(model, how, DIFFUSION, noise, hidden)(clean(), t.expand(3, 8), y), model
+    return guided(model, how, DIFFUSION, noise, hidden)(clean(), t.expand(3, 8), y, t.expand(8)), model
 
 
 Y = torch.tensor([1, 2, 3])
@@ -48,8 +48,9 @@ def test_guidance_extrapolates_the_estimate_only_in_one_forward():
 
 
 def test_without_guidance_the_model_is_asked_as_it_is():
-    model = Recorder()
-    assert guided(model, Guidance(), DIFFUSION, noise) is model
+    model, t = Recorder(), torch.full((8,), 9)
+    guided(model, Guidance(), DIFFUSION, noise)(clean(), t.expand(3, 8), Y, t)
+    assert model.asked[0][2] is Y
     assert noisy_given(model, DIFFUSION, 0, noise) is model
 
 

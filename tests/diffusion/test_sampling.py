@@ -4,7 +4,7 @@ import torch
 from fvdm.diffusion.sampling import SamplerConfig, draw_noise, generators, sample, start, stream, windows
 from fvdm.diffusion.solvers import SOLVERS, ddim
 from fvdm.diffusion.timesteps import evenly_spaced, full_sequence, hold_clean, spaced, staggered, together
-from fvdm.diffusion.video import draw as draw_matrix
+from fvdm.diffusion.video import sample_video
 from tests.denoisers import DIFFUSION, clean, disturbed, oracle
 
 SHAPE = (3, 8, 4, 4, 4)
@@ -13,17 +13,17 @@ SHAPE = (3, 8, 4, 4, 4)
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_sample_does_not_depend_on_its_batch(solver):
     net = disturbed()
-    how = SamplerConfig(SOLVERS[solver]())
-    schedule = together(spaced(how.solver.spacing, 5, DIFFUSION.noise_levels()), 8)
+    sampler = SamplerConfig(SOLVERS[solver]())
+    schedule = together(spaced(sampler.solver.spacing, 5, DIFFUSION.noise_levels()), 8)
 
     def draw(seeds):
-        return draw_matrix(net, DIFFUSION, torch.zeros(len(seeds), 8, 4, 4, 4), schedule, seeds, how)
+        return sample_video(net, DIFFUSION, torch.zeros(len(seeds), 8, 4, 4, 4), schedule, seeds, sampler)
 
-    whole = draw(range(8))
+    complete = draw(range(8))
     parts = [torch.cat([draw(range(k, min(k + size, 8))) for k in range(0, 8, size)]) for size in (1, 3)]
     for part in parts:
-        assert (part - whole).abs().max() < 1e-5
-    assert not torch.equal(whole[0], whole[1])
+        assert (part - complete).abs().max() < 1e-5
+    assert not torch.equal(complete[0], complete[1])
 
 
 def test_a_standing_frame_stands_at_any_level():
@@ -105,7 +105,7 @@ def test_history_follows_its_frame_when_the_window_slides():
 
     x = start(torch.zeros(2, 20, 4, 4, 4), schedule, DIFFUSION, generators([0, 1]))
     for make in (SOLVERS["dpm++"], SOLVERS["unipc"], ddim):
-        whole = sample(model, x, schedule, DIFFUSION, solver=make())
+        complete = sample(model, x, schedule, DIFFUSION, solver=make())
         frames = iter(x.split(1, dim=1))
         parts = stream(
             model,
@@ -114,7 +114,7 @@ def test_history_follows_its_frame_when_the_window_slides():
             DIFFUSION,
             SamplerConfig(make()),
         )
-        assert torch.equal(torch.cat(list(parts), dim=1), whole)
+        assert torch.equal(torch.cat(list(parts), dim=1), complete)
 
 
 def test_blocks_that_do_not_follow_each_other_are_refused():

@@ -12,9 +12,9 @@ from fvdm.diffusion.guidance import Guidance
 from fvdm.diffusion.process import Diffusion
 from fvdm.diffusion.sampling import SamplerConfig, generators, windows
 from fvdm.diffusion.solvers import SOLVERS, ddim
-from fvdm.diffusion.tasks import TASKS, Plan, TaskSpec, find, given_frames, on_window, rolling, rolling_blocks
+from fvdm.diffusion.tasks import TASKS, TaskPlan, TaskSpec, find, given_frames, on_window, rolling, rolling_blocks
 from fvdm.diffusion.timesteps import SPACINGS, check_schedule, evenly_spaced, spaced
-from fvdm.diffusion.video import draw, place, stream_video
+from fvdm.diffusion.video import place, sample_video, stream_video
 from tests.denoisers import DIFFUSION, clean, disturbed, oracle
 
 FRAMES = 8
@@ -22,14 +22,14 @@ PAPER = ("generate", "image-to-video", "interpolate", "long")
 ABOUT = {"any-frame": (1, -2), "infill": (2, 3), "edit": (0, 4, 5)}
 
 
-def wish(task, levels=None, given=99, **changes):
+def task_spec(task, levels=None, given=99, **changes):
     levels = evenly_spaced(6) if levels is None else levels
     length = changes.pop("length", 20 if TASKS[task].length else FRAMES)
     return TaskSpec(levels, FRAMES, length, given, ABOUT.get(task, ()), **changes)
 
 
 def plan(task, levels=None, **changes):
-    return TASKS[task].plan(wish(task, levels, **changes))
+    return TASKS[task].plan(task_spec(task, levels, **changes))
 
 
 @settings(max_examples=40, deadline=None)
@@ -39,9 +39,9 @@ def test_every_matrix_can_be_walked_and_ends_clean(task, data):
     levels = spaced(spacing, data.draw(st.integers(1, 40)), DIFFUSION.noise_levels())
     window = data.draw(st.integers(3, 20))
     length = data.draw(st.integers(window, 60)) if TASKS[task].length else window
-    about = data.draw(st.lists(st.integers(0, length - 1), min_size=1, max_size=length - 1, unique=True))
-    want = TaskSpec(levels, window, length, data.draw(st.integers(0, 30)), tuple(about), delay=0)
-    made = TASKS[task].plan(want)
+    selected = data.draw(st.lists(st.integers(0, length - 1), min_size=1, max_size=length - 1, unique=True))
+    spec = TaskSpec(levels, window, length, data.draw(st.integers(0, 30)), tuple(selected), delay=0)
+    made = TASKS[task].plan(spec)
     check_schedule(made.schedule)
     assert made.schedule.shape[1] == length
     assert (made.schedule[-1] == 0).all()
@@ -116,7 +116,9 @@ def test_an_oracle_recovers_x_0_in_every_task(solver, spacing, objective):
         length = FRAMES  # The oracle knows one window.
         made = plan(task, levels, length=length)
         x_0 = clean((2, length, 4, 4, 4))
-        out = draw(oracle(x_0, diffusion), diffusion, x_0, made.schedule, [0, 1], SamplerConfig(SOLVERS[solver]()))
+        out = sample_video(
+            oracle(x_0, diffusion), diffusion, x_0, made.schedule, [0, 1], SamplerConfig(SOLVERS[solver]())
+        )
         bound = 1e-5 if task in PAPER else 1e-4
         assert (out - x_0).abs().max() < bound, task
         assert torch.equal(out[:, list(made.held)], x_0[:, list(made.held)])
@@ -127,7 +129,7 @@ def test_an_oracle_recovers_x_0_with_noisy_ddim(eta):
     for objective in ("eps", "flow"):
         diffusion = Diffusion(DiffusionConfig(objective=objective))
         x_0 = clean()
-        out = draw(
+        out = sample_video(
             oracle(x_0, diffusion), diffusion, x_0, plan("generate").schedule, [0, 1, 2], SamplerConfig(ddim(eta))
         )
         assert (out - x_0).abs().max() < 1e-4
@@ -147,8 +149,8 @@ def test_held_frames_leave_bit_identical_in_every_task(solver, guidance, noise):
     for task in TASKS:
         made = plan(task, evenly_spaced(3))
         clip = clean((2, made.schedule.shape[1], 4, 4, 4))
-        how = SamplerConfig(SOLVERS[solver](), guidance, noise)
-        out = draw(net, DIFFUSION, clip, made.schedule, [0, 1], how, y, FRAMES)
+        sampler = SamplerConfig(SOLVERS[solver](), guidance, noise)
+        out = sample_video(net, DIFFUSION, clip, made.schedule, [0, 1], sampler, y, FRAMES)
         assert out.isfinite().all(), task
         moved = (out != clip).flatten(2).any(2)
         assert not moved[:, list(made.held)].any(), task
@@ -158,20 +160,20 @@ def test_held_frames_leave_bit_identical_in_every_task(solver, guidance, noise):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_sample_does_not_depend_on_its_batch(solver):
     net = disturbed()
-    how = SamplerConfig(SOLVERS[solver](), Guidance(history=1.5, rescale=0.5), given_noise=10)
+    sampler = SamplerConfig(SOLVERS[solver](), Guidance(history=1.5, rescale=0.5), given_noise=10)
     for task in ("image-to-video", "long", "pyramid"):
         made = plan(task, evenly_spaced(4))
         clip = clean((1, made.schedule.shape[1], 4, 4, 4))
 
         def make(seeds, made=made, clip=clip):
             batch = clip.expand(len(seeds), *clip.shape[1:])
-            return draw(net, DIFFUSION, batch, made.schedule, seeds, how, window=FRAMES)
+            return sample_video(net, DIFFUSION, batch, made.schedule, seeds, sampler, window=FRAMES)
 
-        whole = make(range(8))
+        complete = make(range(8))
         for size in (1, 3):
             parts = [make(range(k, min(k + size, 8))) for k in range(0, 8, size)]
-            assert (torch.cat(parts) - whole).abs().max() < 1e-5
-        assert not torch.equal(whole[0], whole[1])
+            assert (torch.cat(parts) - complete).abs().max() < 1e-5
+        assert not torch.equal(complete[0], complete[1])
 
 
 def frame_by_frame(x, t, y=None):
@@ -187,9 +189,9 @@ def tensors():
 
 
 def test_a_stream_of_2000_frames_repeats_none_and_drops_none():
-    want = TaskSpec(evenly_spaced(12), FRAMES, 1, context=2)
+    spec = TaskSpec(evenly_spaced(12), FRAMES, 1, context=2)
     seeds = [3, 9]
-    frames = stream_video(frame_by_frame, DIFFUSION, torch.zeros(2, 0, 1, 2, 2), rolling_blocks(want), seeds)
+    frames = stream_video(frame_by_frame, DIFFUSION, torch.zeros(2, 0, 1, 2, 2), rolling_blocks(spec), seeds)
     noise = generators(seeds)
     sizes, scale = {}, None
     others = tensors()  # of earlier tests, held so that none of them goes meanwhile
@@ -209,9 +211,9 @@ def test_a_stream_of_2000_frames_repeats_none_and_drops_none():
 def test_an_endless_stream_walks_the_rolling_matrix(steps, window, context, has_given):
     assume(context < window)
     length = 4 * window
-    want = TaskSpec(evenly_spaced(steps), window, length, has_given, context=context)
-    schedule = rolling(want).schedule
-    for first, block in rolling_blocks(want):
+    spec = TaskSpec(evenly_spaced(steps), window, length, has_given, context=context)
+    schedule = rolling(spec).schedule
+    for first, block in rolling_blocks(spec):
         if first + window > length:
             break
         expected = schedule[:, first : first + window]
@@ -221,9 +223,9 @@ def test_an_endless_stream_walks_the_rolling_matrix(steps, window, context, has_
 
 
 def test_a_stream_begins_with_the_given_frames():
-    want = TaskSpec(evenly_spaced(12), FRAMES, 1, given=99, context=2)
+    spec = TaskSpec(evenly_spaced(12), FRAMES, 1, given=99, context=2)
     given = clean((1, 2, 4, 4, 4))
-    frames = stream_video(disturbed(), DIFFUSION, given, rolling_blocks(want), [0], SamplerConfig(SOLVERS["unipc"]()))
+    frames = stream_video(disturbed(), DIFFUSION, given, rolling_blocks(spec), [0], SamplerConfig(SOLVERS["unipc"]()))
     made = torch.cat([next(frames) for _ in range(12)], dim=1)
     assert torch.equal(made[:, :2], given)
     assert made.isfinite().all()
@@ -234,15 +236,15 @@ def test_an_edit_of_strength_0_changes_nothing_and_of_1_everything():
     clip = clean((2, FRAMES, 4, 4, 4))
     for strength, changes in ((0.0, False), (1.0, True)):
         made = TASKS["edit"].plan(TaskSpec(evenly_spaced(4), FRAMES, FRAMES, 99, strength=strength))
-        assert torch.equal(draw(disturbed(), DIFFUSION, clip, made.schedule, [0, 1]), clip) != changes
+        assert torch.equal(sample_video(disturbed(), DIFFUSION, clip, made.schedule, [0, 1]), clip) != changes
 
 
 def test_frames_at_the_end_that_are_drawn_need_not_be_there():
     clip = clean((2, FRAMES, 4, 4, 4))
     made = TASKS["long"].plan(TaskSpec(evenly_spaced(4), FRAMES, 20, given=99))
-    whole = torch.cat([clip, torch.zeros(2, 12, 4, 4, 4)], dim=1)
-    expected = draw(disturbed(), DIFFUSION, whole, made.schedule, [0, 1], window=FRAMES)
-    assert torch.equal(draw(disturbed(), DIFFUSION, clip, made.schedule, [0, 1]), expected)
+    complete = torch.cat([clip, torch.zeros(2, 12, 4, 4, 4)], dim=1)
+    expected = sample_video(disturbed(), DIFFUSION, complete, made.schedule, [0, 1], window=FRAMES)
+    assert torch.equal(sample_video(disturbed(), DIFFUSION, clip, made.schedule, [0, 1]), expected)
     assert torch.equal(on_window("long", evenly_spaced(4), FRAMES, 20).schedule, made.schedule)
 
 
@@ -252,7 +254,7 @@ def test_frames_at_the_end_that_are_drawn_need_not_be_there():
         ("any-frame", {}, "given frames by index"),
         ("any-frame", {"frames": (9,)}, "no frame 9"),
         ("infill", {"frames": tuple(range(8))}, "missing frames by index"),
-        ("transition", {"context": 4}, "nothing to draw"),
+        ("transition", {"context": 4}, "nothing to sample"),
         ("long", {"context": 8}, "choose 1 to 7"),
         ("next-frame", {"context": 8}, "less than 8"),
         ("stream", {"context": 8}, "less than 8"),
@@ -261,7 +263,7 @@ def test_frames_at_the_end_that_are_drawn_need_not_be_there():
         ("pyramid", {"delay": -1}, "negative"),
     ],
 )
-def test_wishes_that_make_no_sense_are_refused_in_one_sentence(task, changes, sentence):
+def test_settings_that_make_no_sense_are_refused_in_one_sentence(task, changes, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         TASKS[task].plan(TaskSpec(evenly_spaced(4), FRAMES, FRAMES, 99, **changes))
     assert "\n" not in str(caught.value)
@@ -270,9 +272,9 @@ def test_wishes_that_make_no_sense_are_refused_in_one_sentence(task, changes, se
 def test_unknown_tasks_and_settings_are_refused():
     with pytest.raises(ValueError, match="image-to-video"):
         find("img2vid")
-    with pytest.raises(ValueError, match="2 given frames are wanted, 3 came"):
+    with pytest.raises(ValueError, match="2 given frames are needed, 3 came"):
         place(clean((1, 3, 4, 4, 4)), (0, 7), 8)
     with pytest.raises(ValueError, match="context"):
         TASKS["long"].plan(TaskSpec(evenly_spaced(1), FRAMES, FRAMES, context=8))
     assert given_frames("interpolate", 8) == (0, 7)
-    assert isinstance(plan("edit"), Plan)
+    assert isinstance(plan("edit"), TaskPlan)

@@ -11,7 +11,7 @@ from PIL import Image
 from fvdm import config as settings
 from fvdm.checkpoints.layout import SLICES
 from fvdm.checkpoints.save import save
-from fvdm.diffusion.tasks import TASKS, Plan
+from fvdm.diffusion.tasks import TASKS, TaskPlan
 from fvdm.diffusion.timesteps import full_sequence, hold_clean
 from fvdm.distributed import Ranks
 from fvdm.generation.config import GenerateCommand, generation_config, indices
@@ -87,8 +87,8 @@ def test_every_task_runs_from_the_same_checkpoint(trained, pictures, task, solve
     assert not torch.equal(videos[0], videos[1])
     if given is None:
         return
-    recipe = generation_config(task, {"frames": ABOUT.get(task, ""), "solver": solver, **settings})
-    held = list(make_plan(trained, recipe, [pictures]).held)
+    config = generation_config(task, {"frames": ABOUT.get(task, ""), "solver": solver, **settings})
+    held = list(make_plan(trained, config, [pictures]).held)
     vae = load_vae()
     # What is shown of a given frame is what the VAE makes of it: nothing in between has touched it.
     expected = vae.decode(vae.encode_mean(pictures[[2 * k for k in held]]))
@@ -137,7 +137,7 @@ def test_given_may_be_images_a_folder_or_a_video(clip, tmp_path):
 
 def test_which_given_frames_are_taken():
     def take(clips, given, length=8, stride=2):
-        plan = Plan(hold_clean(full_sequence(2, length), given), tuple(given))
+        plan = TaskPlan(hold_clean(full_sequence(2, length), given), tuple(given))
         return choose([torch.arange(a, b)[:, None] for a, b in clips], plan, stride)[0].flatten().tolist()
 
     assert take([(0, 40)], (0, 7)) == [0, 14]
@@ -155,14 +155,14 @@ def test_which_given_frames_are_taken():
 def test_exactly_as_many_frames_as_are_wanted_are_taken_in_their_order(trained, pictures, task, context):
     """Whatever the stride, which is 2 here, and whether the number is named or the task's own."""
     for named in ({}, {"context": context}):
-        recipe = generation_config(task, {"steps": 8, "length": FRAMES} | named)
-        exact, more = (make_plan(trained, recipe, [pictures[:n]]) for n in (context, 2 * context + 2))
+        config = generation_config(task, {"steps": 8, "length": FRAMES} | named)
+        exact, more = (make_plan(trained, config, [pictures[:n]]) for n in (context, 2 * context + 2))
         assert exact.held == more.held == tuple(range(context))
         assert torch.equal(choose([pictures[:context]], exact, 2)[0], pictures[:context])
         assert torch.equal(choose([pictures[: 2 * context + 2]], more, 2)[0], pictures[: 2 * context : 2])
     three = [pictures[k : k + 1] for k in (3, 8, 30)]
-    recipe = generation_config(task, {"steps": 8, "length": FRAMES, "context": 3})
-    assert make_plan(trained, recipe, three).held == (0, 1, 2)
+    config = generation_config(task, {"steps": 8, "length": FRAMES, "context": 3})
+    assert make_plan(trained, config, three).held == (0, 1, 2)
 
 
 def test_an_image_stands_for_a_still_clip(trained, pictures):
@@ -217,7 +217,7 @@ def test_formats_are_named_with_commas():
 
 def test_a_gif_that_leaves_frames_out_says_so(trained):
     assert prepare(trained, GenerateCommand("run", fps=60)).messages == (
-        "gif: every 2. frame, as a gif shows at most 50 a second",
+        "gif: at a stride of 2 frames, as a gif shows at most 50 a second",
     )
     assert not prepare(trained, GenerateCommand("run", fps=50)).messages
     assert not prepare(trained, GenerateCommand("run", fps=60, formats="mp4")).messages

@@ -1,0 +1,51 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fvdm.models.attention import attention, in_launches
+
+
+def heads(b, n, h, e, seed=0):
+    return torch.randn(3, b, n, h, e, generator=torch.Generator().manual_seed(seed)).unbind()
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 40, 4), (40, 5, 3, 4), (7, 2, 7, 4), (1, 3, 1, 2)])
+@pytest.mark.parametrize("limit", [1, 6, 64])
+def test_a_launch_holds_no_more_than_a_grid_and_changes_no_number(shape, limit):
+    q, k, v = heads(*shape)
+    sizes = []
+
+    def recorded(q, k, v):
+        sizes.append(q.shape[0] * q.shape[2])
+        return attention(q, k, v, "math")
+
+    assert torch.allclose(in_launches(recorded, q, k, v, limit), attention(q, k, v, "math"), atol=1e-6)
+    assert max(sizes) <= limit
+    assert sum(sizes) == shape[0] * shape[2]
+
+
+def test_queries_may_be_fewer_than_keys():
+    q, (_, k, v) = heads(2, 3, 4, 8)[0], heads(2, 9, 4, 8, seed=1)
+    found = [attention(q, k, v, backend) for backend in ("math", "sdpa")]
+    assert found[0].shape == (2, 3, 4, 8)
+    assert torch.allclose(*found, atol=1e-6)
+
+
+FLASH_2 = {"__init__.py": "def flash_attn_func(q, k, v):\n    return q + k + v\n"}
+FLASH_4 = {"cute/__init__.py": "def flash_attn_func(q, k, v):\n    return q + k + v, 'sums'\n"}
+BROKEN = {"__init__.py": "raise ImportError('libcudart.so: cannot open shared object file')\n"}
+
+
+@pytest.mark.parametrize(("files", "expected"), [(FLASH_2, "6"), (FLASH_4, "6"), (BROKEN, "None"), ({}, "None")])
+def test_flash_attn_is_found_by_importing_its_function(tmp_path, files, expected):
+    """Version 4 ships flash_attn/cute alone, so that flash_attn is a namespace without the function."""
+    for name, text in files.items():
+        path = tmp_path / "flash_attn" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    words = "from fvdm.models.attention import FLASH; print(FLASH(1, 2, 3) if FLASH else None)"
+    line = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {words}"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.stdout.strip() == expected, done.stderr
