@@ -9,7 +9,7 @@ import torch
 from fvdm.models import from_official
 from tests.data_fixtures import make_shards
 from tests.latte import OfficialLatte, randomised
-from tests.trainings import words
+from tests.runs import words
 
 NAME = "blocks.0.mlp.fc1.weight"
 
