@@ -3,7 +3,7 @@
 All of them step along `lambda = log(alpha / sigma)` of each frame, in the exact form of the linear part (DPM-Solver++,
 equation 8): `x_next = sigma_next / sigma x_t + alpha_next (integral over the estimate of x_0)`. Their
 history is per frame: `Step.valid_history` counts a frame's last rows in which it moved without a pause. A frame that
-starts late has none, and a frame that waited has none either: meanwhile the others moved on, and its estimate with them.
+starts late has none, and a frame that waited has none either: meanwhile the others moved on, and so did its estimate.
 """
 
 from collections.abc import Callable, Sequence
@@ -96,8 +96,8 @@ def ddpm() -> Solver:
     """Ancestral sampling (DDPM, algorithm 2) with the learned variance where the network gives one (IDDPM)."""
 
     def move(now: Step) -> Tensor:
-        # A frame that does not move has no step to take; its posterior would be 0 / 0, so compute that of a step it could
-        # take. sample() keeps its x_t.
+        # A frame that does not move has no step to take; its posterior would be 0 / 0, so compute that of a step it
+        # could take. sample() keeps its x_t.
         t = now.t.clamp(min=1)
         t_next = torch.where(now.t_next < t, now.t_next, t - 1)
         mean, lower, upper = now.diffusion.posterior(now.prediction.x_0, now.x_t, t, t_next)

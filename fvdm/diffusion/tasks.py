@@ -1,4 +1,4 @@
-"""The tasks: each is a function that returns a timestep schedule and the indices of the given frames. No more than that.
+"""The tasks: each is a function that returns a timestep schedule and the indices of the given frames.
 
 A given frame has a column of zeros and is held; an edited frame begins where some of it is left; a sampled frame begins
 at the first of the `levels`. Nothing that samples asks which task it is.

@@ -211,7 +211,7 @@ def full_sequence(steps: int, frames: int, num_timesteps: int = NUM_TIMESTEPS) -
 
 
 def staggered(levels: Tensor, start_rows: Sequence[int]) -> Tensor:
-    """Frame i follows `levels (s + 1,)` from row `start_rows[i]` on, and waits before: the pyramid of diffusion forcing.
+    """Frame i follows `levels (s + 1,)` from row `start_rows[i]` on: the pyramid of diffusion forcing.
 
     Args:
         levels: falling timesteps.

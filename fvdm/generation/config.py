@@ -26,7 +26,8 @@ class GenerationConfig:
         num: number of samples.
         seed: seed of the first sample; the k-th has seed + k, whatever the batch size.
         batch_size: samples made at once.
-        class_: class of a class-conditional model, by name or number; empty picks one for each sample at random, from its seed.
+        class_: class of a class-conditional model, by name or number; empty picks one for each sample at random, from
+            its seed.
         steps: sampling steps of a frame.
         solver: ddim, ddpm, dpm++ or unipc.
         spacing: where the steps lie: even (the paper's), trailing, leading, karras or log-snr; empty is even for ddim

@@ -226,7 +226,7 @@ def encode_given(trained: Trained, plan: TaskPlan, clips: Sequence[Tensor]) -> T
 
 
 def class_numbers(name: str, classes: Sequence[str], seeds: Sequence[int]) -> Tensor | None:
-    """The class of each sample, int64 `(b)`: the one named, or one at random from the sample's seed; None without classes.
+    """The class of each sample, int64 `(b)`: the one named, or one drawn by the sample's seed; None without classes.
 
     Raises:
         ValueError: if the model has no such class.

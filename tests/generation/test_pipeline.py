@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fvdm import config as settings
-from fvdm.checkpoints.layout import SLICES
+from fvdm.checkpoints.layout import SLICES, group_key
 from fvdm.checkpoints.save import save
 from fvdm.diffusion.tasks import TASKS, TaskPlan
 from fvdm.diffusion.timesteps import full_sequence, hold_clean
@@ -44,7 +44,7 @@ def make_run(root, classes=()):
         "classes": list(classes),
         "size": SIDE,
     }
-    save(root / "checkpoints", 5, {name: flat.clone() for name in SLICES}, 0, state, 0, 1, lambda: None)
+    save(root / "checkpoints", 5, {group_key(name, 0): flat.clone() for name in SLICES}, [0], state, 0, 1, lambda: None)
     return root
 
 
