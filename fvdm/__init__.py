@@ -3,7 +3,7 @@
 from fvdm import load
 
 model = load("example")
-video = model.generate(task="image-to-video", given=picture, seed=7)
+video = model.generate(task="image-to-video", given=image, seed=7)
 """
 
 import lazy_loader

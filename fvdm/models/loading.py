@@ -12,19 +12,27 @@ from fvdm.models.backbone import Backbone
 from fvdm.models.config import BackboneConfig, LatteConfig, latte_preset
 from fvdm.models.latte import Latte
 from fvdm.models.official import from_official, load_torch
+from fvdm.models.wan import Wan
+from fvdm.models.wan_config import WanConfig
+from fvdm.models.wan_files import is_wan, load_wan, read_config
 
-BACKBONES: dict[str, type[Backbone]] = {"latte": Latte}
-CONFIGS: dict[str, type[BackboneConfig]] = {"latte": LatteConfig}
+BACKBONES: dict[str, type[Backbone]] = {"latte": Latte, "wan": Wan}
+CONFIGS: dict[str, type[BackboneConfig]] = {"latte": LatteConfig, "wan": WanConfig}
+WAN = "wan:"  # before a folder or a hub name of diffusers
 EXAMPLE = Path(__file__).parents[1] / "weights" / "example"  # the demo's model; docs/examples
 
 
 def preset(name: str) -> BackboneConfig:
-    """The configuration of a named model, such as `XL/2`: Latte of size XL with patches of 2.
+    """The configuration of a named model.
+
+    Args:
+        name: such as `XL/2`, Latte of size XL with patches of 2; or `wan:` and a folder or hub name of diffusers, the
+            settings of that Wan transformer.
 
     Raises:
         ValueError: if there is no such model; lists those there are.
     """
-    return latte_preset(name)
+    return read_config(name.removeprefix(WAN)) if name.startswith(WAN) else latte_preset(name)
 
 
 def config_from(values: Mapping[str, Any]) -> BackboneConfig:
@@ -66,7 +74,8 @@ def load_backbone(path_or_name: str | Path, weights: str = "ema", num_heads: int
 
     Args:
         path_or_name: a folder of `save_pretrained` or of `fvdm convert`; a run's folder or a checkpoint; a file of
-            Latte's or of the official FVDM code; or `example`, the small model that ships with the package.
+            Latte's or of the official FVDM code; `example`, the small model that ships with the package; a folder of
+            diffusers' Wan transformer, or `wan:` and such a folder or a hub name.
         weights: `ema` or `model`, of a run.
         num_heads: attention heads, of a file that is of no published size.
 
@@ -76,6 +85,8 @@ def load_backbone(path_or_name: str | Path, weights: str = "ema", num_heads: int
     Raises:
         ValueError: if there is no such model, or it cannot be read.
     """
+    if str(path_or_name).startswith(WAN):
+        return load_wan(str(path_or_name).removeprefix(WAN))
     return read_backbone(resolve(path_or_name), weights, num_heads)
 
 
@@ -84,7 +95,7 @@ def read_backbone(path: Path, weights: str = "ema", num_heads: int | None = None
     if path.is_file():
         return from_official(load_torch(path), num_heads, path)
     if (path / "config.json").is_file():
-        return Latte.from_pretrained(path)
+        return load_wan(path) if is_wan(path) else Latte.from_pretrained(path)
     model = build(config_from(read_state(path)["network"]))
     model.load_state_dict(read_weights(path, weights))
     return model

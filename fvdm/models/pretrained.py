@@ -23,6 +23,10 @@ class Pretrained:
 
     Config: ClassVar[type]
 
+    def config_dict(self) -> dict[str, Any]:
+        """The contents of `config.json`."""
+        return {"_class_name": type(self).__name__} | dataclasses.asdict(self.config)  # type: ignore[attr-defined]
+
     def save_pretrained(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write the folder: `config.json` and safetensors, each under a temporary name first.
 
@@ -36,7 +40,7 @@ class Pretrained:
         from safetensors.torch import save_file
 
         folder = Path(path)
-        config = {"_class_name": type(self).__name__} | dataclasses.asdict(self.config)  # type: ignore[attr-defined]
+        config = self.config_dict()
         weights: dict[str, Tensor] = self.state_dict()  # type: ignore[attr-defined]
         try:
             folder.mkdir(parents=True, exist_ok=True)

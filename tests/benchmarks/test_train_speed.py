@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import train_speed
-from fvdm.models.latte import GELU
+from fvdm.models.layers import GELU
 
 PEER = """
 from torch import nn

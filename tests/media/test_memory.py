@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fvdm.models import preset
-from fvdm.models.latte import Latte, ModulatedLinear, modulated
+from fvdm.models.latte import Latte
+from fvdm.models.layers import ModulatedLinear, modulated
 
 PROGRAM = """
 import resource, sys, torch
