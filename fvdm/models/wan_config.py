@@ -131,7 +131,7 @@ class WanConfig(BackboneConfig):
         return self.depth * block + embeddings + 4 * n * d * self.channels * self.patch**2
 
     def fit(
-        self, latent_shape: tuple[int, int, int], frames: int, classes: int = 0, learned_variance: bool = True
+        self, latent_shape: tuple[int, int, int], frames: int, classes: int = 0, learned_variance: bool = False
     ) -> "WanConfig":
         """The same network for clips of this shape; see `BackboneConfig.fit`."""
         c, height, width = latent_shape

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from torch.utils.flop_counter import FlopCounterMode
 
 from fvdm.models import build, load_backbone, preset
 from fvdm.models.wan_config import from_diffusers, to_diffusers
@@ -120,7 +121,7 @@ def test_mistakes_end_with_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="4 channels"):
         own.config.fit((16, 8, 8), 5, 0, False)
     with pytest.raises(ValueError, match="objective to flow"):
-        own.config.fit((4, 8, 8), 5)
+        own.config.fit((4, 8, 8), 5, 0, True)
     diffusers_model().save_pretrained(tmp_path, max_shard_size="10KB")
     next(iter(sorted(tmp_path.glob("*.safetensors")))).unlink()
     with pytest.raises(ValueError, match="lacks 1 of"):
@@ -138,3 +139,14 @@ def test_float32_weights_are_mapped_into_memory_and_not_copied(tmp_path):
     spans = [line.split()[0].split("-") for line in lines if str(tmp_path) in line]
     for name, p in own.named_parameters():
         assert any(int(low, 16) <= p.data_ptr() < int(high, 16) for low, high in spans), name
+
+
+def test_the_plan_counts_what_pytorch_counts():
+    config = from_diffusers(TINY | {"_class_name": "WanTransformer3DModel"}).fit((4, 6, 8), 3)
+    config = replace(config, text_length=7, attention="math")  # PyTorch does not count its fused attention on CPUs
+    own = build(config)
+    x, y, t = torch.randn(1, 3, 4, 6, 8), torch.randn(1, 7, 16), torch.full((1, 3), 500)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        own(x, t, y)
+    assert config.forward_flops() == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    assert config.tokens == 3 * 3 * 4
