@@ -22,7 +22,7 @@ class Ranks:
 
     Attributes:
         rank: number of this process, 0 to world_size - 1.
-        local_rank: number among the processes of this node; also its GPU.
+        local_rank: number of its GPU among those that it sees; without GPUs, its number on this node.
         world_size: number of processes.
     """
 
@@ -43,7 +43,8 @@ class Ranks:
 def from_environment() -> Ranks:
     """Read RANK, LOCAL_RANK and WORLD_SIZE, as torchrun and the launchers set them; alone when they are absent.
 
-    A single process makes up the rendezvous that it does not need, so that every run is a distributed run.
+    A single process invents the rendezvous that it does not need, so that every run is a distributed run. LOCAL_RANK is
+    made the number of a GPU that the process sees: Slurm may show each process only its own.
 
     Raises:
         ValueError: if only some of the variables are set.
@@ -56,6 +57,8 @@ def from_environment() -> Ranks:
         )
     elif missing:
         raise ValueError(f"{', '.join(missing)} not set: start with launchers/slurm_train.py or torchrun")
+    if gpus := torch.cuda.device_count():
+        os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % gpus)
     return Ranks(*(int(os.environ[name]) for name in names[:3]))
 
 
@@ -85,10 +88,10 @@ def first_error(error: str, group: dist.ProcessGroup | None = None) -> str:
 
 
 class Stop(enum.IntEnum):
-    """What the job has been told; the greater word wins when ranks hear different ones."""
+    """Why a job stops; the greater reason wins when ranks have received different signals."""
 
-    NO = 0
-    END = 1  # SIGTERM: the job is cancelled or preempted; who started it knows which.
+    NO = 0  # It does not.
+    END = 1  # SIGTERM: the job is cancelled or preempted; its launcher knows which.
     REQUEUE = 2  # SIGUSR2: the time limit is near.
 
 
@@ -102,7 +105,7 @@ class StopFlag:
         self.raised = Stop.NO
 
     def install(self) -> None:
-        """Watch for SIGTERM and SIGUSR2 from now on; those that a launcher has held back arrive now."""
+        """Handle SIGTERM and SIGUSR2 from now on; those that a launcher has held back arrive now."""
         signal.signal(signal.SIGTERM, self._raise)
         signal.signal(signal.SIGUSR2, self._raise)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR2})
@@ -111,7 +114,7 @@ class StopFlag:
         self.raised = max(self.raised, Stop.REQUEUE if number == signal.SIGUSR2 else Stop.END)
 
     def agreed(self, device: torch.device | str = "cpu") -> Stop:
-        """What any rank has been told. Collective: every rank calls it at the same step."""
+        """The greatest reason to stop of any rank. Collective: every rank calls it at the same step."""
         flag = torch.tensor(float(self.raised), device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return Stop(int(flag.item()))
@@ -120,8 +123,8 @@ class StopFlag:
 class HangDetector:
     """Finds out which rank holds the others up, when one of their collectives has failed.
 
-    Its group is its own: that of the collective is of no use any more. It is gloo's, which returns an error where NCCL
-    ends the process.
+    It has a group of its own: that of the collective cannot be used any more. The group is gloo's, which returns an
+    error where NCCL ends the process.
     """
 
     def __init__(self, timeout: int) -> None:
@@ -132,7 +135,7 @@ class HangDetector:
         """
         self.seconds = max(5.0, timeout / 10)
         self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=3 * self.seconds))
-        self.store = c10d.PrefixStore("roll call", c10d._get_default_store())
+        self.store = c10d.PrefixStore("hang detector", c10d._get_default_store())
 
     def find(self, error: RuntimeError) -> str:
         """The ranks that hang, such as `ranks 2, 5`; empty where `error` is not gloo's, or a peer has ended.
@@ -143,22 +146,22 @@ class HangDetector:
             return ""
         if dist.get_rank() == 0:
             found = re.search(r"Ranks? ([\d, ]+) failed to pass", self._call(self.seconds))
-            answer = f"rank{'s' * (',' in found[1])} {found[1]}" if found else ""
-            self.store.set("hung", answer)
-            return answer
+            hanging = f"rank{'s' * (',' in found[1])} {found[1]}" if found else ""
+            self.store.set("hanging", hanging)
+            return hanging
         if self._call(3 * self.seconds):
             return "rank 0"
         try:
-            self.store.wait(["hung"], datetime.timedelta(seconds=self.seconds))
-            return self.store.get("hung").decode()
+            self.store.wait(["hanging"], datetime.timedelta(seconds=self.seconds))
+            return self.store.get("hanging").decode()
         except RuntimeError:  # Rank 0, which keeps the store, has ended.
             return ""
 
     def _call(self, seconds: float) -> str:
-        """What is said of those who do not answer in time; nothing of those who have ended."""
-        began = time.monotonic()
+        """Gloo's error if ranks do not answer in time; empty if all do, or if ranks have ended."""
+        started = time.monotonic()
         try:
             dist.monitored_barrier(self.group, datetime.timedelta(seconds=seconds), wait_all_ranks=True)
         except RuntimeError as error:
-            return str(error) if time.monotonic() - began >= seconds else ""
+            return str(error) if time.monotonic() - started >= seconds else ""
         return ""

@@ -1,7 +1,7 @@
-"""The whole way once, small: real clips -> latents -> ZeRO-2 training on two ranks -> videos -> FVD -> MLflow.
+"""The complete pipeline, small: real clips -> latents -> ZeRO-2 training on two ranks -> videos -> FVD -> MLflow.
 
-Runs the very commands that a user would type, prints each, and ends by saying where to look. Where there is a single
-GPU, which two ranks cannot share, one rank trains.
+Runs the very commands that a user would type, prints each, and ends by saying where to look. On a machine with a
+single GPU, which two ranks cannot share, one rank trains.
 """
 
 import argparse
@@ -11,6 +11,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the folder above holds the packages
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from data_prep.installed import require_packages
+
+    require_packages()
 
 import torch
 
@@ -61,7 +67,7 @@ def main() -> None:
         print(f"\n== {title}  [{time.monotonic() - began:.0f} s]\n$ {shlex.join(shown)}", flush=True)
         code = subprocess.run(command).returncode
         if code:
-            print(f"\nthe demo stopped at: {title} (exit code {code}); run make demo again to go on", file=sys.stderr)
+            print(f"\nthe demo stopped at: {title} (exit code {code}); type make demo again to go on", file=sys.stderr)
             raise SystemExit(code)
     result = json.loads(Path("demo/fvd/fvd.json").read_text())
     print(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes.")

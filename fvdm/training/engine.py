@@ -7,6 +7,8 @@ other; rank r owns a slice of each group. Frozen parameters are in none of it.
 
 import datetime
 import logging
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -33,11 +35,18 @@ def initialise(timeout: int) -> torch.device:
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
-        import os
-
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        allow_gpu_names()
     deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(seconds=timeout))
     return torch.device(accelerator.current_device_name())
+
+
+def allow_gpu_names() -> None:
+    """Keep DeepSpeed from pynvml where CUDA_VISIBLE_DEVICES names GPUs by UUID or MIG slice: it expects numbers."""
+    if re.search(r"[^\d,\s]", os.environ.get("CUDA_VISIBLE_DEVICES", "")):
+        from deepspeed.accelerator import cuda_accelerator
+
+        cuda_accelerator.pynvml = None  # It asks torch for the memory that is free, then.
 
 
 def accumulation(batch_size: int, micro_batch: int, world_size: int) -> tuple[int, int]:

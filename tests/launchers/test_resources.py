@@ -1,19 +1,22 @@
 """What a job asks of the cluster, from the command line to the sbatch file."""
 
-import argparse
 from pathlib import Path
 
 import pytest
 import torch
 
+from fvdm import config as settings
 from launchers import demo
-from launchers.resources import Resources, array_numbers
+from launchers.config import Resources, array_numbers, join_sbatch
+from launchers.resources import resolve, sbatch_parameters
+
+
+def parse(*words):
+    return settings.parse(Resources, join_sbatch(words))
 
 
 def resources(*words):
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    Resources.add_arguments(parser)
-    return Resources.from_options(parser.parse_args(["--dry-run", "--gpus-per-node", "2", *words]))
+    return resolve(parse("--dry-run", "--gpus-per-node", "2", *words))
 
 
 @pytest.mark.parametrize(
@@ -36,7 +39,7 @@ def test_every_option_reaches_the_sbatch_file():
     words = ["--partition", "gpu", "--account", "lab", "--qos", "high", "--constraint", "ib", "--mem", "200G"]
     words += ["--exclude", "n1", "--nodelist", "n2", "--dependency", "afterok:1", "--gpu-type", "h200"]
     words += ["--cpus-per-task", "12", "--sbatch", "reservation=spring", "--sbatch=--comment=a=b", "--nodes", "4"]
-    asked = resources(*words).sbatch_parameters("name", Path("folder"))
+    asked = sbatch_parameters(resources(*words), "name", Path("folder"))
     assert asked["gpus_per_node"] == "h200:2"
     assert (asked["nodes"], asked["ntasks_per_node"], asked["cpus_per_task"]) == (4, 2, 12)
     wanted = {"account": "lab", "qos": "high", "constraint": "ib", "mem": "200G", "exclude": "n1", "nodelist": "n2"}
@@ -51,6 +54,8 @@ def test_every_option_reaches_the_sbatch_file():
         (["--array", "a-b"], "--array a-b"),
         (["--nodes", "0"], "at least one node"),
         (["--time", "4", "--warn", "300"], "--warn 300"),
+        (["--time", "1", "--warn", "30"], "leaves 30 s of training in each start .* use --time 3 or more"),
+        (["--cluster", "nowhere"], "nowhere"),
     ],
 )
 def test_mistakes_are_named(words, sentence):
@@ -60,7 +65,7 @@ def test_mistakes_are_named(words, sentence):
 
 def test_an_option_of_sbatch_needs_a_value():
     with pytest.raises(ValueError, match="give key=value"):
-        resources("--sbatch", "spring").sbatch_parameters("name", Path("folder"))
+        resources("--sbatch", "spring")
 
 
 @pytest.mark.parametrize(("gpus", "ranks"), [(0, 2), (1, 1), (2, 2), (8, 2)])
@@ -68,19 +73,15 @@ def test_the_demo_trains_on_as_many_ranks_as_there_are_gpus_for(gpus, ranks, mon
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     words = demo.commands(["--steps", "9"])["training"]
     assert words[words.index("--nodes") + 1] == str(ranks)
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    Resources.add_arguments(parser)
-    asked = Resources.from_options(parser.parse_known_args(words[2:])[0])
+    asked = resolve(parse(*words[2 : words.index("--config")]))
     assert (asked.world_size, asked.gpus_per_node) == (ranks, min(gpus, 1))
 
 
 @pytest.mark.parametrize(("gpus", "nodes", "hint"), [(1, 2, "use --nodes 1$"), (4, 8, "use --nodes 4 or fewer$")])
 def test_ranks_that_would_share_a_gpu_are_refused(gpus, nodes, hint, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    parser = argparse.ArgumentParser()
-    Resources.add_arguments(parser)
     with pytest.raises(ValueError, match=f"this machine has {gpus}; {hint}"):
-        Resources.from_options(parser.parse_args(["--cluster", "local", "--nodes", str(nodes)]))
+        resolve(parse("--cluster", "local", "--nodes", str(nodes)))
 
 
 def test_a_launched_script_begins_at_its_file_or_module():
