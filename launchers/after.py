@@ -169,10 +169,10 @@ def failure(files: Files, code: int) -> str:
         return f"{cause}. The log: {files.log}"
     if not found:
         return f"the ranks ended with exit code {code}"
-    node, rank, how = found[1], int(re.split("[,-]", found[2])[0]), found[3]
+    node, rank, ending = found[1], int(re.split("[,-]", found[2])[0]), found[3]
     log = files.log_of(rank)
-    sentence = f"rank {rank} on {node} failed first: {how}"
-    exceptions = EXCEPTION.findall(files.printed(log)) if "exit code" in how else []
+    sentence = f"rank {rank} on {node} failed first: {ending}"
+    exceptions = EXCEPTION.findall(files.printed(log)) if "exit code" in ending else []
     sentence += f" ({exceptions[-1][:300]})" if exceptions else ""
     return f"{sentence}. Its log: {log}"
 

@@ -44,7 +44,7 @@ DOORS = {
     "webdataset": {"fvdm/data/location.py", "data_prep/samples.py"},
     "fsspec": {"fvdm/data/location.py"},
     "pyarrow": {f"fvdm/data/{name}.py" for name in ("index", "opening", "former")},
-    "submitit": {f"launchers/{name}.py" for name in ("job", "submission")} | {"data_prep/jobs.py"},
+    "submitit": {f"launchers/{name}.py" for name in ("job", "local", "submission")} | {"data_prep/jobs.py"},
 }
 # Pure functions of tensors: no files, no ranks, no printing; randomness comes in as a generator.
 MATHEMATICS = sorted((ROOT / "fvdm" / "diffusion").glob("*.py")) + [

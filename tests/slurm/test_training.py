@@ -4,12 +4,13 @@ import json
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
-from fvdm.checkpoints.find import newest
+from fvdm.checkpoints.find import checkpoints, newest
+from fvdm.checkpoints.read import read_state
+from fvdm.tracking import run_of
 from tests.data_fixtures import make_shards
 from tests.runs import losses, state, wait_until, words
 from tests.slurm.chaos import ENDED, KINDS, SHORT, chaos, schedule
@@ -36,8 +37,22 @@ def submit_as_it_is(cluster, folder, config, options, words):
     return done.stdout, re.findall(r"(?:^job|cancel with: scancel) (\d+)", done.stdout, re.MULTILINE)[0]
 
 
+def follow(cluster, folder, latents, *more):
+    """Train on two nodes, and follow the job to its end."""
+    (folder / "c.yaml").write_text("name: run\n")
+    fixed = ["--cluster", "slurm", "--nodes", 2, "--cpus-per-task", 1, "--follow", "--config", "c.yaml"]
+    return cluster.run("launchers/slurm_train.py", *fixed, *words(latents, folder, "run", *more), cwd=folder)
+
+
 def log(folder, job, rank=0, run="run"):
     return (folder / "runs" / run / "jobs" / f"{job}_{rank}_log.out").read_text(errors="replace")
+
+
+def status(folder, run="run"):
+    """What MLflow says of a run."""
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(f"sqlite:///{folder}/mlflow.db").get_run(run_of(folder / "runs" / run)).info.status
 
 
 def outcome(folder, job):
@@ -94,26 +109,49 @@ def test_a_killed_rank_is_named_and_the_job_starts_again_until_it_may_not(cluste
     wait_until(lambda: not ranks(tmp_path), 30)
 
 
-def test_a_cancelled_job_saves_and_stays_cancelled(cluster, latents, tmp_path):
+def test_a_cancelled_job_saves_and_stays_cancelled_and_corrupt_checkpoints_are_a_mistake(cluster, latents, tmp_path):
+    """A mistake ends the job with exit code 2, its sentence, and no other start."""
     _, job = submit(cluster, tmp_path, latents, "--steps", 10**6, options=["--nodes", 2])
     until_training(tmp_path)
     cluster.run("scancel", job)
     cluster.wait(job, {"CANCELLED"})
     wait_until(lambda: not ranks(tmp_path), 30)
     assert newest(tmp_path / "runs/run/checkpoints") is not None
-    time.sleep(3)
+    wait_until(lambda: (tmp_path / "runs/run/jobs" / f"{job}_outcome.txt").exists(), 60)
+    assert outcome(tmp_path, job) == ["cancelled"]
     assert cluster.state(job) == "CANCELLED"
+    wait_until(lambda: status(tmp_path) == "KILLED", 60)
+    for folder in checkpoints(tmp_path / "runs/run/checkpoints"):
+        victim = max(folder.iterdir(), key=lambda path: path.stat().st_size)
+        victim.write_bytes(victim.read_bytes()[:-1])
+    done = follow(cluster, tmp_path, latents, "--steps", 10**6)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "corrupt" in done.stderr
+    job = re.findall(r"^job (\d+)", done.stdout, re.MULTILINE)
+    assert not job or cluster.job(job[0]).get("Restarts") == "0"
 
 
 def test_a_mistake_ends_the_job_at_once_with_its_sentence(cluster, latents, tmp_path):
-    bad = ("--steps", 50, "--engine.lr", "1e30", "--max_skipped", 3)
-    (tmp_path / "c.yaml").write_text("name: run\n")
-    fixed = ["--cluster", "slurm", "--nodes", 2, "--cpus-per-task", 1, "--follow", "--config", "c.yaml"]
-    done = cluster.run("launchers/slurm_train.py", *fixed, *words(latents, tmp_path, "run", *bad), cwd=tmp_path)
+    done = follow(cluster, tmp_path, latents, "--steps", 50, "--engine.lr", "1e30", "--max_skipped", 3)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "3 steps in a row" in done.stderr
     job = re.findall(r"^job (\d+)", done.stdout, re.MULTILINE)[0]
     assert cluster.job(job).get("Restarts") == "0"
+    assert status(tmp_path) == "FAILED"
+
+
+def test_a_bare_command_trains_on_the_sample_clips_on_four_nodes(cluster, tmp_path):
+    make_shards(tmp_path / "latents" / "sample", [20, 18, 16], labels=False)
+    few = ["--steps", 2, "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    done = cluster.run("launchers/slurm_train.py", "--nodes", 4, *few, "--follow", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Slurm is here: submitting to it" in done.stdout
+    assert "no GPUs: training XS/4 for 2 steps" in done.stdout
+    assert "as 4 ranks on Slurm" in done.stdout
+    assert "fvdm generate --checkpoint runs/sample" in done.stdout
+    record = read_state(newest(tmp_path / "runs/sample/checkpoints"))
+    assert (record["step"], record["world_size"]) == (2, 4)
+    assert status(tmp_path, "sample") == "FINISHED"
 
 
 def test_four_two_four_ranks_and_a_cluster_that_does_not_requeue(cluster, latents, tmp_path):
