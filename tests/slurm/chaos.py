@@ -1,8 +1,9 @@
-"""One training on four nodes of a real Slurm, and everything that goes wrong on clusters: `make chaos`.
+"""One training run on four nodes of a real Slurm, and everything that goes wrong on clusters: `make chaos`.
 
-Events hit a training: a rank killed -9 or hung, a node's slurmd killed, Slurm's controller away, the signals of time
-limits and of preemption, a requeue, a full disk, a corrupt newest checkpoint, a node cut off. It must end by itself at
-the planned step with the losses, to the last bit, of a training that nothing hit; as one MLflow run; with no process
+Events hit a training run: a rank killed -9 or hung, or killed while its node is cut off, a node's slurmd killed,
+Slurm's controller away, the signals of time limits and of preemption, a requeue, a full disk, a corrupt newest
+checkpoint, a node cut off. It must end by itself at
+the planned step with the losses, to the last bit, of a run that nothing hit; as one MLflow run; with no process
 and no partial file left. A seed fixes which events come when; only those that have happened count.
 A full disk needs root, to mount a small one; a node is cut off where root may make network namespaces.
 """
@@ -36,7 +37,8 @@ AT_START = 0.25  # share of the events that come while the job starts again
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", ""}
 # What has no test of its own and does not take long, and the others.
 SHORT = ("kill_slurmd", "corrupt", "fill_disk")
-KINDS = (*SHORT, "outage", "hang", "kill_rank", "time_limit", "preemption", "requeue", "partition")
+KINDS = (*SHORT, "outage", "hang", "kill_rank", "time_limit", "preemption", "requeue", "partition", "kill_and_cut")
+CUTS = ("partition", "kill_and_cut")  # need networks of their own
 
 
 class Refused(Exception):
@@ -73,7 +75,7 @@ def schedule(kinds: Sequence[str], events: int, seed: int) -> list[Event]:
 
 
 class Chaos:
-    """A training under attack."""
+    """A training run under attack."""
 
     def __init__(self, cluster: Cluster, folder: Path, events: list[Event]) -> None:
         self.cluster, self.folder, self.events = cluster, folder.resolve(), events
@@ -143,7 +145,17 @@ class Chaos:
         node = self.node(draw)
         self.cluster("cut", node)
         time.sleep(draw.uniform(5, 30))
-        self.cluster("mend", node)
+        self.cluster("restore", node)
+        return node
+
+    def kill_and_cut(self, draw: random.Random) -> str:
+        """A rank killed at the same time as its node is cut off: srun may never hear of its end."""
+        victim = self.rank(draw)
+        node = victim.environ()["SLURMD_NODENAME"]
+        self.cluster("cut", node)
+        victim.kill()
+        time.sleep(18)
+        self.cluster("restore", node)
         return node
 
     def outage(self, draw: random.Random) -> str:
@@ -244,6 +256,9 @@ class Chaos:
 
     def check(self, done: list[str]) -> None:
         """All that must be true at the end."""
+        text = "".join(path.read_text(errors="replace") for path in (self.run / "jobs").glob("*_0_log.out"))
+        for reason in re.findall(r"^.*(?:srun waits for|: starting job).*$", text, re.MULTILINE):
+            print(reason[:150], flush=True)
         log = (self.run / "jobs" / f"{self.job}_0_log.out").read_text(errors="replace")[-3000:]
         planned = [event.kind for event in self.events]
         assert done == planned, f"the training ended after {done}, before {planned[len(done) :]}\n{log}"
@@ -276,8 +291,8 @@ def chaos(folder: Path, events: int, seed: int, kinds: Sequence[str] = KINDS) ->
     # Before the nodes start: they have mounts of their own, copied from the machine's.
     mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder / "runs")]
     mounted = subprocess.run(mount).returncode == 0
-    cut = "partition" in kinds and can_cut()
-    possible = [kind for kind in kinds if {"fill_disk": mounted, "partition": cut}.get(kind, True)]
+    cut = bool(set(CUTS) & set(kinds)) and can_cut()
+    possible = [kind for kind in kinds if {"fill_disk": mounted}.get(kind, cut or kind not in CUTS)]
     if missing := set(kinds) - set(possible):
         print(f"not possible here, as it needs root: {', '.join(sorted(missing))}")
     drawn = schedule(possible, events or len(possible), seed)

@@ -9,7 +9,7 @@
 #   cluster.sh kill NODE    kill -9 that node's slurmd only (tasks go on running); slurmctld is a NODE here
 #   cluster.sh crash NODE   kill -9 everything of that node: slurmd, slurmstepd and tasks
 #   cluster.sh start NODE   start that node's slurmd, or slurmctld, again
-#   cluster.sh cut|mend NODE  (SLURM_TEST_NET=net only) take the node's network down / up
+#   cluster.sh cut|restore NODE  (SLURM_TEST_NET=net only) take the node's network down / up
 #
 # Settings, all from the environment:
 #   SLURM_TEST_DIR    the folder                            [${TMPDIR:-/tmp}/slurm-test]
@@ -316,6 +316,6 @@ case ${1:-} in
     crash) left=$(node_procs "${2:?node}"); [ -z "$left" ] || kill -KILL $left ;;
     start) [ "${2:?node}" = slurmctld ] && start_ctld || start_node "$2" ;;
     cut) ip link set "v${PORT}n${2#node}" down ;;
-    mend) ip link set "v${PORT}n${2#node}" up ;;
+    restore) ip link set "v${PORT}n${2#node}" up ;;
     *) sed -n '2,21s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

@@ -205,8 +205,8 @@ def test_a_seed_fixes_what_happens_when_and_every_kind_comes():
     assert drawn == schedule(KINDS, 30, 7) != schedule(KINDS, 30, 8)
     kinds = [event.kind for event in drawn]
     assert len(kinds) == 30
-    for first in range(0, 30, 10):
-        assert set(kinds[first : first + 10]) == set(KINDS)
+    for first in range(0, 30 - len(KINDS) + 1, len(KINDS)):
+        assert set(kinds[first : first + len(KINDS)]) == set(KINDS)
 
 
 @pytest.mark.parametrize("name", ["ffs_xl", "sky_xl", "ucf101_xl", "taichi_xl"])
