@@ -1,6 +1,7 @@
 """Submitting a job through submitit, to Slurm or as processes of this machine, and following it to its end."""
 
 import os
+import re
 import shlex
 import sys
 import time
@@ -71,9 +72,11 @@ def launch(jobs: Sequence[Job], folder: Path, name: str) -> int:
         The exit code: of the job where it was followed to its end, else 0.
 
     Raises:
-        ValueError: if the job cannot be submitted.
+        ValueError: if the job cannot be submitted, or the folder's name is a pattern of submitit's.
     """
     resources = jobs[0].resources
+    if pattern := re.search("%[jtAa]", str(folder.resolve())):
+        raise ValueError(f"{folder} holds {pattern[0]}, which submitit replaces by a number: choose another name")
     os.environ.setdefault("FVDM_COMMAND", command_line())  # The ranks report it as what was typed.
     if resources.dry_run:
         print(sbatch_file(resources, folder, name))

@@ -5,15 +5,31 @@ docs/tasks.md shows every task. Under torchrun the ranks share the samples and w
 
 import logging
 import os
+import shlex
+import sys
 from collections.abc import Sequence
 
 from fvdm import config as settings
 from fvdm.generation.config import GenerateCommand
+from fvdm.interrupts import Interrupted, interrupts
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        with interrupts():
+            _generate(argv)
+    except Interrupted as signal:
+        command = shlex.join(["fvdm", *sys.argv[1:]])
+        print(
+            f"\nstopped by {signal.name}; videos that are complete are kept. To make all of them, type: {command}",
+            file=sys.stderr,
+        )
+        raise SystemExit(signal.exit_status) from None
+
+
+def _generate(argv: Sequence[str] | None) -> None:
     try:
         config = settings.parse(GenerateCommand, argv, __doc__, prog="fvdm generate")
         import torch.distributed as dist

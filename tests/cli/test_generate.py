@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from fvdm.tracking.config import TrackingConfig
 from fvdm.tracking.tracker import Tracker
 from tests.data_fixtures import real_frames, write_video
 from tests.generation.test_pipeline import FRAMES, SIDE, make_run
+from tests.runs import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -169,3 +171,18 @@ def test_the_command_writes_what_it_says(run, clip, tmp_path):
         assert wrong.returncode == 2
         assert sentence in wrong.stderr
         assert "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_generation_with_a_sentence_and_complete_videos(run, tmp_path, number):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [*command(run, out, "--num", "10000"), "--batch-size", "1"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: any(out.glob("*.mp4")))
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, error
+    assert f"stopped by {number.name}; videos that are complete are kept" in error
+    assert "Traceback" not in error
+    assert not [path for path in out.iterdir() if path.name.startswith(".tmp-")]

@@ -1,5 +1,6 @@
 """What a job asks of the cluster, from the command line to the sbatch file."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from fvdm import config as settings
 from launchers import demo
 from launchers.config import Resources, array_numbers, join_sbatch
 from launchers.resources import resolve, sbatch_parameters
+from launchers.slurm_run import Script
+from launchers.submission import launch, sbatch_file
 
 
 def parse(*words):
@@ -93,3 +96,20 @@ def test_a_launched_script_begins_at_its_file_or_module():
         ["-m", "fvdm", "generate", "--num", "4"],
     )
     assert split(["--nodes", "2"]) == (["--nodes", "2"], [])
+
+
+def test_names_with_spaces_and_percent_signs_reach_bash_and_slurm_as_they_are(tmp_path, monkeypatch):
+    root, folder = tmp_path / "a $HOME 'folder'", tmp_path / "50%n run"
+    monkeypatch.setattr("launchers.resources.ROOT", root)
+    text = sbatch_file(resources("--gpu-bind", "closest", "--cpu-bind", "cores"), folder, "name")
+    (line,) = [line for line in text.splitlines() if line.startswith("export PYTHONPATH")]
+    for before, after in (("", ""), ("/x y", ":/x y")):
+        script = f"PYTHONPATH='{before}'; {line}; printf %s \"$PYTHONPATH\""
+        for shell in ("bash", "sh"):
+            done = subprocess.run([shell, "-c", script], capture_output=True, text=True)
+            assert done.stdout == f"{root}{after}"
+    assert f"#SBATCH --output='{tmp_path}/50%%n run/%j_0_log.out'" in text
+    assert f"--output '{tmp_path}/50%%n run/%j_%t_log.out'" in text
+    assert "--gpu-bind=closest --cpu-bind=cores" in text
+    with pytest.raises(ValueError, match="holds %t, which submitit replaces"):
+        launch([Script(resources(), ("script.py",))], tmp_path / "50%t", "name")

@@ -141,17 +141,18 @@ def test_a_mistake_ends_the_job_at_once_with_its_sentence(cluster, latents, tmp_
 
 
 def test_a_bare_command_trains_on_the_sample_clips_on_four_nodes(cluster, tmp_path):
+    """The name has a percent sign, which Slurm would take for a pattern in the names of logs."""
     make_shards(tmp_path / "latents" / "sample", [20, 18, 16], labels=False)
-    few = ["--steps", 2, "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    few = ["--steps", 2, "--name", "50%n", "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"]
     done = cluster.run("launchers/slurm_train.py", "--nodes", 4, *few, "--follow", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Slurm is here: submitting to it" in done.stdout
     assert "no GPUs: training XS/4 for 2 steps" in done.stdout
     assert "as 4 ranks on Slurm" in done.stdout
-    assert "fvdm generate --checkpoint runs/sample" in done.stdout
-    record = read_state(newest(tmp_path / "runs/sample/checkpoints"))
+    assert "fvdm generate --checkpoint runs/50%n" in done.stdout
+    record = read_state(newest(tmp_path / "runs/50%n/checkpoints"))
     assert (record["step"], record["world_size"]) == (2, 4)
-    assert status(tmp_path, "sample") == "FINISHED"
+    assert status(tmp_path, "50%n") == "FINISHED"
 
 
 def test_four_two_four_ranks_and_a_cluster_that_does_not_requeue(cluster, latents, tmp_path):
