@@ -175,9 +175,7 @@ class VAE:
         else:
             clip = torch.stack(list(unscaled), dim=2)
             count = self.frame_map.pixel_frames(clip.shape[2])
-            if (
-                self.needs_odd and clip.shape[2] % 2 == 0
-            ):  # of an even number diffusers would also double the first frame
+            if self.needs_odd and clip.shape[2] % 2 == 0:
                 clip = torch.cat([clip, clip[:, :, -1:]], dim=2)
             # LTX-Video's later decoders take a time: 0 stands for latents without noise.
             times = {"temb": clip.new_zeros(len(clip))} if self.model.config.get("timestep_conditioning") else {}
