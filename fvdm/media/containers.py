@@ -241,6 +241,8 @@ class VideoFile:
         with open_video(self.path) as (container, stream):
             self._say_which_track(container, stream)
             aspect = float(stream.sample_aspect_ratio or 1)
+            rotation: int | None = None
+            orientation: Orientation = (1, 0, 0, 1)
             for frame in self._decode(container, stream, log):
                 self._decoded += 2 if frame.interlaced_frame else 1  # each field may have come in a packet of its own
                 time = _seconds(frame.dts if packets.decode_times else frame.pts, frame.time_base)
@@ -249,7 +251,9 @@ class VideoFile:
                     self._repeats += place < len(packets.empty) and packets.empty[place] < time + 1e-9
                 if time in self._leading:
                     self._leading.remove(time)
-                yield time if packets.times else None, upright(frame, aspect)
+                if frame.rotation != rotation:
+                    rotation, orientation = frame.rotation, orientation_of(frame)
+                yield time if packets.times else None, upright(frame, orientation, aspect)
 
     def _say_which_track(self, container: av.container.InputContainer, stream: VideoStream) -> None:
         others = [s for s in container.streams.video if s.index != stream.index and not s.disposition & _COVER]
@@ -279,20 +283,32 @@ class VideoFile:
             yield from frames
 
 
-def upright(frame: av.VideoFrame, aspect: float = 1.0) -> Frame:
-    """A frame turned as its `displaymatrix` says: one of eight rotations and reflections; others count as the nearest.
+Orientation = tuple[int, int, int, int]
+"""a, b, c, d of a frame's `displaymatrix`: a pixel (x, y) is shown at x' = a x + c y, y' = b x + d y."""
+
+
+def orientation_of(frame: av.VideoFrame) -> Orientation:
+    """How a frame is to be turned. Call it seldom: PyAV keeps a frame whose side data were read until the next garbage
+    collection, 3 MB each at 1080p."""
+    transform: Any = next((data for data in cast(Any, frame.side_data) if data.type == Type.DISPLAYMATRIX), None)
+    if transform is None:
+        return 1, 0, 0, 1
+    a, b, _, c, d = np.frombuffer(bytes(transform)[:20], np.int32).tolist()
+    return a, b, c, d
+
+
+def upright(frame: av.VideoFrame, orientation: Orientation, aspect: float = 1.0) -> Frame:
+    """A frame in one of the eight rotations and reflections; any other orientation counts as the nearest of them.
 
     Args:
         frame: the decoded frame.
+        orientation: how it is to be turned.
         aspect: width of a pixel over its height, as it is stored.
     """
     pixels = frame.to_ndarray(format="rgb24", threads=1)
     height, width = pixels.shape[:2]
     side = max(1, round(width * aspect)), height
-    transform: Any = next((data for data in cast(Any, frame.side_data) if data.type == Type.DISPLAYMATRIX), None)
-    if transform is None:
-        return Frame(pixels, side)
-    a, b, _, c, d = np.frombuffer(bytes(transform)[:20], np.int32).tolist()  # x' = a x + c y, y' = b x + d y
+    a, b, c, d = orientation
     if abs(b) + abs(c) > abs(a) + abs(d):
         pixels, side = pixels.transpose(1, 0, 2), side[::-1]
         a, d = c, b

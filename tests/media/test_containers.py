@@ -1,16 +1,17 @@
 """Video files as players show them: orientation, track, shape of pixels, repeats, and cuts at an open GOP."""
 
 import struct
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-from PIL import Image
 
 from fvdm.generation.inputs import read_source
-from fvdm.media.containers import packets_of, upright
+from fvdm.media.containers import orientation_of, packets_of, upright
 from fvdm.media.videos import Info, Preprocess, VideoError, codec_of, count_frames, read_video, to_square
 from tests.data_fixtures import cut, write_video
 
@@ -245,9 +246,32 @@ def test_what_can_be_decoded_of_a_corrupt_given_video_is_taken_and_said(tmp_path
     assert "only what can be decoded is taken (truncated" in str(read_source(str(path), 64))
 
 
-def test_upright_without_a_matrix_is_the_frame(tmp_path):
+def test_upright_without_an_orientation_is_the_frame(tmp_path):
     with av.open(str(write_video(tmp_path / "a.mp4", cut(0)))) as container:
         frame = next(container.decode(video=0))
-    assert np.array_equal(upright(frame).pixels, frame.to_ndarray(format="rgb24"))
-    assert upright(frame, 2.0).side == (352, 144)
-    assert Image.fromarray(upright(frame).pixels).size == (176, 144)
+    assert orientation_of(frame) == (1, 0, 0, 1)
+    assert np.array_equal(upright(frame, (1, 0, 0, 1)).pixels, frame.to_ndarray(format="rgb24"))
+    assert upright(frame, (1, 0, 0, 1), 2.0).side == (352, 144)
+
+
+MEMORY = """
+import resource, sys
+from fvdm.media.videos import Preprocess, read_video
+for part in read_video(sys.argv[1], 16, Preprocess(), 4):
+    pass
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.parametrize("orientation", [None, (0, 1, -1, 0)])
+def test_decoded_frames_are_freed_at_once(tmp_path, orientation):
+    """60 frames of 1280 x 720 are 83 MB when decoded, 166 MB as RGB."""
+    peaks = []
+    for length in (20, 80):
+        frames = np.broadcast_to(cut(0)[:1].repeat(5, 1).repeat(8, 2)[:, :720, :1280], (length, 720, 1280, 3))
+        path = write_video(tmp_path / f"{length}.mp4", frames, preset="ultrafast")
+        if orientation:
+            turn(path, orientation)
+        words = [sys.executable, "-c", MEMORY, str(path)]
+        peaks.append(int(subprocess.run(words, capture_output=True, text=True, check=True).stdout))
+    assert peaks[1] - peaks[0] < 40, f"peak memory in MB: {peaks}"
