@@ -82,15 +82,18 @@ def _rate(gaps: np.ndarray, median: float, unit: float, stated: list[float]) -> 
     counts = np.rint(gaps / step)
     regular = (counts >= 1) & (counts <= 4)  # a pause says nothing of the rate
     step = float(gaps[regular].sum() / counts[regular].sum())
+    constant = float(np.ptp(gaps[regular])) < 1e-9
     gaps, counts = np.where(regular, gaps, 0.0), np.where(regular, counts, 0.0)
 
     def explains(rate: float) -> bool:
         rounding = max(unit * 1.01, min(3.01 * unit, 0.002 / rate))  # fine stamps may be sums of rounded durations
         return unit < 0.5 / rate and _residual(rate, gaps, counts)[0] <= rounding + 1e-9
 
+    if constant and unit < 0.005 * step:  # fine stamps are exact
+        return 1 / step
     if stated and explains(stated[0]):
         return stated[0]
-    if np.ptp(gaps[regular]) < 1e-9:
+    if constant:
         return 1 / step
     ntsc = max(1, round(1.001 / step)) * 1000 / 1001
     likely = [rate for rate in (*stated[1:], float(round(1 / step)), ntsc) if rate > 0 and explains(rate)]
