@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from data_prep.options import EncodeConfig
+    from data_prep.config import EncodeConfig
     from fvdm.media.vae import VAE
 
 
@@ -56,12 +56,14 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--mlflow", default="", metavar="URI", help="MLflow server or database; none for no MLflow")
     words_of_run = parser.parse_args(words)
 
-    from data_prep.options import EncodeConfig
-    from data_prep.planning import open_vae
+    from data_prep.config import EncodeConfig, resolve
+    from data_prep.encoder import open_vae
     from fvdm.tracking.config import TrackingConfig
     from fvdm.tracking.tracker import Tracker
 
-    config = EncodeConfig(words_of_run.videos, "", vae=words_of_run.vae, size=words_of_run.size, flip=False)
+    config = resolve(
+        EncodeConfig(videos=words_of_run.videos, vae=words_of_run.vae, size=words_of_run.size, flip=False, timeout=60)
+    )
     vae = open_vae(config)
     print(f"{config.vae} at {config.size} px on {vae.device}, {vae.dtype}")
     results = measure(config, vae, words_of_run.repeats)
@@ -169,30 +171,30 @@ def _pure(config: "EncodeConfig", vae: "VAE", chunks: "list[Tensor]") -> None:
     """The VAE alone, on as many threads as encode_latents.py uses."""
     import torch
 
-    from data_prep.options import encoders
+    from data_prep.config import processes
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    with ThreadPoolExecutor(encoders(config), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(processes(config)[1], initializer=torch.set_num_threads, initargs=(1,)) as pool:
         list(pool.map(vae.encode, chunks))
     torch.set_num_threads(before)
 
 
 def _decoding(config: "EncodeConfig", names: list[str]) -> None:
     """The decoders of encode_latents.py, with nobody to wait for."""
+
+    from data_prep.config import processes
     from data_prep.decoding import Task, decode
-    from data_prep.options import workers
     from fvdm.media.layouts import PAPER
 
     tasks = (Task(k, str(Path(config.videos) / name), config.size, PAPER["ffs"], 4) for k, name in enumerate(names))
-    for _ in decode(tasks, workers=workers(config)):
+    for _ in decode(tasks, workers=processes(config)[0]):
         pass
 
 
 def _command(config: "EncodeConfig", vae: "VAE") -> float:
     """What encode_latents.py does from its plan to its last shard; seconds."""
     from data_prep.encoder import encode_shards
-    from data_prep.options import encoders, workers
     from data_prep.planning import make_plan
     from data_prep.shards import Work
 
@@ -200,16 +202,7 @@ def _command(config: "EncodeConfig", vae: "VAE") -> float:
         config = replace(config, out=folder, shard_mb=4)
         plan = make_plan(config, vae)
         begun = time.perf_counter()
-        encode_shards(
-            Path(config.videos),
-            Work(Path(folder), plan),
-            plan.shards,
-            vae,
-            decoders=workers(config),
-            encoders=encoders(config),
-            timeout=60,
-            report=lambda progress: True,
-        )
+        encode_shards(config, Work(Path(folder), plan), plan.shards, vae)
         return time.perf_counter() - begun
 
 

@@ -3,15 +3,26 @@
 python data_prep/demo_clips.py --out demo/clips
 """
 
-import argparse
+import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if __package__ in (None, ""):  # run as a file: the folder above holds the packages
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from data_prep.installed import require_packages
 
-from fvdm.config import fail
-from fvdm.media.writing import write_mp4
+    require_packages()
+
+from data_prep.config import DemoClipsConfig
+from data_prep.job import exit_status
+from fvdm import config as settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PROG = "python data_prep/demo_clips.py"
 
 VIDEOS = ("carphone_pristine.mp4", "bigbuckbunny.mp4")
 SIDE = 144  # pixels; carphone has no more
@@ -32,9 +43,10 @@ def find(name: str) -> Path:
     return Path(str(found[0].locate()))
 
 
-def read(path: Path) -> tuple[Tensor, float]:
+def read(path: Path) -> "tuple[Tensor, float]":
     """All frames of a video as uint8 `(f 3 SIDE SIDE)`, centre-cropped, and its frames per second."""
     import av
+    import torch
 
     frames = []
     with av.open(str(path)) as container:
@@ -47,26 +59,40 @@ def read(path: Path) -> tuple[Tensor, float]:
         return torch.stack(frames).permute(0, 3, 1, 2), float(stream.average_rate or 25)
 
 
-def main() -> None:
-    """Write overlapping clips of each video."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="demo/clips", help="folder for the clips")
-    parser.add_argument("--frames", type=int, default=24, help="frames of a clip")
-    parser.add_argument("--stride", type=int, default=4, help="frames from the start of a clip to that of the next")
-    options = parser.parse_args()
-    out = Path(options.out)
+def cut_clips(out: Path, frames: int = 24, stride: int = 4) -> int:
+    """Write overlapping clips of each video; returns their number.
+
+    Args:
+        out: folder for the clips.
+        frames: frames of a clip.
+        stride: frames from the start of a clip to that of the next.
+
+    Raises:
+        ValueError: if the package that carries the videos is not installed.
+    """
+    from fvdm.media.writing import write_mp4
+
     out.mkdir(parents=True, exist_ok=True)
     count = 0
     for name in VIDEOS:
-        try:
-            video, fps = read(find(name))
-        except ValueError as error:
-            fail(error)
-        for begin in range(0, len(video) - options.frames + 1, options.stride):
-            write_mp4(video[begin : begin + options.frames], out / f"{Path(name).stem}-{begin:04d}.mp4", fps)
+        video, fps = read(find(name))
+        for begin in range(0, len(video) - frames + 1, stride):
+            write_mp4(video[begin : begin + frames], out / f"{Path(name).stem}-{begin:04d}.mp4", fps)
             count += 1
-    print(f"{count} clips of {options.frames} frames in {out}")
+    print(f"{count} clips of {frames} frames in {out}")
+    return count
+
+
+def main(config: DemoClipsConfig) -> int:
+    """Runs the command; returns the exit status."""
+    cut_clips(Path(config.out), config.frames, config.stride)
+    return 0
+
+
+def run(words: Sequence[str] | None = None) -> int:
+    """The command with its words; prints user errors as one sentence, and returns the exit status."""
+    return exit_status(lambda: main(settings.parse(DemoClipsConfig, words, __doc__, prog=PROG)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run())

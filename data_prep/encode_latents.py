@@ -1,14 +1,14 @@
-"""Turns a folder of videos into WebDataset shards of VAE latents.
+"""Encode a folder of videos to WebDataset shards of VAE latents.
 
-    python data_prep/encode_latents.py --videos DIR --out DIR [--vae builtin] [--size 128]
+    python data_prep/encode_latents.py                                            # the clips of the demo
+    python data_prep/encode_latents.py --videos DIR --out DIR --size 256 --vae stabilityai/sd-vae-ft-ema
 
-Killed at any moment and started again with the same command, it goes on. Exit status: 0 all videos encoded, 3
+To resume, type the same command again: it goes on wherever it was stopped. Exit status: 0 all videos encoded, 3
 some rejected (see rejected.jsonl), 2 nothing usable or wrong usage.
 """
 
-import errno
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +16,21 @@ from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # run as a file: the folder above holds the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from data_prep.installed import require_packages
 
-from data_prep.options import EncodeConfig, Stopped, check, encoders, parse, print_any_name, workers
+    require_packages()
+
+from data_prep.config import DEMO_CLIPS, EncodeConfig, StrictError, resolve
+from data_prep.job import exit_status
+from fvdm import config as settings
 from fvdm.files import LockHeldError, lock
 
 if TYPE_CHECKING:
-    from data_prep.encoder import Progress
-    from data_prep.reporting import Report
-    from data_prep.shards import Plan, ShardPlan, Work
+    from data_prep.planning import EncodePlan
+    from data_prep.reporting import EncodeReport
     from fvdm.media.vae import VAE
+
+PROG = "python data_prep/encode_latents.py"
 
 
 def main(config: EncodeConfig) -> int:
@@ -32,51 +38,56 @@ def main(config: EncodeConfig) -> int:
 
     Raises:
         ValueError: wrong usage, or nothing usable.
-        Stopped: a video cannot be used, and `config.strict`.
+        StrictError: a video cannot be used, and `config.strict`.
     """
-    from data_prep.planning import check_device, make_plan, open_vae
-    from data_prep.reporting import Report
+    from data_prep.encoder import check_device, open_vae
+    from data_prep.jobs import queued
+    from data_prep.planning import make_plan
+    from data_prep.reporting import EncodeReport
 
-    check(config)
-    if config.job is not None:
-        return job(config, config.job)
-    out = Path(config.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"--out {config.out!r} is a file, or lies below one: name a folder.") from None
-    with _alone(out):
+    demo = not config.videos
+    config = resolve(config)
+    if demo:
+        _make_demo_clips(config)
+    with _lock_folder(Path(config.out)):
+        jobs = queued(config)
         if config.cluster == "local":
             check_device(config)
-        vae = open_vae(config if _here(config) else replace(config, device="cpu", precision="float32"))
-        plan = make_plan(config, vae)
-        params = {**vars(config), **plan.settings, "layout": plan.layout, "videos": plan.videos}
-        report = Report(out, config.mlflow, config.experiment, params)
+        vae = open_vae(config if config.here else replace(config, device="cpu", precision="float32"))
+        plan = make_plan(config, vae, replace_idle=not jobs)
+        report = EncodeReport(config, plan)
         status = "FAILED"
         try:
-            code = _run(config, plan, vae, report)
+            code = _run(config, plan, vae, report, jobs)
             status = "FINISHED"
             return code
         except KeyboardInterrupt:
             status = "KILLED"
-            print("Interrupted; the same command goes on where this one was.", file=sys.stderr)
-            return 130
+            raise
         finally:
             report.close(status)
 
 
-def _here(config: EncodeConfig) -> bool:
-    """Whether this process encodes, and no job does."""
-    return config.jobs == 1 and config.cluster == "local"
+def _make_demo_clips(config: EncodeConfig) -> None:
+    """Cuts the clips of the demo, and says what was chosen."""
+    from data_prep.demo_clips import cut_clips
+
+    if not any(Path(DEMO_CLIPS).glob("*.mp4")):
+        cut_clips(Path(DEMO_CLIPS))
+    print(
+        f"There is no --videos, so this encodes the clips of the demo, {DEMO_CLIPS}, to {config.out}: with the VAE "
+        f"{config.vae}, at {config.size} pixels, on {config.device}. It takes some seconds.\n"
+        f"For your own videos: {PROG} --videos DIR --size 256 --vae stabilityai/sd-vae-ft-ema"
+    )
 
 
-def _run(config: EncodeConfig, plan: "Plan", vae: "VAE", report: "Report") -> int:
-    """Makes the shards that are not whole yet, then the manifest; returns the exit status."""
-    from data_prep.jobs import queued, run_jobs
+def _run(config: EncodeConfig, plan: "EncodePlan", vae: "VAE", report: "EncodeReport", jobs: Sequence[object]) -> int:
+    """Makes the shards that are not complete yet, then the manifest; returns the exit status."""
+    from data_prep.encoder import encode_shards
+    from data_prep.jobs import run_jobs
     from data_prep.shards import Work
 
     work = Work(Path(config.out), plan)
-    jobs = queued(config)
     if not jobs:
         finished = (work.out / "manifest.json").exists()
         again = work.retry(Path(config.videos), everything=config.strict and not finished)
@@ -84,84 +95,33 @@ def _run(config: EncodeConfig, plan: "Plan", vae: "VAE", report: "Report") -> in
             print(f"{config.out}: tries {again} rejected videos again")
     frames = 0
     try:
-        if all(work.whole(shard) for shard in plan.shards):
-            print("Every shard is whole.")
-        elif _here(config):
-            frames = _encode_here(config, work, plan.shards, vae, report)
+        if all(work.complete(shard) for shard in plan.shards):
+            print("Every shard is complete.")
         else:
-            frames = run_jobs(config, work, report, jobs)
+            report.start(work, plan.shards)
+            if config.here:
+                frames = encode_shards(config, work, plan.shards, vae, report).frames
+            else:
+                frames = run_jobs(config, work, report, jobs)
     finally:
+        report.end_bar()
         rejected = work.write_rejected()
     if config.strict and rejected:
-        raise Stopped(rejected[0]["source"], rejected[0]["reason"])
-    if not all(work.whole(shard) for shard in plan.shards):
+        raise StrictError(rejected[0]["source"], rejected[0]["reason"])
+    if not all(work.complete(shard) for shard in plan.shards):
         raise ValueError("Some shards are not made, though no job has failed: start the same command again.")
-    return _finish(config, plan, vae, report, frames, len(rejected))
+    return _finish(config, work, vae, report, frames, len(rejected))
 
 
-def job(config: EncodeConfig, number: int) -> int:
-    """One of `config.jobs` jobs: makes every jobs-th shard of the plan that the command has written."""
-    from data_prep.planning import open_vae, read_plan
-    from data_prep.shards import Work
-
-    plan = read_plan(Path(config.out) / "plan.json")
-    config = replace(config, precision=plan.settings["precision"])  # this machine may have another default
-    shards = plan.shards[number :: config.jobs]
-    work = Work(Path(config.out), plan)
-    _encode_here(config, work, shards, open_vae(config), None)
-    return 0 if all(work.whole(shard) for shard in shards) else 3
-
-
-def _encode_here(
-    config: EncodeConfig, work: "Work", shards: "list[ShardPlan]", vae: "VAE", report: "Report | None"
-) -> int:
-    """Encodes in this process, with a progress bar unless it is one of several jobs; returns the frames."""
-    from data_prep.encoder import encode_shards
-    from data_prep.reporting import FrameCount, progress_bar
-
-    count = None if config.job is None else FrameCount(work.out, config.job)
-    videos = [video for shard in shards for video in work.missing(shard)]
-    before = sum(map(work.done, shards))
-    shown = 0
-    with progress_bar(sum(work.plan.estimates[video] for video in videos), "frames", hidden=report is None) as bar:
-
-        def show(progress: "Progress") -> bool:
-            nonlocal shown
-            for name, reason in progress.rejected[shown:]:
-                bar.write(f"rejected {name!a}: {reason}", file=sys.stderr)
-            shown = len(progress.rejected)
-            if report:
-                rate = progress.videos / report.seconds
-                bar.set_postfix_str(f"{progress.videos} videos, {rate:.2f} videos/s, {shown} rejected", refresh=False)
-                bar.update(progress.frames - bar.n)
-                ended = progress.videos + shown
-                report.update(ended, before + ended, progress.frames)
-            if count:
-                count.update(progress.frames)
-            return not (config.strict and shown)
-
-        progress = encode_shards(
-            Path(config.videos),
-            work,
-            shards,
-            vae,
-            decoders=min(workers(config), max(1, len(videos))),
-            encoders=encoders(config),
-            timeout=config.timeout,
-            report=show,
-        )
-    if count:
-        count.update(progress.frames, last=True)
-    return progress.frames
-
-
-def _finish(config: EncodeConfig, plan: "Plan", vae: "VAE", report: "Report", frames: int, rejected: int) -> int:
+def _finish(config: EncodeConfig, work: object, vae: "VAE", report: "EncodeReport", frames: int, rejected: int) -> int:
     """Writes the manifest, prints the summary and returns the exit status."""
     from data_prep.planning import latent_shape
-    from data_prep.shards import finish
+    from data_prep.shards import Work, finish
     from fvdm.data.former import FORMAT
 
-    about = {
+    assert isinstance(work, Work)
+    plan = work.plan
+    metadata = {
         "format": FORMAT,
         "vae": config.vae,
         "vae_identity": vae.identity,
@@ -173,16 +133,21 @@ def _finish(config: EncodeConfig, plan: "Plan", vae: "VAE", report: "Report", fr
         "preprocess": plan.settings["preprocess"],
         "rejected": rejected,
     }
-    manifest = finish(Path(config.out), plan, about)
-    print(report.finish(Path(config.out), manifest, frames))
+    manifest = finish(work.out, plan, metadata)
+    print(report.finish(manifest, frames))
     if not manifest.shards:
         raise ValueError(f"No video of {len(plan.sources)} could be used; {config.out}/rejected.jsonl says why.")
+    print(f"To see what is in it, type: python data_prep/inspect_shards.py {config.out}")
     return 3 if rejected else 0
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Holds the folder's lock: a second run on this machine is refused with a sentence."""
+def _lock_folder(out: Path) -> Iterator[None]:
+    """Makes the folder and holds its lock: a second run is refused with a sentence."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"--out {str(out)!r} is a file, or lies below one: name a folder.") from None
     with ExitStack() as held:
         try:
             held.enter_context(lock(out / ".lock", timeout=0))
@@ -193,26 +158,10 @@ def _alone(out: Path) -> Iterator[None]:
         yield
 
 
-def run(config: EncodeConfig) -> int:
-    """Runs the command, prints user errors as one sentence; returns the exit status."""
-    print_any_name()
-    try:
-        return main(config)
-    except Stopped as error:
-        print(f"encode_latents.py: {error}", file=sys.stderr)
-        return 3
-    except ValueError as error:
-        print(f"encode_latents.py: {error}", file=sys.stderr)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        print(
-            f"encode_latents.py: cannot write: {error.strerror}. What is done is kept; mend that and start the "
-            "same command again.",
-            file=sys.stderr,
-        )
-    return 2
+def run(words: Sequence[str] | None = None) -> int:
+    """The command with its words; prints user errors as one sentence, and returns the exit status."""
+    return exit_status(lambda: main(settings.parse(EncodeConfig, words, __doc__, prog=PROG)))
 
 
 if __name__ == "__main__":
-    sys.exit(run(parse(__doc__)))
+    sys.exit(run())

@@ -4,22 +4,26 @@
 
 Verifies every checksum, prints a table, and writes contact_sheet.png (frames decoded from the latents, one
 row per video) and reconstruction.png (a video's frames above their reconstruction, with its PSNR). Exit
-status: 0 all well, 3 damage found, 2 wrong usage.
+status: 0 all is well, 3 something is corrupt, 2 wrong usage.
 """
 
-import argparse
 import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # run as a file: the folder above holds the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from data_prep.installed import require_packages
 
-from data_prep.options import print_any_name
+    require_packages()
+
+from data_prep.config import InspectConfig
+from data_prep.job import exit_status
+from fvdm import config as settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,35 +32,27 @@ if TYPE_CHECKING:
     from fvdm.data.shards import LatentShards
     from fvdm.media.vae import VAE
 
+PROG = "python data_prep/inspect_shards.py"
 ROWS, COLUMNS = 8, 8  # of the contact sheet
 
 
-def main(words: list[str] | None = None) -> int:
+def main(config: InspectConfig) -> int:
     """Runs the command; returns the exit status."""
-    print_any_name()
-    parser = argparse.ArgumentParser(
-        "inspect_shards.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("shards", help="folder that encode_latents.py wrote")
-    parser.add_argument("--images", help="folder for the two images [the folder of the shards]")
-    parser.add_argument("--no-images", action="store_true", help="only verify and print")
-    parser.add_argument("--vae", help="the VAE to decode with, if its name is another here [as in the manifest]")
-    parser.add_argument("--videos", help="the folder of the videos, if it has moved [as in plan.json]")
-    config = parser.parse_args(words)
     folder = Path(config.shards)
-    try:
-        problems = verify(folder)
-        for problem in problems:
-            print(f"DAMAGED {problem}", file=sys.stderr)
-        if problems:
-            return 3
-        print(table(folder))
-        if not config.no_images:
-            write_images(folder, Path(config.images or folder), config.vae, config.videos)
-    except (ValueError, OSError) as error:
-        print(f"inspect_shards.py: {error}", file=sys.stderr)
-        return 2
+    problems = verify(folder)
+    for problem in problems:
+        print(f"CORRUPT {problem}", file=sys.stderr)
+    if problems:
+        return 3
+    print(table(folder))
+    if not config.no_images:
+        write_images(folder, Path(config.images or folder), config.vae, config.videos)
     return 0
+
+
+def run(words: Sequence[str] | None = None) -> int:
+    """The command with its words; prints user errors as one sentence, and returns the exit status."""
+    return exit_status(lambda: main(settings.parse(InspectConfig, words, __doc__, ("shards",), PROG)))
 
 
 def verify(folder: Path) -> list[str]:
@@ -116,7 +112,7 @@ def table(folder: Path) -> str:
     manifest = _manifest(folder)
     lines = [
         f"{folder}: {manifest.size} px, latents {' x '.join(map(str, manifest.latent_shape))} as {manifest.dtype}"
-        f"{', with mirrored twins' if manifest.flip else ''}; VAE {manifest.vae} ({manifest.vae_identity}); "
+        f"{', with flipped copies' if manifest.flip else ''}; VAE {manifest.vae} ({manifest.vae_identity}); "
         f"layout {manifest.layout}; {manifest.rejected} videos rejected",
         f"{'split':<8}{'shards':>8}{'videos':>10}{'frames':>12}{'hours':>9}{'classes':>9}{'MB':>10}",
     ]
@@ -186,8 +182,10 @@ def _reconstruction(videos: str | None, shards: "LatentShards", vae: "VAE", path
         return
     source = Path(videos) / shards.sources[0]
     try:
-        how = Preprocess.from_dict(shards.manifest.preprocess)
-        chunks = [item for item in read_video(source, shards.manifest.size, how, 16) if isinstance(item, np.ndarray)]
+        preprocess = Preprocess.from_dict(shards.manifest.preprocess)
+        chunks = [
+            item for item in read_video(source, shards.manifest.size, preprocess, 16) if isinstance(item, np.ndarray)
+        ]
     except VideoError as error:
         print(f"no reconstruction.png: {str(source)!a}: {error} (--videos says where the videos are)")
         return
@@ -245,4 +243,4 @@ def _open(folder: Path, split: str) -> "LatentShards":
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

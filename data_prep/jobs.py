@@ -7,37 +7,39 @@ nobody.
 
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from data_prep.options import chunk, device, precision
-from data_prep.reporting import FrameCount, Report, progress_bar
-from data_prep.shards import Work, atomic
+from data_prep.config import EncodeConfig
+from data_prep.job import exit_status, run_job
+from fvdm.files import write_text
 
 if TYPE_CHECKING:
-    from data_prep.options import EncodeConfig
+    from data_prep.reporting import EncodeReport
+    from data_prep.shards import Work
 
 ROOT = Path(__file__).resolve().parents[1]
 SLURM_LOGS = ".slurm"
 TIME_LIMITS = 1_000_000  # that a job may meet
+CPUS = 4  # cores that a Slurm job asks for, where the nodes have them
 
 
-def run_jobs(config: "EncodeConfig", work: Work, report: Report, jobs: list[Any]) -> int:
+def run_jobs(config: EncodeConfig, work: "Work", report: "EncodeReport", jobs: Sequence[Any]) -> int:
     """Starts the jobs and waits for them, with a progress bar; returns the frames that they have encoded.
 
     Args:
-        config: the command's settings.
+        config: the command's settings, resolved.
         work: what is made.
-        report: of the progress.
+        report: of the progress, begun.
         jobs: those of an earlier start that are still there, see `queued`; only these are watched then.
 
     Raises:
@@ -47,40 +49,35 @@ def run_jobs(config: "EncodeConfig", work: Work, report: Report, jobs: list[Any]
     if idle:
         print(f"{idle} of {config.jobs} jobs have no shard to make: a smaller --shard-mb gives more shards.")
     if config.cluster == "slurm":
-        return _run_slurm(config, work, report, jobs or _submit(config, work))
+        return _run_slurm(config, work, report, jobs or _submit(config, work.out.resolve() / SLURM_LOGS))
     return _run_local(config, work, report)
 
 
-def _wait(work: Work, report: Report, ended: Callable[[], bool], seconds: float) -> int:
+def _wait(work: "Work", report: "EncodeReport", ended: Callable[[], bool], seconds: float) -> int:
     """Shows how far the jobs are until they have ended; returns the frames that they have encoded meanwhile."""
-    shards = work.plan.shards
-    before, counted = sum(map(work.done, shards)), FrameCount.of_all_jobs(work.out)
+    from data_prep.reporting import FrameCount
+
+    counted = FrameCount.of_all_jobs(work.out)
     frames, over = 0, False
-    expected = sum(work.plan.estimates[video] for shard in shards for video in work.missing(shard))
-    with progress_bar(expected, "frames") as bar:
-        while not over:
-            over = ended()
-            done = sum(map(work.done, shards))
-            frames = FrameCount.of_all_jobs(work.out) - counted
-            rate = (done - before) / report.seconds
-            bar.set_postfix_str(f"{done - before} videos, {rate:.2f} videos/s", refresh=False)
-            bar.update(frames - bar.n)
-            report.update(done - before, done, frames)
-            if not over:
-                time.sleep(seconds)
+    while not over:
+        over = ended()
+        frames = FrameCount.of_all_jobs(work.out) - counted
+        report.update(sum(map(work.done, work.plan.shards)) - report.before, frames)
+        if not over:
+            time.sleep(seconds)
     return frames
 
 
-def _run_local(config: "EncodeConfig", work: Work, report: Report) -> int:
+def _run_local(config: EncodeConfig, work: "Work", report: "EncodeReport") -> int:
     threads = max(1, len(os.sched_getaffinity(0)) // config.jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": _python_path()}
     command = [sys.executable, "-m", "data_prep.jobs"]
     processes = []
     for number in range(config.jobs):
-        child = replace(config, job=number, device=_device_of(config, number))
+        child = replace(config, device=_device_of(config, number))
         process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, text=True)
         assert process.stdin is not None
-        process.stdin.write(json.dumps(vars(child)) + "\n")
+        process.stdin.write(json.dumps([vars(child), number]) + "\n")
         process.stdin.flush()  # and left open: the job ends when this process is gone
         processes.append(process)
 
@@ -93,25 +90,28 @@ def _run_local(config: "EncodeConfig", work: Work, report: Report) -> int:
     finally:
         for process in processes:
             process.terminate()
+        for process in processes:
             process.wait()
-    failed = [number for number, process in enumerate(processes) if process.returncode not in (0, 3, -15)]
+    failed = [number for number, process in enumerate(processes) if process.returncode not in (0, 3, -signal.SIGTERM)]
     if failed:
         raise ValueError(f"Job {failed[0]} of {config.jobs} failed; what is done is kept, start the command again.")
     return frames
 
 
-def _device_of(config: "EncodeConfig", number: int) -> str:
+def _device_of(config: EncodeConfig, number: int) -> str:
     """Where a job on this machine encodes: the GPUs go round, unless one is named."""
-    where = device(config)
-    return f"cuda:{number % max(1, torch.cuda.device_count())}" if where == "cuda" else where
+    import torch
+
+    assert config.device is not None
+    return f"cuda:{number % max(1, torch.cuda.device_count())}" if config.device == "cuda" else config.device
 
 
 def _child() -> int:
     """A job process: reads its settings from the first line of stdin, and ends when stdin closes."""
-    from data_prep.encode_latents import run
-    from data_prep.options import EncodeConfig
-
-    values = json.loads(sys.stdin.readline())
+    # Ctrl-C on a terminal reaches all its processes; the command ends its jobs itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    values, number = json.loads(sys.stdin.readline())
     values |= {name: tuple(values[name]) for name in ("split_files", "slurm")}
 
     def watch() -> None:
@@ -119,25 +119,22 @@ def _child() -> int:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    return run(EncodeConfig(**values))
+    return exit_status(lambda: run_job(EncodeConfig(**values), number), signals=False)
 
 
 class ArrayJob:
     """What a Slurm job calls. At its time limit submitit queues it again, and it goes on where it was."""
 
-    def __init__(self, config: "EncodeConfig") -> None:
-        """Takes the command's settings, with `job` set."""
-        self.config = config
+    def __init__(self, config: EncodeConfig, number: int) -> None:
+        """Takes the command's settings, resolved, and the number of the job."""
+        self.config, self.number = config, number
 
     def __call__(self) -> int:
         """Makes this job's shards; returns the exit status of the command."""
         import submitit
 
-        from data_prep.encode_latents import job
-
         submitit.JobEnvironment().paths.result_pickle.unlink(missing_ok=True)  # of the time before a requeue
-        assert self.config.job is not None
-        return job(self.config, self.config.job)
+        return run_job(self.config, self.number)
 
     def checkpoint(self) -> Any:
         """Called by submitit at the time limit or a preemption: the same again."""
@@ -146,43 +143,56 @@ class ArrayJob:
         return submitit.helpers.DelayedSubmission(self)
 
 
-def _submit(config: "EncodeConfig", work: Work) -> list[Any]:
-    """Submits the job array."""
+def _submit(config: EncodeConfig, folder: Path) -> list[Any]:
+    """Submits the job array; its logs go to `folder`."""
     import submitit
 
     if not shutil.which("sbatch"):
         raise ValueError("There is no sbatch here: use --cluster local, or run this on a machine of the cluster.")
-    folder = work.out.resolve() / SLURM_LOGS
+    options = {key.replace("-", "_"): value for key, _, value in (word.partition("=") for word in config.slurm)}
+    cpus = int(options.pop("cpus_per_task", 0)) or max(config.workers or 0, config.encoders or 0) or _cpus(options)
     # A job is queued again at every time limit; submitit would give it up after three.
     executor = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_max_num_timeout=TIME_LIMITS)
     executor.update_parameters(
         name="encode",
         timeout_min=config.minutes,
-        cpus_per_task=max(config.workers or 0, config.encoders or 0) or 4,
+        cpus_per_task=cpus,
         slurm_array_parallelism=config.jobs,
-        slurm_setup=[f"export PYTHONPATH={_python_path()}"],
-        slurm_additional_parameters=dict(word.split("=", 1) for word in config.slurm),
+        slurm_setup=[f"export PYTHONPATH={shlex.quote(_python_path())}"],
+        slurm_additional_parameters=options,
     )
-    told = replace(
-        config, videos=os.path.abspath(config.videos), out=os.path.abspath(config.out), device=device(config)
-    )
+    submitted = replace(config, videos=os.path.abspath(config.videos), out=os.path.abspath(config.out))
     try:
         with executor.batch():
-            jobs = [executor.submit(ArrayJob(replace(told, job=number))) for number in range(config.jobs)]
+            jobs = [executor.submit(ArrayJob(submitted, number)) for number in range(config.jobs)]
     except submitit.core.utils.FailedJobError as error:
-        raise ValueError(f"Slurm does not take the jobs: {' '.join(str(error).split())}") from None
-    with atomic(folder / "jobs.json") as file:
-        file.write(json.dumps([job.job_id for job in jobs]).encode())
+        raise ValueError(
+            f"Slurm does not take the jobs: {' '.join(str(error).split())}. They ask for {cpus} CPUs each; for other "
+            "resources, type such as: --slurm cpus_per_task=2 mem=8G partition=NAME"
+        ) from None
+    write_text(folder / "jobs.json", json.dumps([job.job_id for job in jobs]))
     print(
         f"Submitted Slurm jobs {jobs[0].job_id} to {jobs[-1].job_id}; they go on if this command is stopped, "
-        f"and the same command takes up watching them. Logs: {folder}\n"
-        f"The VAE runs on {device(config)} in {precision(config)}, {chunk(config)} frames a call "
-        "(--device, --precision, --chunk)."
+        f"and the same command watches them again; to end them, type: scancel {jobs[0].job_id.partition('_')[0]}. "
+        f"Logs: {folder}\n"
+        f"The VAE runs on {config.device} in {config.precision}, {config.chunk} frames a call, with {cpus} CPUs a job "
+        "(--device, --precision, --chunk, --slurm cpus_per_task=N)."
     )
     return jobs
 
 
-def _run_slurm(config: "EncodeConfig", work: Work, report: Report, jobs: list[Any]) -> int:
+def _cpus(options: dict[str, str]) -> int:
+    """Cores that a job asks for: no more than the smallest node of the partition has."""
+    where = [f"--partition={options['partition']}"] if "partition" in options else []
+    command = ["sinfo", "--noheader", "--format=%c", *where]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return CPUS
+    return max(1, min([CPUS, *(int(word.rstrip("+")) for word in found if word.rstrip("+").isdigit())]))
+
+
+def _run_slurm(config: EncodeConfig, work: "Work", report: "EncodeReport", jobs: Sequence[Any]) -> int:
     def ended() -> bool:
         done = [job.done() for job in jobs]
         stopped = config.strict and any(over and _stopped(job) for over, job in zip(done, jobs, strict=True))
@@ -191,7 +201,7 @@ def _run_slurm(config: "EncodeConfig", work: Work, report: Report, jobs: list[An
                 job.cancel(check=False)
         return all(done) or stopped
 
-    frames = _wait(work, report, ended, 2.0)
+    frames = _wait(work, report, ended, 1.0)
     if config.strict and any(job.done() and _stopped(job) for job in jobs):
         return frames
     for job in jobs:
@@ -205,7 +215,7 @@ def _stopped(job: Any) -> bool:
     return job.exception() is None and job.result() == 3
 
 
-def queued(config: "EncodeConfig") -> list[Any]:
+def queued(config: EncodeConfig) -> list[Any]:
     """The Slurm jobs of an earlier start of this command that have not ended, with their fellows."""
     folder = Path(config.out).resolve() / SLURM_LOGS
     if config.cluster != "slurm" or not shutil.which("sbatch"):

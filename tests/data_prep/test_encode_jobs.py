@@ -13,10 +13,13 @@ import pytest
 import torch
 
 from data_prep import jobs
+from data_prep.config import EncodeConfig, resolve
 from data_prep.encode_latents import run
-from data_prep.options import chunk, device, parse, precision
-from data_prep.planning import make_plan, open_vae
+from data_prep.encoder import EncodeProgress, open_vae
+from data_prep.job import run_job
+from data_prep.planning import make_plan
 from data_prep.reporting import FrameCount
+from fvdm.config import parse
 from tests.data_fixtures import cut, make_vae, rejected, write_video
 from tests.data_prep.test_encode_latents import contents, encode, words
 
@@ -88,8 +91,11 @@ def slurm(monkeypatch):
 
 
 def submit(videos, out, vae, *more):
-    config = parse(None, words(videos, out, vae, "--cluster", "slurm", *more))
-    return run(config if "--device" in more else replace(config, device=None))
+    given = words(videos, out, vae, "--cluster", "slurm", *more)
+    if "--device" not in more:  # leave it open
+        at = given.index("--device")
+        given = given[:at] + given[at + 2 :]
+    return run(given)
 
 
 @pytest.mark.parametrize("more", [("--device", "cuda:0"), *(("--slurm", word) for word in GPU_WORDS)])
@@ -102,9 +108,9 @@ def test_gpu_jobs_are_submitted_where_there_is_no_gpu(videos, vae, tmp_path, slu
         assert "Some shards are not made" in said.err
     settings = json.loads((tmp_path / "out" / "plan.json").read_text())["settings"]
     assert (settings["precision"], settings["chunk"]) == ("bfloat16", 32)
-    told = [job.config for job in Slurm.last.submitted]
-    assert [config.device for config in told] == ["cuda:0" if "cuda:0" in more else "cuda"] * 2
-    assert [config.job for config in told] == [0, 1]
+    submitted = Slurm.last.submitted
+    assert [job.config.device for job in submitted] == ["cuda:0" if "cuda:0" in more else "cuda"] * 2
+    assert [job.number for job in submitted] == [0, 1]
 
 
 def test_jobs_for_the_cpu(videos, vae, tmp_path, slurm, monkeypatch):
@@ -118,23 +124,57 @@ def test_jobs_for_the_cpu(videos, vae, tmp_path, slurm, monkeypatch):
     assert Slurm.last.submitted[0].config.device == "cpu"
 
 
+def test_a_job_asks_for_no_more_cores_than_a_node_has(videos, vae, tmp_path, slurm, monkeypatch):
+    nodes = {"": "64\n2+\n", "--partition=big": "64\n"}
+
+    def sinfo(command, **_):
+        assert command[0] == "sinfo"
+        return SimpleNamespace(stdout=nodes["".join(command[3:])])
+
+    monkeypatch.setattr(jobs.subprocess, "run", sinfo)
+    for number, (more, cpus) in enumerate((((), 2), (("partition=big",), 4), (("cpus-per-task=3",), 3))):
+        given = [
+            *words(videos, tmp_path / str(number), vae),
+            "--cluster",
+            "slurm",
+            *(("--slurm", *more) if more else ()),
+        ]
+        at = given.index("--workers")
+        assert run(given[:at] + given[at + 2 :]) == 2
+        assert Slurm.last.settings["cpus_per_task"] == cpus
+    assert submit(videos, tmp_path / "out", vae, "--encoders", "6") == 2
+    assert Slurm.last.settings["cpus_per_task"] == 6
+
+
+def test_the_path_of_the_project_may_hold_anything(videos, vae, tmp_path, slurm, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/a folder/$HOME;ls")
+    assert submit(videos, tmp_path / "out", vae) == 2
+    (line,) = Slurm.last.settings["slurm_setup"]
+    shown = subprocess.run(["bash", "-c", f"{line}; printenv PYTHONPATH"], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip().endswith(":/a folder/$HOME;ls")
+
+
 def test_flags_come_first(slurm):
     flags = ["--precision", "float32", "--chunk", "8", "--device", "cpu", "--cluster", "slurm", "--slurm", "gpus=1"]
-    config = parse(None, ["--videos", "v", "--out", "o", *flags])
-    assert (device(config), precision(config), chunk(config)) == ("cpu", "float32", 8)
+    config = resolve(parse(EncodeConfig, ["--videos", "v", "--out", "o", *flags]))
+    assert (config.device, config.precision, config.chunk) == ("cpu", "float32", 8)
 
 
 def test_a_job_takes_precision_and_chunk_from_the_plan(videos, vae, tmp_path, monkeypatch):
     """Whatever the machine's default is."""
-    from data_prep import encode_latents
+    from data_prep import encoder
 
-    config = parse(None, words(videos, tmp_path, vae, "--precision", "bfloat16", "--chunk", "5"))
+    given = words(videos, tmp_path, vae, "--precision", "bfloat16", "--chunk", "5")
+    config = resolve(parse(EncodeConfig, given))
     make_plan(config, open_vae(config))
     seen = {}
-    monkeypatch.setattr(
-        encode_latents, "_encode_here", lambda config, work, shards, vae, report: seen.update(vae=vae, plan=work.plan)
-    )
-    assert encode_latents.job(replace(config, precision=None, chunk=None), 0) == 3
+
+    def encode_shards(config, work, shards, vae, report):
+        seen.update(vae=vae, plan=work.plan)
+        return encoder.EncodeProgress()
+
+    monkeypatch.setattr(encoder, "encode_shards", encode_shards)
+    assert run_job(replace(config, precision="float32", chunk=4), 0) == 3
     assert seen["vae"].dtype == torch.bfloat16
     assert seen["plan"].settings["chunk"] == 5
 
@@ -177,17 +217,17 @@ def test_a_device_that_is_not_there_is_a_sentence(videos, vae, tmp_path, capsys)
     ],
 )
 def test_jobs_on_this_machine_take_its_gpus_in_turn(monkeypatch, named, gpus, expected):
-    """What the child processes are told."""
+    """Which device each child process is given."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    told = []
+    given = []
 
     class Child:
         returncode = 0
 
         def __init__(self, command, *, env, **_):
             assert env["OMP_NUM_THREADS"]
-            self.stdin = SimpleNamespace(write=lambda line: told.append(json.loads(line)), flush=lambda: None)
+            self.stdin = SimpleNamespace(write=lambda line: given.append(json.loads(line)), flush=lambda: None)
 
         def poll(self):
             return 0
@@ -197,9 +237,9 @@ def test_jobs_on_this_machine_take_its_gpus_in_turn(monkeypatch, named, gpus, ex
     monkeypatch.setattr(jobs.subprocess, "Popen", Child)
     monkeypatch.setattr(jobs, "_wait", lambda *_: 0)
     arguments = ["--videos", "v", "--out", "o", "--jobs", "4", *(["--device", named] if named else [])]
-    jobs._run_local(parse(None, arguments), None, None)
-    assert [config["device"] for config in told] == expected
-    assert [config["job"] for config in told] == [0, 1, 2, 3]
+    jobs._run_local(resolve(parse(EncodeConfig, arguments)), None, None)
+    assert [config["device"] for config, _ in given] == expected
+    assert [number for _, number in given] == [0, 1, 2, 3]
 
 
 def test_a_file_system_without_locks(videos, vae, tmp_path, monkeypatch):
@@ -228,8 +268,10 @@ def test_frames_are_counted_over_the_starts_of_a_job(tmp_path):
     for number in range(3):
         for job in (0, 1):
             count = FrameCount(tmp_path, job)
-            count.update(5)  # too early to say
-            count.update(10 + job, last=True)
+            count(EncodeProgress(frames=5))  # the first ones are said at once
+            count(EncodeProgress(frames=7))  # too early to say
+            assert FrameCount.of_all_jobs(tmp_path) % 21 == 5 + 10 * job
+            count(EncodeProgress(frames=10 + job), last=True)
         assert FrameCount.of_all_jobs(tmp_path) == 21 * (number + 1)
 
 
@@ -237,10 +279,10 @@ def test_frames_are_counted_over_the_starts_of_a_job(tmp_path):
 def test_two_copies_of_one_job(videos, vae, tmp_path):
     """As after a requeue by a Slurm that has lost a node: the same bytes as of an undisturbed run."""
     assert encode(videos, tmp_path / "good", vae) == 0
-    config = parse(None, words(videos, tmp_path / "out", vae))
+    config = resolve(parse(EncodeConfig, words(videos, tmp_path / "out", vae)))
     (tmp_path / "out").mkdir()
     make_plan(config, open_vae(config))
-    line = json.dumps(vars(replace(config, job=0))) + "\n"
+    line = json.dumps([vars(config), 0]) + "\n"
     command = [sys.executable, "-m", "data_prep.jobs"]
     copies = [subprocess.Popen(command, stdin=subprocess.PIPE, text=True) for _ in range(2)]
     for copy in copies:

