@@ -90,7 +90,7 @@ def measure(config: "EncodeConfig", vae: "VAE", repeats: int) -> dict[str, float
 
     names = [source.name for source in list_videos(config.videos, "ffs").sources]
     chunks = [
-        [torch.from_numpy(item) for item in read_video(Path(config.videos) / name, config.size, PAPER["ffs"], 4)
+        [torch.from_numpy(item) for item in read_video(Path(config.videos) / name, config.size or 256, PAPER["ffs"], 4)
          if not hasattr(item, "fps")]
         for name in names
     ]  # fmt: skip
@@ -157,7 +157,7 @@ def _plain(config: "EncodeConfig", names: list[str], batch: int) -> float:
             moments = []
             with av.open(str(Path(config.videos) / name)) as container:
                 frames = [
-                    torch.from_numpy(to_square(frame.to_ndarray(format="rgb24"), config.size, PAPER["ffs"]))
+                    torch.from_numpy(to_square(frame.to_ndarray(format="rgb24"), config.size or 256, PAPER["ffs"]))
                     for frame in container.decode(video=0)
                 ]
             for first in range(0, len(frames), batch):
@@ -187,7 +187,9 @@ def _decoding(config: "EncodeConfig", names: list[str]) -> None:
     from data_prep.decoding import Task, decode
     from fvdm.media.layouts import PAPER
 
-    tasks = (Task(k, str(Path(config.videos) / name), config.size, PAPER["ffs"], 4) for k, name in enumerate(names))
+    tasks = (
+        Task(k, str(Path(config.videos) / name), config.size or 256, PAPER["ffs"], 4) for k, name in enumerate(names)
+    )
     for _ in decode(tasks, workers=processes(config)[0]):
         pass
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from signal import SIGINT
 
 from data_prep.config import EncodeConfig, StrictError
 from fvdm.interrupts import Interrupted, interrupts
@@ -50,7 +51,8 @@ def exit_status(work: Callable[[], int], *, signals: bool = True) -> int:
     try:
         with interrupts() if signals else nullcontext():
             return work()
-    except Interrupted as signal:
+    except KeyboardInterrupt as error:
+        signal = error if isinstance(error, Interrupted) else Interrupted(SIGINT)
         command = shlex.join(["python", *sys.argv])
         print(f"\nstopped by {signal.name}; what is done is kept. To go on, type: {command}", file=sys.stderr)
         return signal.exit_status

@@ -107,14 +107,14 @@ def test_what_cannot_be_listed(videos, vae, tmp_path, capsys, strict):
 def test_rejected_is_written_at_every_exit(videos, vae, tmp_path, monkeypatch):
     from data_prep import encoder
 
-    make = encoder.make_sample
+    sample = encoder.VideoMoments.sample
 
-    def interrupted(video, *args):
+    def interrupted(moments, video, *args):
         if video == 5:
             raise KeyboardInterrupt
-        return make(video, *args)
+        return sample(moments, video, *args)
 
-    monkeypatch.setattr(encoder, "make_sample", interrupted)
+    monkeypatch.setattr(encoder.VideoMoments, "sample", interrupted)
     assert encode(videos, tmp_path / "out", vae, "--workers", "1") == 130
     assert set(rejected(tmp_path / "out")) == {"1.mp4", "4.mp4"}
 
@@ -155,7 +155,7 @@ def disk(tmp_path, monkeypatch):
                 pass
 
         monkeypatch.setattr(decoding, "_Worker", Worker)
-        monkeypatch.setattr("data_prep.planning.estimate", lambda paths, workers: [20] * len(paths))
+        monkeypatch.setattr("data_prep.decoding.estimate", lambda paths, workers: [20] * len(paths))
 
     return install
 
