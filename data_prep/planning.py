@@ -183,8 +183,8 @@ def _new_plan(config: EncodeConfig, listing: Listing, settings: dict[str, Any], 
 def _settings(config: EncodeConfig, layout: str, vae: "VAE") -> dict[str, Any]:
     """All that decides which bytes are written."""
     assert config.size is not None
-    changes = {name: getattr(config, name) for name in ("resize", "antialias", "flip", "min_frames")}
-    preprocess = replace(PAPER[layout], **{name: value for name, value in changes.items() if value is not None})
+    given = {name: getattr(config, name) for name in ("resize", "antialias", "flip", "min_frames")}
+    preprocess = replace(PAPER[layout], **{name: value for name, value in given.items() if value is not None})
     preprocess = replace(preprocess, keep_corrupt=config.keep_corrupt)
     if config.size % vae.factor:
         raise ValueError(

@@ -20,7 +20,7 @@ from fvdm.files import atomic_write
 IMAGES = {".jpg", ".jpeg", ".png"}
 VIDEOS = {".mp4", ".avi", ".mkv", ".webm"}
 SHORT_SIDE = 320  # sources are kept at this size; crops are taken from them
-CROP = 64  # pixels of a training crop; the network is convolutional
+CROP = 64  # pixels of a crop for training; the network is convolutional
 FRAME = 128  # pixels of a frame that is evaluated
 
 

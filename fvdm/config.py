@@ -127,12 +127,12 @@ def _rename_words(parser: "ArgumentParser", words: list[str]) -> list[str]:
     """Words, and YAML files, with former names of settings replaced; says so on stderr."""
     import yaml
 
-    known = parser._option_string_actions
+    options = parser._option_string_actions
     renamed = []
     for k, word in enumerate(words):
         name, equals, value = word.partition("=")
         new = FORMER_NAMES.get(name.removeprefix("--").replace("-", "_"), "")
-        if name.startswith("--") and name not in known and f"--{new}" in known:
+        if name.startswith("--") and name not in options and f"--{new}" in options:
             _say_renamed(name.removeprefix("--"), new)
             word = f"--{new}{equals}{value}"
         path = value if name == "--config" and equals else word if k and words[k - 1] == "--config" else ""
@@ -201,12 +201,12 @@ def in_range(config: Any, section: str = "", **ranges: tuple[float, float]) -> N
         value = getattr(config, name)
         # Written so that nan is refused as well.
         if not all(low <= number <= high for number in (value if isinstance(value, tuple) else (value,))):
-            wanted = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-            raise ValueError(f"{section}{'.' * bool(section)}{name} is {value}: it must be {wanted}.")
+            allowed = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise ValueError(f"{section}{'.' * bool(section)}{name} is {value}: it must be {allowed}.")
 
 
 def save(config: Any, path: Path) -> None:
-    """Write a dataclass as YAML that `parse` reads back, whole or not at all."""
+    """Write a dataclass as YAML that `parse` reads back, atomically."""
     import yaml
 
     write_text(path, yaml.safe_dump(plain(config), sort_keys=False))
