@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 
@@ -107,6 +108,23 @@ def test_a_killed_rank_is_named_and_the_job_starts_again_until_it_may_not(cluste
     assert what == "failed"
     assert "rank 2 on node" in sentence
     wait_until(lambda: not ranks(tmp_path), 30)
+
+
+def test_a_job_whose_ranks_are_gone_starts_again_though_srun_has_not_noticed(cluster, latents, tmp_path):
+    """A stopped srun stands for one that lost the only message of its ranks' end."""
+    _, job = submit(cluster, tmp_path, latents, "--steps", 10**6, options=["--nodes", 2])
+    until_training(tmp_path)
+    waiting = [p for p in psutil.process_iter(["name", "cmdline"]) if p.info["name"] == "srun"]
+    waiting = [p for p in waiting if str(tmp_path) in " ".join(p.info["cmdline"])]
+    assert waiting
+    for process in waiting:
+        process.suspend()
+    for process in ranks(tmp_path):
+        process.kill()
+    wait_until(lambda: int(cluster.job(job).get("Restarts", 0)) == 1)
+    assert "srun waits for ranks that have ended" in log(tmp_path, job)
+    cluster.run("scancel", job)
+    cluster.wait(job, {"CANCELLED"})
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled_and_corrupt_checkpoints_are_a_mistake(cluster, latents, tmp_path):
