@@ -23,7 +23,7 @@ NAMES = {
     *("RollCall", "roll_call", "hung", "clip_from", "mend", "_mend"),
 }
 PHRASES = re.compile(
-    r"\b(mirrored twins?|damaged|undamaged|why_broken|patiently|lives? through|tells? beforehand|made again|mend(s|ed|ing)?"
+    r"\b(mirrored twins?|damaged|why_broken|patiently|lives? through|tells? beforehand|made again|mend(s|ed|ing)?"
     r"|pictures?|so-many-th|trainings|an? training(?! (run|step|loop|batch|clip|video|example|set|split|loss|image"
     r"|job|time|process|script|command|sample|data|stride|state|seed|config))|what (it|they) (is|are) made of is told"
     r"|recompute: |whole (checkpoint|file|or not at all)|time ?step matri(x|ces)|roll call)\b",

@@ -40,3 +40,34 @@ class DiffusionConfig:
             raise ValueError("a noise process needs 2 or more timesteps and betas 0 < beta_start <= beta_end < 1")
         if self.min_snr < 0:
             raise ValueError(f"min_snr is {self.min_snr}: choose 0 for none, or a positive bound such as 5")
+
+
+@dataclass(frozen=True)
+class TimestepsConfig:
+    """How training samples the timesteps of a clip. The defaults are the paper's PTSS.
+
+    Attributes:
+        rule: how the frames differ, in a clip whose frames differ (with probability p): ptss, each frame independently
+            (FVDM); chunk, each chunk of frames independently; nondecreasing, never falling from a frame to the next
+            (AR-Diffusion's FoPP).
+        chunk: frames of a chunk, for the rule chunk.
+        level: which levels of noise come most often: uniform, all alike; shift, high ones, as flow matching has it;
+            logit-normal, middle ones.
+        shift: for the level shift: 1 is uniform, Wan uses 3 (480p) and 5 (720p).
+        logit_mean: for the level logit-normal: mean of the logit of t / T.
+        logit_std: for the level logit-normal: standard deviation of the logit of t / T.
+    """
+
+    rule: Literal["ptss", "chunk", "nondecreasing"] = "ptss"
+    chunk: int = 4
+    level: Literal["uniform", "shift", "logit-normal"] = "uniform"
+    shift: float = 3.0
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        if self.chunk < 1:
+            raise ValueError(f"timesteps.chunk is {self.chunk}: it must be at least 1.")
+        if not (self.shift > 0 and self.logit_std > 0):
+            raise ValueError("timesteps.shift and timesteps.logit_std must be above 0.")

@@ -8,7 +8,7 @@ from typing import Literal
 from fvdm.checkpoints.config import CheckpointConfig
 from fvdm.config import in_range
 from fvdm.data.config import DataConfig
-from fvdm.diffusion.config import DiffusionConfig
+from fvdm.diffusion.config import DiffusionConfig, TimestepsConfig
 from fvdm.models.config import Backend
 from fvdm.tracking.config import TrackingConfig
 
@@ -88,6 +88,30 @@ class PreviewConfig:
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """The held-out loss of the averaged weights, on fixed clips, noise and timesteps, comparable between runs.
+
+    Attributes:
+        every: steps between two measurements; also measured at the start of a run and at its end; 0 is none.
+        path: folder or URL of the held-out shards; empty is data.path.
+        split: their split.
+        num: clips, shared out among the ranks.
+        levels: timesteps of the grid, own t by neighbours' t; a clip costs levels (levels + 1) / 2 forward passes.
+    """
+
+    every: int = 0
+    path: str = ""
+    split: str = "test"
+    num: int = 64
+    levels: int = 4
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting out of its range."""
+        some = (1, math.inf)
+        in_range(self, "validation", every=(0, math.inf), num=some, levels=some)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Settings of a training run. The defaults are the paper's, for XL on 256-pixel clips of 16 frames.
 
@@ -105,7 +129,8 @@ class TrainConfig:
         attention: attention backend: auto, flash, sdpa or math.
         activation_checkpointing: recompute the activations of every k-th block to save memory; 0 is none.
         compile: make the blocks faster with torch.compile; needs a C++ compiler, and a minute at the start.
-        p: probability that a clip has one timestep per frame (PTSS); 0 is a scalar-timestep model.
+        p: probability that a clip has a timestep per frame (PTSS), or as timesteps.rule says; 0 is a scalar-timestep
+            model.
         steps: optimizer steps at which training ends.
         seed: of the initial weights, the order of the data and all noise.
         ema_decay: decay of the average of the weights, per step.
@@ -115,9 +140,11 @@ class TrainConfig:
         register_as: name under which the trained model (of XL, 2.7 GB) is logged and registered in MLflow when the
             run is complete; auto is the run's name, none leaves it out.
         diffusion: noise process and objective.
+        timesteps: how the timesteps of a clip are sampled.
         engine: optimizer and ZeRO-2.
         checkpoint: when checkpoints are written, and which are kept.
         previews: videos made while training.
+        validation: the held-out loss.
         tracking: where the run is reported.
     """
 
@@ -141,9 +168,11 @@ class TrainConfig:
     max_skipped: int = 10
     register_as: str = "auto"
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    timesteps: TimestepsConfig = field(default_factory=TimestepsConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     previews: PreviewConfig = field(default_factory=PreviewConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
@@ -166,6 +195,17 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class PlanDataConfig:
+    """The data of the run.
+
+    Attributes:
+        path: folder of latent shards, or its URL.
+    """
+
+    path: str = ""
+
+
+@dataclass(frozen=True)
 class PlanConfig:
     """The training run that `fvdm plan` estimates.
 
@@ -176,8 +216,9 @@ class PlanConfig:
         batch_size: global batch in clips; 0 is one a rank.
         micro_batch: clips that a rank takes at once; 0 is its whole share.
         frames: frames of a clip.
-        channels: latent channels.
-        size: side of the latent frames.
+        channels: latent channels; 0 takes those of the data, or 4 without data.
+        size: side of the latent frames; 0 takes that of the data, or 32 without data.
+        data: the data that channels and size are taken from.
         activation_checkpointing: recompute the activations of every k-th block; 0 is none.
         precision: of the weights.
         gpu: whose data sheet the time and what fits are estimated from.
@@ -191,8 +232,9 @@ class PlanConfig:
     batch_size: int = 0
     micro_batch: int = 0
     frames: int = 16
-    channels: int = 4
-    size: int = 32
+    channels: int = 0
+    size: int = 0
+    data: PlanDataConfig = field(default_factory=PlanDataConfig)
     activation_checkpointing: int = 0
     precision: Literal["bf16", "fp32"] = "bf16"
     gpu: Literal["4090", "a100-40", "a100-80", "b200", "h100", "h200", "l40s"] = "h100"
@@ -202,7 +244,8 @@ class PlanConfig:
     def __post_init__(self) -> None:
         """Raises ValueError for a setting out of its range."""
         some = (1, math.inf)
-        in_range(self, nodes=some, frames=some, channels=some, size=some, mfu=(0.01, 1), bandwidth=(0.01, math.inf))
+        in_range(self, nodes=some, frames=some, mfu=(0.01, 1), bandwidth=(0.01, math.inf))
+        in_range(self, channels=(0, math.inf), size=(0, math.inf))
 
     @property
     def world_size(self) -> int:

@@ -33,6 +33,7 @@ from fvdm.training.noise import NoiseSampler
 from fvdm.training.previews import Previews
 from fvdm.training.run import Run, find_checkpoint, run_lock
 from fvdm.training.setup import initial_weights, model_config
+from fvdm.training.validation import HeldOutLoss, held_out_shards
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +122,10 @@ def _loop(run: Run, model: Backbone, tracker: Tracker | None, stop: StopFlag) ->
         device=engine.device,
     )
     meter = Meter(run.diffusion.num_timesteps, engine.device)
-    previews = _previews(run)
+    previews, held_out = _previews(run), _held_out(run)
     saved, stop_reason = progress.step, Stop.NO
+    if held_out and not progress.step:
+        _evaluate(run, tracker, held_out)
     while progress.step < config.steps and not stop_reason:
         moved, seen = False, []
         for _ in range(engine.micro_batches):
@@ -140,20 +143,51 @@ def _loop(run: Run, model: Backbone, tracker: Tracker | None, stop: StopFlag) ->
         _count(run, moved, seen)
         if progress.step % config.log_every == 0 or progress.step == config.steps:
             _report(run, meter, tracker)
-        preview = bool(config.previews.every) and progress.step % config.previews.every == 0
-        if preview or progress.step % config.stop_every == 0:
+        preview = _due(config.previews.every, progress.step)
+        validate = held_out and (_due(config.validation.every, progress.step) or progress.step == config.steps)
+        if preview or validate or _due(config.stop_every, progress.step):
             stop_reason = stop.agreed(engine.device)
-        if progress.step % config.checkpoint.every == 0:
+        if _due(config.checkpoint.every, progress.step) or progress.step == config.steps:
             run.save()
             saved = progress.step
             if tracker:
                 tracker.metrics({"checkpoint/stalled_seconds": run.writer.stalled}, progress.step)
-        if preview and not stop_reason:  # After the checkpoint; a job that must stop has little time left.
-            with engine.weights(run.ema.shards) as average:
-                previews.make(average, progress.step, tracker)
+        # After the checkpoint that is due; and not in a job that must stop, which has little time left.
+        if (preview or validate) and not stop_reason:
+            _evaluate(run, tracker, held_out if validate else None, previews if preview else None)
     if saved != progress.step:
         run.save()
     return Stop.NO if progress.step >= config.steps else stop_reason
+
+
+def _due(every: int, step: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+def _evaluate(
+    run: Run, tracker: Tracker | None, held_out: HeldOutLoss | None, previews: Previews | None = None
+) -> None:
+    """Measure the averaged weights, and show what they make. Collective."""
+    with run.engine.weights(run.ema.shards) as average:
+        if held_out:
+            held_out.measure(average, run.progress.step, tracker)
+        if previews:
+            previews.make(average, run.progress.step, tracker)
+
+
+def _held_out(run: Run) -> HeldOutLoss | None:
+    config = run.config
+    if not config.validation.every:
+        return None
+    return HeldOutLoss(
+        diffusion=run.diffusion,
+        shards=held_out_shards(config.validation, config.data, run.shards),
+        data=config.data,
+        config=config.validation,
+        ranks=run.ranks,
+        device=run.engine.device,
+        micro_batch=run.engine.micro_batch,
+    )
 
 
 def _previews(run: Run) -> Previews:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fvdm.data.loader import Batch
-from fvdm.diffusion.timesteps import sample_timesteps
+from fvdm.diffusion.training_timesteps import sample_training_timesteps
 from fvdm.models.backbone import Backbone
 from fvdm.training.config import TrainConfig
 
@@ -37,7 +37,9 @@ class NoiseSampler:
         hide = torch.empty(b, pin_memory=pin)
         for i, position in enumerate(batch.positions):  # in one sequence of samples, see fvdm.data.loader
             self.generator.manual_seed(sample_seed(config.seed, position))
-            t[i] = sample_timesteps((1, f), config.p, config.diffusion.num_timesteps, generator=self.generator)
+            t[i] = sample_training_timesteps(
+                (1, f), config.p, config.timesteps, config.diffusion.num_timesteps, generator=self.generator
+            )
             noise[i].normal_(generator=self.generator)
             hide[i].uniform_(generator=self.generator)
         t, noise, hide = (tensor.to(self.device, non_blocking=True) for tensor in (t, noise, hide))

@@ -1,4 +1,4 @@
-"""What a training will need: `fvdm plan --model XL/2 --nodes 4 --gpus-per-node 8`.
+"""What a training run will need: `fvdm plan --model XL/2 --nodes 4 --gpus-per-node 8`.
 
 Counted from the shapes, not measured: parameters, bytes per rank under ZeRO-2, arithmetic per clip, bytes on the wire,
 and from a GPU's data sheet the time of a step and what fits.
@@ -21,7 +21,7 @@ GPUS = {  # name: dense bf16 rate in TFLOP/s, memory in GiB (data sheets)
     "l40s": (362, 48),
     "4090": (165, 24),
 }
-BASE = {"cpu": 0.75e9, "gpu": 2.0e9}  # bytes of a process that holds nothing: libraries; CUDA, NCCL and their buffers
+BASE = {"cpu": 0.75e9, "gpu": 2.0e9}  # bytes of a process without a model: libraries; CUDA, NCCL and their buffers
 OVERLAP = 2  # buckets of gradients that live at the same time
 
 
@@ -32,10 +32,10 @@ class Memory:
     Attributes:
         weights: the network, in the precision of training.
         optimizer: this rank's share of masters, two Adam moments and EMA, float32.
-        gradients: this rank's share, float32, and once more while the optimizer takes it over.
-        buckets: gradients on their way, in the precision of training and in float32.
+        gradients: this rank's share, float32, and a second copy while the optimizer takes it over.
+        buckets: gradients in transit, in the precision of training and in float32.
         activations: what the forward pass keeps for the backward pass.
-        base: what the process holds before all that.
+        base: what the process holds without all that.
     """
 
     weights: float
@@ -47,9 +47,12 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        """The larger of two moments: in the backward pass, when activations and gradients meet, and in the step."""
+        """The larger of two moments: in the backward pass, when activations and gradients meet, and in the step.
+
+        From the first bucket of the backward pass on, the float32 gradients of the whole share exist.
+        """
         held = self.weights + self.optimizer + self.base + self.buckets
-        return held + max(self.activations + self.gradients / 4, self.gradients)
+        return held + max(self.activations + self.gradients / 2, self.gradients)
 
 
 @functools.cache
@@ -76,7 +79,7 @@ def activation_bytes(model: BackboneConfig, micro_batch: int, precision: str = "
 def memory(
     model: BackboneConfig, engine: EngineConfig, world_size: int, micro_batch: int, device: str = "gpu"
 ) -> Memory:
-    """Bytes of a rank under ZeRO-2 (ZeRO, section 5: weights whole, the rest shared out).
+    """Bytes of a rank under ZeRO-2 (ZeRO, section 5: full weights, the rest shared out).
 
     Args:
         model: the network, with the clip's frames and size.
@@ -128,13 +131,27 @@ def largest_micro_batch(model: BackboneConfig, engine: EngineConfig, world_size:
     return fits
 
 
+def latent_shape(options: PlanConfig) -> tuple[int, int, int]:
+    """Channels, height and width of a latent frame: as given, else the data's, else 4 x 32 x 32.
+
+    Raises:
+        ValueError: if the data cannot be read.
+    """
+    c, h, w = 4, 32, 32
+    if options.data.path:
+        from fvdm.data.shards import LatentShards
+
+        c, h, w = LatentShards(options.data.path).latent_shape
+    return options.channels or c, options.size or h, options.size or w
+
+
 def report(options: PlanConfig) -> list[str]:
     """The lines that `fvdm plan` prints.
 
     Raises:
         ValueError: if the batch does not divide among the ranks.
     """
-    shape = (options.channels, options.size, options.size)
+    shape = latent_shape(options)
     model = replace(
         preset(options.model).fit(shape, options.frames), activation_checkpointing=options.activation_checkpointing
     )
@@ -173,8 +190,8 @@ def report(options: PlanConfig) -> list[str]:
                 f"  {text:28s} {largest_micro_batch(each, engine, world, 0.9 * room * 2**30)}"
                 for text, each in (
                     ("all activations kept", replace(model, activation_checkpointing=0)),
-                    ("every 2nd block again", replace(model, activation_checkpointing=2)),
-                    ("every block again", replace(model, activation_checkpointing=1)),
+                    ("every 2nd block recomputed", replace(model, activation_checkpointing=2)),
+                    ("every block recomputed", replace(model, activation_checkpointing=1)),
                 )
             ),
         ]

@@ -19,10 +19,11 @@ from fvdm.diffusion.solvers import solver
 from fvdm.diffusion.tasks import on_window
 from fvdm.diffusion.timesteps import spaced
 from fvdm.diffusion.video import sample_video
-from fvdm.distributed import Ranks, first_error
+from fvdm.distributed import Ranks
 from fvdm.media.writing import card, tile, write_gif, write_mp4, write_strips
 from fvdm.models.backbone import Backbone
 from fvdm.tracking.tracker import Tracker
+from fvdm.training.attempt import attempt, free_memory, one_line
 from fvdm.training.config import PreviewConfig
 
 logger = logging.getLogger(__name__)
@@ -55,15 +56,8 @@ class Previews:
     def make(self, model: Backbone, step: int, tracker: Tracker | None) -> None:
         """Make, write and report the clips of a step. Collective: each rank makes its share."""
         began = time.monotonic()
-        own, error = {}, ""
-        try:
-            own = self.sample(model)
-        except Exception as caught:  # Out of memory, a corrupt shard, ...: training goes on.
-            error = one_line(caught)
-        # Before any other collective, so that a rank that failed and one that did not agree on which comes next.
-        error = first_error(error)
+        own, error = attempt(lambda: self.sample(model))
         if error:
-            free_memory()
             if self.ranks.is_main:
                 logger.warning("no preview of step %d: %s", step, error)
             return
@@ -119,15 +113,3 @@ class Previews:
             for suffix in ("mp4", "gif"):
                 tracker.artifact(folder / f"{task}.{suffix}", f"previews/step-{step:08d}")
             tracker.image(folder / f"{task}.png", f"previews/{task}", step)
-
-
-def one_line(error: Exception) -> str:
-    """An error's kind and first sentence, for a line of the log."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def free_memory() -> None:
-    """Give the memory of a failed attempt back to the device."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

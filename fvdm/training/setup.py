@@ -15,6 +15,7 @@ from fvdm.tracking.server import check as check_tracking
 from fvdm.training.config import TrainConfig
 from fvdm.training.engine import accumulation
 from fvdm.training.run import data_mismatch, refuse_corrupt
+from fvdm.training.validation import held_out_shards
 
 
 def model_config(config: TrainConfig, shards: LatentShards) -> BackboneConfig:
@@ -66,6 +67,8 @@ def check(config: TrainConfig, world_size: int) -> None:
     check_tracking(config.tracking.uri)
     shards = LatentShards(config.data.path, config.data.split, config.data.cache, config.data.cache_gb)
     model_config(config, shards)
+    if config.validation.every:
+        held_out_shards(config.validation, config.data, shards)
     checkpoint = newest(config.checkpoints)
     lanes = config.data.lanes
     if checkpoint:

@@ -96,6 +96,29 @@ def test_the_command_prints_the_plan_and_refuses_in_a_sentence():
         assert "Traceback" not in done.stderr
 
 
+def test_the_plan_takes_the_shape_from_the_data_or_from_the_config_of_a_run(latents, tmp_path):
+    words = ("--model", "T/2", "--frames", "6")
+    by_data = plan(*words, "--data.path", str(latents)).stdout
+    assert "clips of 6 x 4 x 4 x 4" in by_data
+    assert "clips of 6 x 4 x 8 x 8" in plan(*words, "--data.path", str(latents), "--size", "8").stdout
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"name: run\nmodel: T/2\ndata: {{path: {latents}, frames: 6, batch_size: 16}}\n"
+        "engine: {micro_batch: 1, precision: fp32}\n"
+    )
+    done = plan("--config", str(config), "--gpus-per-node", "4")
+    assert done.returncode == 0, done.stderr
+    assert "clips of 6 x 4 x 4 x 4" in done.stdout
+    assert "4 ranks, global batch 16 = 4 x 1 clips x 4 micro-batches, fp32" in done.stdout
+    assert "S/2: " in plan(f"--config={config}", "--model", "S/2").stdout
+    config.write_text("name: run\nmodel: T/2\ndata: {path: nowhere}\n")
+    done = plan("--config", str(config))
+    assert done.returncode == 0, done.stderr
+    assert "nowhere is not there yet" in done.stderr
+    config.write_text("name: run\nmodle: T/2\n")
+    assert "did you mean model?" in plan("--config", str(config)).stderr
+
+
 @pytest.mark.slow
 def test_a_real_training_needs_what_was_planned(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]

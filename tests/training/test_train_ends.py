@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,8 +37,9 @@ def test_sigterm_ends_a_run_with_a_checkpoint_and_a_second_job_is_refused(latent
 
 
 @pytest.mark.slow
-def test_losses_that_are_not_finite_stop_the_run_and_name_the_samples(latents, tmp_path):
-    bad = ("--steps", 50, "--engine.lr", "1e30", "--max_skipped", 3)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_losses_that_are_not_finite_stop_the_run_and_name_the_samples(latents, tmp_path, precision):
+    bad = ("--steps", 50, "--engine.lr", "1e30", "--max_skipped", 3, "--engine.precision", precision)
     (output,) = train(1, words(latents, tmp_path, "run", *bad), tmp_path, codes=(2,))
     assert "3 steps in a row" in output
     assert "lower engine.lr" in output
@@ -46,9 +48,11 @@ def test_losses_that_are_not_finite_stop_the_run_and_name_the_samples(latents, t
 
 
 @pytest.mark.slow
-def test_the_video_that_is_not_finite_is_named_whatever_rank_and_micro_batch_it_was_in(tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_video_that_is_not_finite_is_named_whatever_rank_and_micro_batch_it_was_in(tmp_path, precision):
     spoilt = make_shards(tmp_path / "spoilt", [8] * 7, labels=True, spoilt=2)
-    arguments = words(spoilt, tmp_path, "run", "--steps", 7, "--engine.micro_batch", 1)
+    more = ("--engine.micro_batch", 1, "--engine.precision", precision)
+    arguments = words(spoilt, tmp_path, "run", "--steps", 7, *more)
     said = train(2, arguments, tmp_path)
     for output in said:  # Seven steps of four are four epochs of seven.
         named = re.findall("skipped: not finite, with (.+)", output)
@@ -115,6 +119,56 @@ def test_kill_9_and_the_same_command_again(latents, undisturbed, tmp_path, victi
     assert not list(root.glob(".tmp-*"))
     got, wanted = losses(tmp_path, "run"), losses(undisturbed, "run")
     assert all(got[step] == wanted[step] for step in set(got) & set(wanted))
+
+
+@pytest.mark.slow
+def test_a_run_whose_checkpoints_are_all_corrupt_stops_and_begins_anew_only_when_asked_to(
+    latents, undisturbed, tmp_path
+):
+    shutil.copytree(undisturbed / "runs" / "run", tmp_path / "runs" / "run")
+    root = tmp_path / "runs" / "run" / "checkpoints"
+    shard = root / "step-00000008" / "shard-00001-of-00002.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    arguments = words(latents, tmp_path, "run", "--steps", 9)
+    for start_number in range(2):  # The second time it is aside already.
+        for output in train(2, arguments, tmp_path, codes=(2,)):
+            assert "has no complete checkpoint left" in output, start_number
+            assert "corrupt-step-00000008: the checksum of shard-00001-of-00002.safetensors is wrong" in output
+            assert "--from-scratch true" in output
+            assert "Traceback" not in output
+    with pytest.raises(ValueError, match="from-scratch"):  # before the job waits in a queue
+        check(settings.parse(TrainConfig, arguments), 2)
+    before = {path.name: path.read_bytes() for path in (root / "corrupt-step-00000008").iterdir()}
+    train(2, [*arguments, "--from-scratch", "true"], tmp_path)
+    assert state(tmp_path, "run")[0]["progress"]["consumed"] == 36
+    assert {path.name: path.read_bytes() for path in (root / "corrupt-step-00000008").iterdir()} == before
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_saved_though_every_step_so_far_was_skipped(tmp_path):
+    spoilt = make_shards(tmp_path / "spoilt", [8], spoilt=0)
+    arguments = words(spoilt, tmp_path, "run", "--steps", 3, "--checkpoint.every", 1)
+    for steps in (2, 3):
+        train(1, [*arguments, "--steps", str(steps)], tmp_path)
+        assert state(tmp_path, "run")[0]["progress"] == {
+            "step": steps,
+            "updates": 0,
+            "consumed": 4 * steps,
+            "skipped": steps,
+        }
+
+
+@pytest.mark.slow
+def test_a_preview_that_fails_costs_itself_and_comes_after_the_checkpoint(latents, tmp_path):
+    """The latents' VAE does not exist, so no preview can be decoded."""
+    more = ("--steps", 4, "--previews.every", 2, "--previews.steps", 2, "--previews.num", 1)
+    first, _ = train(2, words(latents, tmp_path, "run", *more, "--checkpoint.every", 2), tmp_path)
+    assert first.count("no preview of step") == 2
+    assert first.index("no preview of step 2") > first.index("step 2/4")
+    assert state(tmp_path, "run")[0]["step"] == 4
+    assert "fvdm generate --checkpoint" in first
 
 
 def test_what_cannot_work_is_refused_before_it_is_submitted(latents, tmp_path):
