@@ -12,6 +12,7 @@ COMMANDS = {
     "checkpoint": "list, verify and export the checkpoints of a run",
     "plan": "estimate the memory, compute and traffic of a training run",
     "register": "log a trained model to MLflow and register it",
+    "play": "sample with timestep schedules on a page in the browser",
     "ui": "look at the runs in MLflow's pages",
 }
 USAGE = "usage: fvdm COMMAND [OPTIONS]\n\n" + "".join(f"  {name:11s} {text}\n" for name, text in COMMANDS.items())

@@ -20,6 +20,8 @@ from fvdm.diffusion.timesteps import check_schedule
 Block = tuple[int, Tensor]
 """A window's first frame, and the schedule `(s + 1, window)` of its frames."""
 Progress = Callable[[Sequence[int]], Iterator[int]]
+OnStep = Callable[[Tensor], None]
+"""Called with the window `(b f c h w)` after each step."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,14 @@ class SamplerConfig:
         guidance: what the estimate is pushed towards.
         given_noise: timestep that clean frames are shown to the network at; 0 is none.
         progress: wraps the sequence of steps, such as `tqdm`.
+        on_step: called with the window `(b f c h w)` after each step; an exception that it raises ends the sampling.
     """
 
     solver: Solver = field(default_factory=ddim)
     guidance: Guidance = field(default_factory=Guidance)
     given_noise: int = 0
     progress: Progress = iter
+    on_step: OnStep | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ def denoise(
     solver: Solver,
     noise: Callable[[], Tensor],
     progress: Progress = iter,
+    on_step: OnStep | None = None,
 ) -> State:
     """Denoise a window along the rows of its schedule. The only sampling loop there is.
 
@@ -123,6 +128,7 @@ def denoise(
         solver: takes the steps.
         noise: draws standard normal `(b f c h w)`.
         progress: wraps the sequence of steps.
+        on_step: see `SamplerConfig`.
     """
     moving = (schedule[1:] < schedule[:-1]).any(1).tolist()
     rows = schedule.to(state.x.device)
@@ -138,6 +144,8 @@ def denoise(
         history = (HistoryEntry(t, now.x_t, prediction.x_0), *history)[: solver.memory]
         # The history of a frame that waited is not valid: see fvdm.diffusion.solvers.
         valid_history = torch.where(moves, valid_history + 1, 0)
+        if on_step is not None:
+            on_step(x)
     return State(x, history, valid_history)
 
 
@@ -218,7 +226,7 @@ def _denoise_block(
     def estimate(x: Tensor, t: Tensor, row: Tensor) -> Tensor:
         return evaluate(x, t, y, row)
 
-    return denoise(state, schedule, estimate, diffusion, sampler.solver, noise, sampler.progress)
+    return denoise(state, schedule, estimate, diffusion, sampler.solver, noise, sampler.progress, sampler.on_step)
 
 
 def sample(

@@ -29,6 +29,7 @@ class TaskSpec:
         delay: rows that a frame of a pyramid starts after the one before; 0 is the task's own number.
         strength: how much of an edited frame may change: 0 nothing, 1 everything.
         slope: how much nearer to pure noise each frame of `progressive` begins than the one before.
+        schedule: int `(s + 1, length)`, for `custom` alone.
     """
 
     levels: Tensor
@@ -40,6 +41,7 @@ class TaskSpec:
     delay: int = 0
     strength: float = 0.6
     slope: float = 0.1
+    schedule: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
@@ -217,6 +219,16 @@ def edit(spec: TaskSpec) -> TaskPlan:
     return TaskPlan(schedule, tuple(range(spec.length)))
 
 
+def custom(spec: TaskSpec) -> TaskPlan:
+    """The schedule is the user's own; the frames that are selected are given."""
+    if spec.schedule is None:
+        raise ValueError("custom needs a schedule: --schedule FILE, a line per row with the timesteps of its frames")
+    unknown = [k for k in range(spec.length) if spec.schedule[0, k] < spec.levels[0] and k not in spec.selected]
+    if unknown:
+        raise ValueError(f"frame {unknown[0]} of the schedule starts below pure noise: name it in --frames and give it")
+    return TaskPlan(spec.schedule, spec.selected)
+
+
 def rolling_blocks(spec: TaskSpec) -> Iterator[tuple[int, Tensor]]:
     """The blocks of `rolling` for a video without an end, whatever `spec.length` is."""
     spec = replace(spec, length=spec.window)
@@ -265,6 +277,7 @@ TASKS: dict[str, Task] = {
     "progressive": Task(progressive, needs_given=True),
     "edit": Task(edit, needs_given=True),
     "pyramid": Task(pyramid, context=one_frame_context),
+    "custom": Task(custom),
     "stream": Task(rolling, length=128, context=rolling_context, endless=rolling_blocks),
 }
 

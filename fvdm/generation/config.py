@@ -2,9 +2,13 @@
 
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from fvdm.tracking.config import TrackingConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +17,7 @@ class GenerationConfig:
 
     Attributes:
         task: generate, image-to-video, interpolate, any-frame, infill, transition, long, next-frame, progressive,
-            edit, pyramid or stream.
+            edit, pyramid, stream or custom.
         frames: indices of the frames that the task selects, such as 0,5,-1 or 4:12: the given frames of any-frame, the
             missing ones of infill, those that edit changes.
         length: frames of the video; 0 is one window of the model, or 128 for long and stream.
@@ -23,6 +27,7 @@ class GenerationConfig:
         delay: rows of the schedule that a frame of pyramid or stream starts after the one before; 0 is the task's own.
         strength: how much edit may change, 0 to 1.
         slope: how much nearer to pure noise each frame of progressive begins than the one before.
+        schedule: file with the schedule of custom: a line per row, the timesteps of its frames separated by commas.
         num: number of samples.
         seed: seed of the first sample; the k-th has seed + k, whatever the batch size.
         batch_size: samples made at once.
@@ -47,6 +52,7 @@ class GenerationConfig:
     delay: int = 0
     strength: float = 0.6
     slope: float = 0.1
+    schedule: str = ""
     num: int = 1
     seed: int = 0
     batch_size: int = 4
@@ -72,6 +78,8 @@ class GenerationConfig:
         from fvdm.diffusion.tasks import find
 
         find(self.task)
+        if bool(self.schedule) != (self.task == "custom"):
+            raise ValueError("the task custom needs --schedule FILE, and no other task takes one")
         solver(self.solver, self.eta)
 
 
@@ -160,3 +168,28 @@ def indices(words: str) -> tuple[int, ...]:
         begin = int(match[1])
         found += range(begin, int(match[2]), int(match[3] or 1)) if match[2] else [begin]
     return tuple(found)
+
+
+def read_schedule(path: str) -> "Tensor":
+    """The schedule in a file, int64 `(steps + 1, frames)`: a line per row, the timesteps of its frames with commas.
+
+    Raises:
+        ValueError: if the file cannot be read, or holds no schedule.
+    """
+    import torch
+
+    from fvdm.diffusion.timesteps import check_schedule
+
+    try:
+        lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the schedule {path}: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        rows = [[int(word) for word in line.split(",")] for line in lines]
+    except ValueError:
+        raise ValueError(f"{path} is no schedule: write a line per row, whole timesteps separated by commas") from None
+    if len({len(row) for row in rows}) != 1:
+        raise ValueError(f"{path} is no schedule: its lines must name the same number of frames")
+    schedule = torch.tensor(rows)
+    check_schedule(schedule)
+    return schedule

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from fvdm.diffusion.guidance import Guidance
 from fvdm.diffusion.process import Diffusion
-from fvdm.diffusion.sampling import Progress, SamplerConfig, generators
+from fvdm.diffusion.sampling import OnStep, Progress, SamplerConfig, generators
 from fvdm.diffusion.solvers import solver
 from fvdm.diffusion.tasks import TaskPlan, TaskSpec, find
 from fvdm.diffusion.timesteps import spaced
 from fvdm.diffusion.video import place, sample_video, stream_video
-from fvdm.generation.config import GenerationConfig, generation_config, indices
+from fvdm.generation.config import GenerationConfig, generation_config, indices, read_schedule
 from fvdm.generation.inputs import as_frames, available, choose
 from fvdm.media.vae import VAE, load_vae
 from fvdm.models.backbone import Backbone
@@ -168,12 +168,15 @@ def fitted(trained: Trained, given: Tensor | Sequence[Tensor] | None) -> list[Te
 
 def length_of(trained: Trained, config: GenerationConfig) -> int:
     """Frames of a sample."""
+    if config.schedule:
+        return read_schedule(config.schedule).shape[1]
     return config.length or find(config.task).length or trained.model.config.frames
 
 
 def task_spec(trained: Trained, config: GenerationConfig, clips: Sequence[Tensor]) -> TaskSpec:
     """The settings of the task."""
     noise = trained.diffusion.noise_levels()
+    schedule = read_schedule(config.schedule) if config.schedule else None
     spec = TaskSpec(
         levels=spaced(config.spacing or solver(config.solver).spacing, config.steps, noise),
         window=trained.model.config.frames,
@@ -184,6 +187,7 @@ def task_spec(trained: Trained, config: GenerationConfig, clips: Sequence[Tensor
         delay=config.delay,
         strength=config.strength,
         slope=config.slope,
+        schedule=schedule,
     )
     count = sum(map(len, clips))
     # Exactly as many frames as are needed are taken as they are, without a stride.
@@ -252,6 +256,7 @@ def make_frames(
     clip: Tensor,
     seeds: Sequence[int],
     progress: Progress = iter,
+    on_step: OnStep | None = None,
 ) -> Iterator[Tensor]:
     """Samples of these seeds, frame by frame, uint8 `(b 3 h w)` on the CPU.
 
@@ -261,6 +266,7 @@ def make_frames(
         ValueError: if a setting does not fit the model.
     """
     y, sampler = sampler_inputs(trained, config, seeds, progress)
+    sampler = replace(sampler, on_step=on_step)
     batch = clip.expand(len(seeds), *clip.shape[1:])
     endless = find(config.task).endless
     if endless is None:

@@ -37,7 +37,6 @@ class Page:
 
     def __init__(self, model: Trained, config: PlayConfig) -> None:
         self.model, self.config = model, config
-        self.window = model.frames
         self.num_timesteps = model.diffusion.num_timesteps
 
     def build(self) -> gr.Blocks:

@@ -70,7 +70,7 @@ def plan_of(model: Trained, request: Request) -> tuple[Tensor, tuple[int, ...]]:
     Raises:
         ValueError: if the task and the given frames do not fit each other.
     """
-    plan = make_plan(model, request.config, request.clips, full=True)
+    plan = make_plan(model, request.config, request.clips, complete=True)
     return plan.schedule, plan.given
 
 

@@ -49,7 +49,7 @@ def columns() -> dict[str, str]:
         for field in fields(GenerationConfig)
         if type(field.default) in KINDS
     }
-    return {k: v for k, v in own.items() if k not in ("num", "batch_size")} | {"given": "binary"}
+    return {k: v for k, v in own.items() if k not in ("num", "batch_size", "schedule")} | {"given": "binary"}
 
 
 def signature(size: int) -> dict[str, list[dict[str, Any]]]:
