@@ -16,7 +16,7 @@ LAYERS = (
     ("fvdm.diffusion", "fvdm.media", "fvdm.tracking"),
     ("fvdm.models", "fvdm.data", "fvdm.checkpoints"),
     ("fvdm.generation",),
-    ("fvdm.evaluation", "fvdm.serving"),
+    ("fvdm.evaluation", "fvdm.serving", "fvdm.playground"),
     ("fvdm.training",),
     ("fvdm.cli",),
     ("data_prep",),
@@ -44,6 +44,7 @@ DOORS = {
     },
     "webdataset": {"fvdm/data/location.py", "data_prep/samples.py"},
     "fsspec": {"fvdm/data/location.py"},
+    "gradio": {"fvdm/playground/app.py"},
     "pyarrow": {f"fvdm/data/{name}.py" for name in ("index", "opening", "former")},
     "submitit": {f"launchers/{name}.py" for name in ("job", "local", "submission")} | {"data_prep/jobs.py"},
 }

@@ -28,8 +28,9 @@ CSS = """
 #clip-a img, #clip-b img {image-rendering: pixelated}
 """
 INTRO = """# FVDM playground
-Every frame has a timestep of its own. A **schedule** says how the timesteps fall, from noise (white) to clean (black): a column per
-frame, a row per step. Frames that you give are blue. Choose a task, or choose *custom* and edit the table."""
+Every frame has a timestep of its own. A **schedule** says how the timesteps fall, from noise (white) to clean (black):
+a column per frame, a row per step. Frames that you give are blue. Choose a task, or choose *custom* and edit the
+table."""
 
 
 class Page:
@@ -116,7 +117,7 @@ class Page:
                 headers=HEADERS,
                 datatype=["number", "bool", "number", "number", "number"],
                 type="array",
-                column_count=(5, "fixed"),
+                column_count=5,
                 interactive=True,
                 static_columns=[0],
                 elem_id=f"table-{name.lower()}",
@@ -124,7 +125,7 @@ class Page:
         return [chosen, length, frames, strength, table, picture]
 
     def _result(self, name: str) -> list[Any]:
-        """What is shown of one clip: its frames step by step, the video, the command line, and the schedule as a file."""
+        """What is shown of one clip: its frames step by step, the video, the command line, the schedule's file."""
         key = name.lower()
         clip = gr.Image(interactive=False, label=f"Clip {name}", height=300, buttons=[], elem_id=f"clip-{key}")
         video = gr.Video(

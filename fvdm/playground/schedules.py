@@ -78,7 +78,7 @@ def frame_times(schedule: Tensor, given: Iterable[int], num_timesteps: int) -> l
 def image(
     schedule: Tensor, given: Iterable[int], num_timesteps: int, height: int = 240, width: int = 640
 ) -> np.ndarray:
-    """A schedule as an image: a column per frame, time goes down, white is noise, black is clean, blue frames are given.
+    """A schedule as an image: a column per frame, time goes down; white is noise, black is clean, blue is given.
 
     Args:
         schedule: int `(s + 1, f)`.

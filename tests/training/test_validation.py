@@ -29,7 +29,10 @@ def network(shards, frames=6, **changes):
     return randomised(build(replace(config, **changes))).eval()
 
 
-def held_out(shards, ranks=Ranks(), frames=6, micro_batch=2, diffusion=None, **settings):
+ONE_RANK = Ranks()
+
+
+def held_out(shards, ranks=ONE_RANK, frames=6, micro_batch=2, diffusion=None, **settings):
     config = ValidationConfig(**{"every": 1, "num": 5, "levels": 3} | settings)
     data = DataConfig(path="-", frames=frames, stride=1, workers=0)
     return HeldOutLoss(diffusion or Diffusion(), shards, data, config, ranks, torch.device("cpu"), micro_batch)
