@@ -40,12 +40,7 @@ class Training(Job):
         from fvdm.training.loop import train
 
         config = part_of(settings.parse(TrainJobConfig, self.words), TrainConfig)
-        stopped = bool(train(config))
-        if not stopped and os.environ["RANK"] == "0":
-            print(f"the run {config.name} is complete. Make videos with it:", flush=True)
-            print(f"  fvdm generate --checkpoint {self.folder} --out videos/{config.name}", flush=True)
-            print("Look at its curves: fvdm ui", flush=True)
-        return stopped
+        return bool(train(config))
 
     @property
     def checkpoints(self) -> Path:
@@ -87,7 +82,8 @@ def with_config(words: list[str]) -> list[str]:
         f"{os.path.relpath(chosen)}, as {resources.world_size} {where}"
     )
     print("for your own data, type:")
-    print("  python data_prep/encode_latents.py --videos DIR --out latents/mine --size 256")
+    vae = "--vae stabilityai/sd-vae-ft-ema"
+    print(f"  python data_prep/encode_latents.py --videos DIR --out latents/mine --size 256 {vae}")
     print(f"  {PROG} --nodes {resources.nodes} --config configs/ffs_xl.yaml --name mine --data.path latents/mine")
     found = ["--config", str(chosen), f"--data.batch_size={batch}"]
     return [*found, f"--cluster={resources.cluster}", f"--gpus-per-node={resources.gpus_per_node}", *words]

@@ -73,7 +73,7 @@ def test_a_bare_command_trains_on_the_sample_clips(tmp_path):
     assert "no GPUs: training XS/4 for 2 steps" in done.stdout
     assert "as 4 processes on this machine" in done.stdout
     assert "--name mine --data.path latents/mine" in done.stdout
-    assert "the run sample is complete" in done.stdout
+    assert "sample is complete at step 2" in done.stdout
     # A folder for each start: another job's process may have had the number by which submitit names this one.
     assert re.search(r"runs/sample/jobs/local-\d{8}-\d{6}-\d+/\d+_0_log.out", done.stdout)
     assert "fvdm generate --checkpoint runs/sample" in done.stdout
