@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 help:
 	@echo "make demo       real clips -> latents -> 2-rank ZeRO-2 training -> videos -> FVD -> MLflow"
 	@echo "make test       lint, types and every test (test-fast leaves out the slow ones)"
-	@echo "make chaos      a training on a real Slurm of this machine, hit by 30 random failures"
+	@echo "make chaos      a run on a real Slurm of this machine, hit by 30 random failures"
 	@echo "make ui         look at the runs in MLflow, on http://127.0.0.1:5000"
 	@echo "make install    the virtual environment alone, in $(VENV)"
 	@echo "make lint       ruff and mypy"

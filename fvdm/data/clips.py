@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -94,7 +95,7 @@ def index_shard(path: Path) -> Iterator[dict[str, Any]]:
 
 def _row(clip: Clip) -> dict[str, Any]:
     return {
-        "source": clip.source.encode("utf-8", "backslashreplace").decode(),  # a file name may be no valid text
+        "source": os.fsencode(clip.source),
         "frames": clip.frames,
         "bucket": clip.bucket,
         "label": -1 if clip.label is None else clip.label,

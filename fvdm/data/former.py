@@ -13,6 +13,7 @@ Moments are the VAE's mean and log-variance, unscaled, as float16, or as bfloat1
 """
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -139,7 +140,7 @@ def sample_table(rows: Iterable[dict[str, Any]]) -> "pa.Table":
     for row in rows:
         values = {
             "key": str(row["key"]),
-            "source": str(row["source"]).encode("utf-8", "backslashreplace").decode(),
+            "source": os.fsencode(str(row["source"])),
             "frames": row["frames"],
             "bucket": 0,
             "label": -1 if row["label"] is None else row["label"],

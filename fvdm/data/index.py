@@ -1,5 +1,6 @@
 """The table of a split's samples: an Arrow file that is mapped into memory, which the ranks of a node share."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 # Columns of the table; the number of an array in the tar is its first byte, -1 where the sample has no such array.
 SCHEMA = {
     "key": "string",
-    "source": "string",
+    "source": "binary",  # a file name may hold bytes that are no text
     "frames": "int32",
     "bucket": "int16",
     "label": "int32",  # -1 without
@@ -118,4 +119,5 @@ class Samples:
 
     def value(self, name: str, row: int) -> Any:
         """One value of any column, as Python's."""
-        return self.table.column(name)[row].as_py()
+        value = self.table.column(name)[row].as_py()
+        return os.fsdecode(value) if isinstance(value, bytes) else value

@@ -74,7 +74,7 @@ class LatentShards:
     @cached_property
     def sources(self) -> list[str]:
         """Name of the video or image of each sample."""
-        return self.samples.table.column("source").to_pylist()
+        return [os.fsdecode(name) for name in self.samples.table.column("source").to_pylist()]
 
     @cached_property
     def frames(self) -> np.ndarray:

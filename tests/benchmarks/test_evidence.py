@@ -150,7 +150,7 @@ def test_scores_come_back_from_the_gpu_and_classes_are_hidden(tmp_path, monkeypa
 
     monkeypatch.setattr("benchmarks.evidence.measure.fvd.features", features)
     monkeypatch.setattr(evidence_measure, "neighbour_table", table)
-    model = SimpleNamespace(config=SimpleNamespace(num_classes=101))
+    model = SimpleNamespace(null=lambda count: torch.full((count,), 101))
     vae = SimpleNamespace(encode_mean=lambda pictures: torch.zeros(len(pictures), 16, 4, 1, 1))
     monkeypatch.setattr(bench, "trained", lambda job: SimpleNamespace(model=model, vae=vae, diffusion=PLAIN))
     arm = Arm("ffs", "XL/2", 0.2, 0)

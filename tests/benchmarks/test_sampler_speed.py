@@ -86,7 +86,7 @@ def test_a_run_is_opened_with_any_backend(tmp_path):
         (["--solvers", "ddim"], "words such as ddim:50"),
         (["--attention", "fast"], "'fast'"),
         (["--checkpoint", "random:Q/2"], "model 'Q/2' is unknown"),
-        (["--checkpoint", "/nowhere"], "no whole checkpoint"),
+        (["--checkpoint", "/nowhere"], "no complete checkpoint"),
         (["--tasks", "dance"], "task 'dance' is unknown"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.encode_latents import main, parse
+from data_prep.encode_latents import run
 from fvdm.data.shards import LatentShards
 from fvdm.generation.inputs import read_source
 from fvdm.media.videos import Preprocess, count_frames, read_video
@@ -78,7 +78,7 @@ def test_one_dropped_frame_of_600_costs_one_repeat(tmp_path):
 
 def test_all_of_them_are_encoded(tmp_path, capsys):
     words = ["--videos", str(INPUTS), "--out", str(tmp_path / "out"), "--size", "32", "--mlflow", "none", "--no-flip"]
-    assert main(parse(None, [*words, "--layout", "ffs", "--vae", str(make_vae(tmp_path / "vae"))])) == 0
+    assert run([*words, "--layout", "ffs", "--vae", str(make_vae(tmp_path / "vae"))]) == 0
     assert rejected(tmp_path / "out") == {}
     shards = LatentShards(tmp_path / "out")
     assert dict(zip(shards.sources, shards.frames.tolist(), strict=True)) == {n: v[0] for n, v in VIDEOS.items()}

@@ -202,7 +202,7 @@ def test_a_vae_of_a_folder_goes_with_the_model(run, tmp_path):
     checkpoint = run / "checkpoints" / "step-00000005"
     copy = tmp_path / "step-00000005"
     copy.mkdir()
-    for name in ("ema.safetensors", "state.json"):
+    for name in ("ema.safetensors", "state.json", "manifest.json"):
         (copy / name).write_bytes((checkpoint / name).read_bytes())
     state = json.loads((copy / "state.json").read_text()) | {"vae": str(BUILTIN)}
     (copy / "state.json").write_text(json.dumps(state))
@@ -216,7 +216,7 @@ def test_rows_are_clips_and_a_wrong_one_is_named(run, tmp_path):
     made = predict(trained, [{"steps": 1, "class": "dog"}, {"task": "interpolate", "steps": 1, "given": clip}])
     assert (made.dtype, made.shape) == (np.uint8, (2, FRAMES, 3, SIDE, SIDE))
     for row, sentence in (
-        ({"class": "bird"}, "row 2: class 'bird'"),
+        ({"class": "bird"}, "row 2: this model has no class 'bird'"),
         ({"task": "long", "length": 16}, "row 2 makes 16 frames, row 1 8"),
         ({"task": "image-to-video", "given": b"none"}, "row 2: cannot read frames"),
         ({"task": "any"}, "row 2: "),
@@ -231,7 +231,7 @@ def test_what_is_no_model_is_refused_with_a_sentence(tmp_path):
     command = [sys.executable, "-m", "fvdm", "register", "--checkpoint", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "holds no whole checkpoint" in done.stderr
+    assert "holds no complete checkpoint" in done.stderr
 
 
 def test_a_model_that_version_0_1_registered_still_predicts(run, tmp_path):
