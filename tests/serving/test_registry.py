@@ -106,7 +106,7 @@ def test_a_training_of_two_ranks_registers_its_model_once(tmp_path):
     assert [output.step for output in run.outputs.model_outputs] == [2]
     flat = settings.flatten(settings.parse(TrainConfig, command))
     assert run.data.params == {name: str(value) for name, value in flat.items()}
-    assert (tmp_path / "runs" / "cats" / "models" / "step-00000002" / "use.json").is_file()
+    assert (tmp_path / "runs" / "cats" / "models" / "step-00000002" / "inference.json").is_file()
     train(2, words(latents, tmp_path, "dogs", "--steps", 1, "--register_as", "none"), tmp_path)
     assert [model.name for model in client.search_registered_models()] == ["cats"]
 

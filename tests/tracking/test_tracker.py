@@ -12,6 +12,7 @@ import pytest
 from fvdm.distributed import free_port
 from fvdm.tracking import tracker as tracking
 from fvdm.tracking.config import TrackingConfig
+from fvdm.tracking.delivery import shown_name
 from fvdm.tracking.tracker import Tracker, run_of
 from tests.data_fixtures import make_shards
 from tests.runs import environment, losses, wait_until, words
@@ -77,6 +78,7 @@ def test_runs_that_start_at_once_make_one_database(tmp_path):
 @pytest.mark.slow
 def test_a_kill_while_the_database_is_made_spoils_nothing(config, tmp_path):
     program = "import sys; from fvdm.tracking.server import open_client; open_client(sys.argv[1])"
+    (tmp_path / "mlflow.db").unlink()
     victim = subprocess.Popen([sys.executable, "-c", program, config.uri], cwd=tmp_path)
     wait_until((tmp_path / ".tmp-mlflow.db").exists)
     victim.kill()
@@ -244,7 +246,7 @@ def test_a_training_whose_server_is_killed_in_its_middle_loses_no_metric(tmp_pat
         assert len(written["loss/mean"]) > back + 5
         client = MlflowClient(server.uri)
         for key, values in written.items():
-            assert sorted(history(client, run_of(journal.parent), key)) == sorted(values), key
+            assert sorted(history(client, run_of(journal.parent), shown_name(key))) == sorted(values), key
     finally:
         training.kill()
         server.kill()
