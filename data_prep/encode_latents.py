@@ -24,6 +24,7 @@ from data_prep.config import DEMO_CLIPS, EncodeConfig, StrictError, resolve
 from data_prep.job import exit_status
 from fvdm import config as settings
 from fvdm.files import LockHeldError, lock
+from fvdm.tracking.config import check_uri, tracking_uri
 
 if TYPE_CHECKING:
     from data_prep.planning import EncodePlan
@@ -47,6 +48,8 @@ def main(config: EncodeConfig) -> int:
 
     demo = not config.videos
     config = resolve(config)
+    if config.mlflow != "none":
+        check_uri(tracking_uri(config.mlflow))
     if demo:
         _make_demo_clips(config)
     with _lock_folder(Path(config.out)):

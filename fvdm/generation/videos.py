@@ -23,6 +23,7 @@ from fvdm.generation.config import GenerateCommand
 from fvdm.generation.inputs import choose, read_source
 from fvdm.generation.pipeline import Trained, encode_given, length_of, load, make_frames, make_plan
 from fvdm.media.writing import FORMATS, GIF_RATE, gif_stride, spread, tile, write, write_strips
+from fvdm.tracking.config import check_uri, tracking_uri
 from fvdm.tracking.pages import where_to_look
 from fvdm.tracking.tracker import Tracker, run_of
 
@@ -204,8 +205,9 @@ def run(config: GenerateCommand, ranks: Ranks) -> None:
     """Make, write, and report; rank 0 alone prints.
 
     Raises:
-        ValueError: if settings, files and model do not fit each other.
+        ValueError: if settings, files and model do not fit each other, or MLflow keeps no runs at the tracking address.
     """
+    check_uri(tracking_uri(config.tracking.uri))
     if ranks.world_size > 1 and torch.cuda.is_available() and not config.device:
         config = replace(config, device=f"cuda:{ranks.local_rank}")
     trained = load(config.checkpoint, config.weights, config.vae, config.device, config.precision, config.compile)

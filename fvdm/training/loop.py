@@ -24,6 +24,7 @@ from fvdm.models.backbone import Backbone
 from fvdm.models.compilation import compile_blocks
 from fvdm.models.loading import build
 from fvdm.serving.registry import log_model
+from fvdm.tracking.config import check_uri, tracking_uri
 from fvdm.tracking.tracker import Tracker
 from fvdm.training.config import TrainConfig
 from fvdm.training.ema import EMA
@@ -53,6 +54,7 @@ def train(config: TrainConfig) -> Stop:
     """
     stop = StopFlag()
     stop.install()
+    check_uri(tracking_uri(config.tracking.uri))
     ranks = from_environment()
     torch.set_float32_matmul_precision("high")
     shards = LatentShards(config.data.path, config.data.split, config.data.cache, config.data.cache_gb)

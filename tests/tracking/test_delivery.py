@@ -18,7 +18,8 @@ from fvdm.tracking.config import TrackingConfig
 from fvdm.tracking.logged_model import LoggedModel
 from fvdm.tracking.server import check, open_client
 from fvdm.tracking.tracker import Tracker
-from tests.runs import wait_until
+from tests.data_fixtures import make_shards, real_frames, write_video
+from tests.runs import ROOT, wait_until
 from tests.tracking.conftest import QUIET, Server
 
 
@@ -135,6 +136,33 @@ def test_addresses_that_cannot_work_are_refused_in_one_sentence(tmp_path):
             TrackingConfig(uri)
         with pytest.raises(ValueError, match=sentence):
             check(uri)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["launchers/slurm_train.py", "--cluster", "local", "--nodes", "1", "--data.path", "latents"],
+        ["-m", "fvdm.training.loop", "--name", "run", "--data.path", "latents"],
+        ["-m", "fvdm", "generate", "--checkpoint", "example", "--out", "out"],
+        ["-m", "fvdm", "ui"],
+        ["data_prep/encode_latents.py", "--videos", "clips", "--out", "encoded"],
+    ],
+    ids=lambda words: " ".join(words[:3]),
+)
+def test_a_file_store_in_the_environment_ends_a_command_before_it_begins(words, tmp_path):
+    make_shards(tmp_path / "latents", [30, 30])
+    write_video(tmp_path / "clips" / "a.mp4", real_frames()[:20])
+    before = set(tmp_path.iterdir())
+    words = [str(ROOT / words[0]), *words[1:]] if words[0].endswith(".py") else words
+    hidden = {"MLFLOW_TRACKING_URI": "mlruns", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, env=os.environ | hidden, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: the tracking address mlruns cannot be used")
+    assert set(tmp_path.iterdir()) == before
 
 
 class _Other(http.server.BaseHTTPRequestHandler):
