@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -17,6 +17,7 @@ T = TypeVar("T")
 RETRY_DELAYS = (1.0, 4.0, 16.0)  # seconds between tries
 TIMEOUT = 60.0  # seconds that a server may be silent
 BLOCK = 1 << 20  # bytes
+REMOVED = 10  # times in a row that a shard may be removed from the cache before it is open
 NOT_FOUND = 22  # exit status of `pipe:curl -f` where a server does not have a file, or does not give it
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp"}
 
@@ -186,6 +187,15 @@ class Location:
         if not self.remote:
             return Path(self.url(name))
         return self.cache.get(self.key(name, sha256), size, lambda path: self._fetch(name, sha256, path))
+
+    def open(self, name: str, sha256: str, size: int) -> int:
+        """A file descriptor of a shard; see `local` for what it takes and raises."""
+        if not self.remote:
+            return os.open(self.url(name), os.O_RDONLY)
+        for _ in range(REMOVED):
+            with suppress(FileNotFoundError):  # another process took its room in the cache before it was open
+                return os.open(self.local(name, sha256, size), os.O_RDONLY)
+        raise OSError(f"{str(self.cache.folder)!r} is too small for the processes that read at the same time")
 
     def prefetch(self, name: str, sha256: str, size: int) -> bool:
         """Fetches a shard ahead of its use, unless there is no room or another process is at it.

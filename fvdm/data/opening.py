@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Shard = ClipShard | former.ShardInfo
+THREADS = 8
 HASHED = 64 << 20  # bytes; a local table up to this size is checked against its checksum, a larger one by its size
 
 
@@ -55,6 +56,10 @@ def check_sizes(location: Location, shards: Sequence[Shard]) -> None:
         CorruptShardError: a shard is missing or has another size.
     """
 
+    def check_some(first: int) -> None:
+        for shard in shards[first::THREADS]:
+            check(shard)
+
     def check(shard: Shard) -> None:
         url = location.url(shard.name)
         try:
@@ -66,8 +71,8 @@ def check_sizes(location: Location, shards: Sequence[Shard]) -> None:
                 f"The shard {url!r} has {size} bytes, the manifest says {shard.bytes}: copy it again."
             )
 
-    with ThreadPoolExecutor(16) as pool:  # a shared file system answers many questions at once
-        list(pool.map(check, shards))
+    with ThreadPoolExecutor(THREADS) as pool:  # a shared file system answers many questions at once
+        list(pool.map(check_some, range(THREADS)))
 
 
 def open_samples(location: Location, manifest: ClipManifest | former.Manifest, shards: Sequence[Shard]) -> Samples:

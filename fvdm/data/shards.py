@@ -130,13 +130,17 @@ class LatentShards:
         """int64 (buckets, shards): how many samples of each shard have at least `frames` frames, or are images."""
         buckets = self.manifest.buckets
         least = np.array([1 if bucket.frames == 1 else frames for bucket in buckets])
-        found = np.zeros(len(buckets) * len(self.shards), dtype=np.int64)
+        found = np.zeros((len(buckets), len(self.shards)), dtype=np.int64)
         for start, length, bucket in zip(
             self.samples.starts, self.samples.chunks("frames"), self.samples.chunks("bucket"), strict=False
         ):
-            shard = np.searchsorted(self.first, np.arange(start, start + len(length)), side="right") - 1
-            found += np.bincount((bucket * len(self.shards) + shard)[length >= least[bucket]], minlength=len(found))
-        return found.reshape(len(buckets), len(self.shards))
+            first = int(np.searchsorted(self.first, start, side="right")) - 1
+            last = int(np.searchsorted(self.first, start + len(length), side="left"))
+            edges = np.maximum(self.first[first:last] - start, 0)  # where the shards of this piece begin in it
+            for number in np.unique(bucket):
+                fits = (bucket == number) & (length >= least[number])
+                found[number, first:last] += np.add.reduceat(fits, edges, dtype=np.int64)
+        return found
 
     def rows(self, shard: int, bucket: int, frames: int) -> np.ndarray:
         """The samples of a shard that `usable` counts in a bucket, ascending."""
@@ -254,7 +258,7 @@ class LatentShards:
             self._open.move_to_end(shard)
             return self._open[shard]
         info = self.shards[shard]
-        self._open[shard] = os.open(self.location.local(info.name, info.sha256, info.bytes), os.O_RDONLY)
+        self._open[shard] = self.location.open(info.name, info.sha256, info.bytes)
         if len(self._open) > OPEN_FILES:
             os.close(self._open.popitem(last=False)[1])
         return self._open[shard]
