@@ -19,7 +19,6 @@ And what 16 bits cost, in the shards and in the VAE's arithmetic, in dB: the pow
 error, and the PSNR of the decoded frames against those decoded from exact latents.
 """
 
-import argparse
 import multiprocessing
 import os
 import statistics
@@ -28,13 +27,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if __package__ in (None, ""):  # run as a file: the folder above holds the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fvdm import config as settings
 
 if TYPE_CHECKING:
     import torch
@@ -44,39 +45,58 @@ if TYPE_CHECKING:
     from fvdm.media.vae import VAE
 
 
-def main(words: list[str] | None = None) -> None:
+@dataclass(frozen=True)
+class EncodeSpeedConfig:
+    """The encoding that is timed.
+
+    Attributes:
+        videos: folder of video files.
+        vae: VAE by name or path, as encode_latents.py takes it.
+        size: side of the frames, in pixels.
+        repeats: rounds.
+        mlflow: MLflow server or database; none for no MLflow.
+    """
+
+    videos: str
+    vae: str = "builtin"
+    size: int = 128
+    repeats: int = 3
+    mlflow: str = ""
+
+
+def main(argv: list[str] | None = None) -> None:
     """Measures, prints and logs."""
-    parser = argparse.ArgumentParser(
-        "encode_speed.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--videos", required=True, help="folder of video files")
-    parser.add_argument("--vae", default="builtin", help="as encode_latents.py takes it [builtin]")
-    parser.add_argument("--size", type=int, default=128, help="side of the frames, in pixels [128]")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds [3]")
-    parser.add_argument("--mlflow", default="", metavar="URI", help="MLflow server or database; none for no MLflow")
-    words_of_run = parser.parse_args(words)
+    try:
+        options = settings.parse(EncodeSpeedConfig, argv, __doc__)
+        from data_prep.config import EncodeConfig, resolve
+        from data_prep.encoder import open_vae
 
-    from data_prep.config import EncodeConfig, resolve
-    from data_prep.encoder import open_vae
-    from fvdm.tracking.config import TrackingConfig
-    from fvdm.tracking.tracker import Tracker
-
-    config = resolve(
-        EncodeConfig(videos=words_of_run.videos, vae=words_of_run.vae, size=words_of_run.size, flip=False, timeout=60)
-    )
-    vae = open_vae(config)
-    print(f"{config.vae} at {config.size} px on {vae.device}, {vae.dtype}")
-    results = measure(config, vae, words_of_run.repeats)
+        config = resolve(
+            EncodeConfig(videos=options.videos, vae=options.vae, size=options.size, flip=False, timeout=60)
+        )
+        vae = open_vae(config)
+        print(f"{config.vae} at {config.size} px on {vae.device}, {vae.dtype}")
+        results = measure(config, vae, options.repeats)
+    except ValueError as error:
+        settings.fail(error)
     width = max(map(len, results))
     for name, value in results.items():
         print(f"{name:<{width}}  {value:8.2f}")
-    if words_of_run.mlflow != "none":
-        folder = Path(tempfile.mkdtemp(prefix="encode_speed-"))
-        settings = TrackingConfig(words_of_run.mlflow, "benchmarks", system_metrics=False)
-        params = {"vae": config.vae, "size": config.size, "cores": len(os.sched_getaffinity(0))}
-        tracker = Tracker(folder, settings, "encode_speed", params, {"kind": "benchmark"})
-        tracker.figures({name.replace(" ", "_").replace("/", "_per_"): value for name, value in results.items()})
-        tracker.close()
+    if options.mlflow != "none":
+        report(options, results)
+
+
+def report(options: EncodeSpeedConfig, results: dict[str, float]) -> None:
+    """Log the numbers to MLflow."""
+    from fvdm.tracking.config import TrackingConfig
+    from fvdm.tracking.tracker import Tracker
+
+    folder = Path(tempfile.mkdtemp(prefix="encode_speed-"))
+    tracking = TrackingConfig(options.mlflow, "benchmarks", system_metrics=False)
+    params = {"vae": options.vae, "size": options.size, "cores": len(os.sched_getaffinity(0))}
+    tracker = Tracker(folder, tracking, "encode_speed", params, {"kind": "benchmark"})
+    tracker.figures({name.replace(" ", "_").replace("/", "_per_"): value for name, value in results.items()})
+    tracker.close()
 
 
 def measure(config: "EncodeConfig", vae: "VAE", repeats: int) -> dict[str, float]:

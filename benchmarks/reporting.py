@@ -37,7 +37,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchmarkReport:
     """All that a benchmark has found.
 
     Attributes:
@@ -47,7 +47,7 @@ class Report:
         params: its settings.
         tags: more tags than `machine` gives.
         files: artifacts.
-        images: pictures by name, shown as images of the run.
+        images: images by name, shown as images of the run.
         data: what it was measured on.
     """
 
@@ -68,7 +68,7 @@ def machine() -> dict[str, str]:
 
 
 def send(
-    report: Report,
+    report: BenchmarkReport,
     out: Path,
     *,
     run_id: str = "",

@@ -8,25 +8,22 @@ read from a CSV file, benchmarks/published.csv, whose every row names its source
 source is refused, and one of another protocol is marked, for it does not compare.
 """
 
-import argparse
 import csv
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if __package__ in (None, ""):  # run as a file: the folder above holds the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import fvd
-from benchmarks.reporting import Data, Report, send
-from fvdm.config import fail
-from fvdm.distributed import Ranks
-from fvdm.evaluation.measure import ranks
-from fvdm.evaluation.protocols import PROTOCOLS
-from fvdm.files import write_text
+from fvdm import config as settings
+from fvdm.evaluation.config import FVDConfig
+
+if TYPE_CHECKING:
+    from fvdm.distributed import Ranks
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 DATASETS = {"ffs": "FaceForensics", "sky": "SkyTimelapse", "ucf101": "UCF101", "taichi": "Taichi-HD"}
@@ -91,26 +88,61 @@ def pairs(words: Sequence[str], name: str) -> dict[str, str]:
     return found
 
 
-def measure(options: argparse.Namespace, group: Ranks) -> dict[str, dict[str, Any]]:
-    """Results of `benchmarks.fvd.measure` by data set, on the main rank. Collective.
+@dataclass(frozen=True)
+class Table1Config:
+    """The paper's Table 1.
+
+    Attributes:
+        real: real videos or shards, as SET=PATH; sets are ffs, sky, ucf101 and taichi.
+        runs: run or checkpoint of each set, as SET=PATH.
+        published: CSV file of published numbers.
+        protocol: FVD protocol.
+        steps: steps of DDIM.
+        frames: frames of a clip.
+        clips: most clips; 0 takes the protocol's.
+        out: folder for what is measured, and the table.
+    """
+
+    real: tuple[str, ...] = ()
+    runs: tuple[str, ...] = ()
+    published: str = str(PUBLISHED)
+    protocol: str = "styleganv"
+    steps: int = 50
+    frames: int = 16
+    clips: int = 0
+    out: str = "table1"
+
+
+def measure(config: Table1Config, group: "Ranks") -> dict[str, dict[str, Any]]:
+    """Results of `fvdm.evaluation.comparison.measure` by data set, on the main rank. Collective.
 
     Raises:
         ValueError: if a source cannot be used.
     """
-    real, runs = pairs(options.real, "real"), pairs(options.runs, "runs")
+    from fvdm.evaluation import comparison
+    from fvdm.files import write_text
+
+    real, runs = pairs(config.real, "real"), pairs(config.runs, "runs")
     results = {}
     for dataset in (name for name in DATASETS if name in real and name in runs):
-        kept = Path(options.out) / f"{dataset}.json"
-        if kept.is_file():
-            results[dataset] = json.loads(kept.read_text())
+        measured = Path(config.out) / f"{dataset}.json"
+        if measured.is_file():
+            results[dataset] = json.loads(measured.read_text())
             continue
-        words = ["--real", real[dataset], "--fake", runs[dataset], "--dataset", dataset]
-        words += ["--protocol", options.protocol, "--guidance", str(GUIDANCE.get(dataset, 1.0))]
-        words += ["--steps", str(options.steps), "--clips", str(options.clips), "--frames", str(options.frames)]
-        results[dataset] = fvd.measure(fvd.arguments().parse_args(words), group)
+        fvd = FVDConfig(
+            real[dataset],
+            runs[dataset],
+            config.protocol,
+            dataset,
+            config.frames,
+            config.clips,
+            steps=config.steps,
+            guidance=GUIDANCE.get(dataset, 1.0),
+        )
+        results[dataset] = comparison.measure(fvd, group)
         if group.is_main:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_text(kept, json.dumps(results[dataset], indent=1))
+            measured.parent.mkdir(parents=True, exist_ok=True)
+            write_text(measured, json.dumps(results[dataset], indent=1))
     return results
 
 
@@ -142,49 +174,39 @@ def _departs(result: Mapping[str, Any]) -> str:
     return "" if found.startswith("nowhere") else str(found)
 
 
-def report(results: Mapping[str, Mapping[str, Any]], text: str, options: argparse.Namespace) -> None:
+def report(results: Mapping[str, Mapping[str, Any]], text: str, config: Table1Config) -> None:
     """Write table1.md, and report it to MLflow."""
-    out = Path(options.out)
+    from benchmarks.reporting import BenchmarkReport, Data, send
+    from fvdm.files import write_text
+
+    out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "table1.md", text)
     values = {f"fvd/{name}": result["fvd"] for name, result in results.items()}
-    real = pairs(options.real, "real")
+    real = pairs(config.real, "real")
     data = [Data(DATASETS[name], real[name], "real", result["taken"]["real"]) for name, result in results.items()]
     files = [out / "table1.md", *(out / f"{name}.json" for name in results)]
-    params = {key: value for key, value in vars(options).items() if key != "out"}
-    tags = {"config": " ".join(options.runs)}
-    send(Report("table1", "table 1", [(0, values)], params, tags, files, data=data), out)
+    params = {key: value for key, value in settings.flatten(config).items() if key != "out"}
+    tags = {"config": " ".join(config.runs)}
+    send(BenchmarkReport("table1", "table 1", [(0, values)], params, tags, files, data=data), out)
 
 
-def arguments() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--real", nargs="*", default=[], metavar="SET=PATH", help=f"real videos or shards; {', '.join(DATASETS)}")
-    add("--runs", nargs="*", default=[], metavar="SET=RUN", help="run or checkpoint of each")
-    add("--published", default=str(PUBLISHED), help="CSV file of published numbers [benchmarks/published.csv]")
-    add("--protocol", default="styleganv", choices=list(PROTOCOLS), help="[styleganv]")
-    add("--steps", type=int, default=50, help="steps of DDIM [50]")
-    add("--frames", type=int, default=16, help="frames of a clip [16]")
-    add("--clips", type=int, default=0, help="most clips [the protocol's]")
-    add("--out", default="table1", help="folder for what is measured, and the table [table1]")
-    return parser
-
-
-def main(words: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    options = arguments().parse_args(words)
     try:
-        published = read_published(Path(options.published))
+        config = settings.parse(Table1Config, argv, __doc__)
+        published = read_published(Path(config.published))
+        from fvdm.evaluation.measure import ranks
+
         with ranks() as group:
-            results = measure(options, group)
+            results = measure(config, group)
             main_rank = group.is_main
     except ValueError as error:
-        fail(error)
+        settings.fail(error)
     if main_rank:
-        text = table(results, [entry for entry in published if entry.frames == options.frames], options.protocol)
+        text = table(results, [entry for entry in published if entry.frames == config.frames], config.protocol)
         print(text)
-        report(results, text, options)
+        report(results, text, config)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 Real clips are cut; the frames that a task gives are given, the others are drawn, by
 
 - held: the model with a timestep per frame, given frames held at t = 0;
-- replacement, repaint: a model of one timestep per clip (--baseline, trained with p = 0), which is shown the given
-  frames at the others' noise level; repaint repeats each step;
+- replacement, repaint: a model of one timestep per clip (--baseline, trained with p = 0), which is given the given
+  frames at the noise level of the others; repaint repeats each step;
 - frozen: the nearest given frame before (or the first), standing still: what a score is worth that it does not beat;
 - vae: the truth through the VAE: the best that latents allow.
 
@@ -15,116 +15,136 @@ and are compared with what really happened: PSNR, SSIM, distance of I3D features
 also shown over the frames. Classes are hidden from class-conditional models.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if __package__ in (None, ""):  # run as a file: the folder above holds the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-from torch import Tensor
+from fvdm import config as settings
 
-from benchmarks.models import open_model
-from benchmarks.plots import bars, curves
-from benchmarks.reporting import Data, Report, send
-from benchmarks.smoke import smoke_clips
-from fvdm.config import fail
-from fvdm.diffusion.sampling import SamplerConfig
-from fvdm.diffusion.solvers import solver
-from fvdm.diffusion.tasks import given_frames, on_window
-from fvdm.diffusion.timesteps import spaced
-from fvdm.diffusion.video import place, sample_video
-from fvdm.evaluation import fvd
-from fvdm.evaluation.distances import quiet
-from fvdm.evaluation.i3d import I3D, MIN_FRAMES
-from fvdm.evaluation.protocols import Clip, protocol, select_real
-from fvdm.evaluation.replacement import replacement
-from fvdm.evaluation.scores import drawn, feature_distance, psnr, ssim
-from fvdm.evaluation.sources import Source, device, open_source
-from fvdm.files import write_text
-from fvdm.generation.pipeline import Trained
-from fvdm.media.writing import write_strips
-from fvdm.tracking.tracker import run_of
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fvdm.evaluation.completion import Completion
+    from fvdm.evaluation.i3d import I3D
+    from fvdm.evaluation.protocols import Clip
+    from fvdm.evaluation.sources import ClipSource
+    from fvdm.generation.pipeline import Trained
 
 TASKS = ("image-to-video", "interpolate", "long")
 
 
-class Method:
-    """Draws the frames of a task that are not given."""
+@dataclass(frozen=True)
+class ZeroShotConfig:
+    """Tasks with given frames, against the truth.
 
-    def __init__(self, name: str, trained: Trained, options: argparse.Namespace) -> None:
-        self.name, self.trained, self.options = name, trained, options
+    Attributes:
+        checkpoint: run or checkpoint of the model with a timestep per frame.
+        baseline: run or checkpoint that was trained with p = 0, on the same data.
+        real: real videos that neither was trained on, or latent shards.
+        tasks: image-to-video, interpolate and long.
+        clips: real clips.
+        length: frames of the task long.
+        stride: take every n-th frame; 0 takes the stride that the model was trained with.
+        frames: frames of a model of random weights.
+        steps: sampling steps.
+        solver: solver of the model with a timestep per frame; the baseline takes ddim.
+        resamples: how often repaint takes each step.
+        batch: clips at once.
+        precision: of sampling; empty takes bf16 on a GPU.
+        seed: of the first clip.
+        i3d: measure the distances of I3D features, and FVD.
+        smoke: tiny models of random weights on made-up clips; takes a minute.
+        out: folder for results and figures.
+    """
 
-    def __call__(self, task: str, truth: Tensor, given: Sequence[int], seeds: Sequence[int]) -> Tensor:
-        """Videos, uint8 `(b f 3 h w)`, of the truth's shape; the task's given frames of it, in the first window."""
-        if self.name == "frozen":
-            return truth[:, [max((g for g in given if g <= k), default=given[0]) for k in range(truth.shape[1])]]
-        trained, network = self.trained, self.trained.model.config
-        vae = trained.vae
-        if self.name == "vae":
-            return vae.decode(vae.encode_mean(truth)).cpu()
-        latents = place(vae.encode_mean(truth[:, list(given)]), given, network.frames)
-        y = trained.model.null(len(truth))
-        length, options = truth.shape[1], self.options
-        if self.name == "held":
-            sampler = SamplerConfig(solver(options.solver))
-            levels = spaced(sampler.solver.spacing, options.steps, trained.diffusion.noise_levels())
-            schedule = on_window(task, levels, network.frames, length).schedule
-            made = sample_video(trained.model, trained.diffusion, latents, schedule, seeds, sampler, y)
-        else:
-            repeats = options.resamples if self.name == "repaint" else 1
-            made = replacement(
-                trained.model, trained.diffusion, latents, given, seeds, options.steps, repeats, length, y
-            )
-        return vae.decode(made).cpu()
+    checkpoint: str = ""
+    baseline: str = ""
+    real: str = ""
+    tasks: tuple[str, ...] = TASKS
+    clips: int = 256
+    length: int = 128
+    stride: int = 0
+    frames: int = 16
+    steps: int = 50
+    solver: str = "ddim"
+    resamples: int = 5
+    batch: int = 4
+    precision: Literal["", "bf16", "fp32"] = ""
+    seed: int = 0
+    i3d: bool = True
+    smoke: bool = False
+    out: str = "zero_shot"
 
 
-def methods(options: argparse.Namespace) -> list[Method]:
+SMOKE = ZeroShotConfig(
+    checkpoint="random:T/2", baseline="random:XS/2", frames=9, clips=2, steps=2, length=14, resamples=2, smoke=True
+)
+
+
+def methods(config: ZeroShotConfig) -> "list[Completion]":
     """All that are compared.
 
     Raises:
         ValueError: if a checkpoint cannot be used, or the two are not of the same data.
     """
-    trained = open_model(options.checkpoint, options.precision, frames=options.frames)
-    found = [Method("held", trained, options)]
-    if options.baseline:
-        other = open_model(options.baseline, options.precision, frames=options.frames)
+    from benchmarks.models import open_model
+    from fvdm.evaluation.completion import Completion
+
+    def completion(name: str, trained: "Trained") -> "Completion":
+        return Completion(name, trained, config.solver, config.steps, config.resamples)
+
+    trained = open_model(config.checkpoint, config.precision, frames=config.frames)
+    found = [completion("held", trained)]
+    if config.baseline:
+        other = open_model(config.baseline, config.precision, frames=config.frames)
         if (other.size, other.model.config.frames) != (trained.size, trained.model.config.frames):
             raise ValueError(
-                f"{options.baseline} makes clips of {other.model.config.frames} frames of {other.size} pixels, "
-                f"{options.checkpoint} of {trained.model.config.frames} of {trained.size}: train them on the same data"
+                f"{config.baseline} makes clips of {other.model.config.frames} frames of {other.size} pixels, "
+                f"{config.checkpoint} of {trained.model.config.frames} of {trained.size}: train them on the same data"
             )
-        found += [Method(name, other, options) for name in ("replacement", "repaint")]
-    return [*found, Method("frozen", trained, options), Method("vae", trained, options)]
+        found += [completion(name, other) for name in ("replacement", "repaint")]
+    return [*found, completion("frozen", trained), completion("vae", trained)]
 
 
-class Bench:
+class TaskScores:
     """One task: its real clips, and the scores of every method on them."""
 
-    def __init__(self, task: str, trained: Trained, source: Source, options: argparse.Namespace) -> None:
-        self.task, self.source, self.options = task, source, options
+    def __init__(self, task: str, trained: "Trained", source: "ClipSource", config: ZeroShotConfig) -> None:
+        from fvdm.diffusion.tasks import given_frames
+        from fvdm.evaluation.protocols import protocol, select_real
+        from fvdm.evaluation.scores import drawn
+
+        self.task, self.source, self.config = task, source, config
         window = trained.model.config.frames
         self.given = given_frames(task, window)
-        self.frames = max(options.length, window) if task == "long" else window
-        stride = options.stride or trained.stride
-        self.clips = select_real(protocol("even"), source.lengths, self.frames, stride, options.clips)
+        self.frames = max(config.length, window) if task == "long" else window
+        stride = config.stride or trained.stride
+        self.clips = select_real(protocol("even"), source.lengths, self.frames, stride, config.clips)
         self.drawn = drawn(self.frames, self.given)
 
-    def batches(self) -> list[list[Clip]]:
+    def batches(self) -> "list[list[Clip]]":
         """The clips, a few at a time."""
-        return [self.clips[k : k + self.options.batch] for k in range(0, len(self.clips), self.options.batch)]
+        return [self.clips[k : k + self.config.batch] for k in range(0, len(self.clips), self.config.batch)]
 
-    def score(self, method: Method, net: I3D | None) -> tuple[dict[str, Any], Tensor]:
+    def score(self, method: "Completion", net: "I3D | None") -> "tuple[dict[str, Any], Tensor]":
         """Scores by name, each a number or a list over frames; and the first clips for the eye."""
+        import torch
+
+        from fvdm.evaluation import fvd
+        from fvdm.evaluation.distances import quiet
+        from fvdm.evaluation.scores import feature_distance, psnr, ssim
+
         by_frame: dict[str, list[Tensor]] = {"psnr": [], "ssim": []}
         pairs: list[tuple[Tensor, Tensor]] = []
         for number, clips in enumerate(self.batches()):
             truth = self.source.read(clips)
-            first = self.options.seed + number * self.options.batch
+            first = self.config.seed + number * self.config.batch
             made = method(self.task, truth, self.given, range(first, first + len(clips)))
             for name, function in (("psnr", psnr), ("ssim", ssim)):
                 by_frame[name].append(function(made[:, self.drawn], truth[:, self.drawn]))
@@ -144,43 +164,52 @@ class Bench:
         return result, shown
 
 
-def run_all(options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
-    """Task -> method -> scores; prints each, and writes a picture of truth and outcomes for each task.
+def run_all(config: ZeroShotConfig) -> dict[str, dict[str, dict[str, Any]]]:
+    """Task -> method -> scores; prints each, and writes an image of truth and outcomes for each task.
 
     Raises:
         ValueError: for a task, checkpoint or source that cannot be used.
     """
-    unknown = set(options.tasks) - set(TASKS)
+    import torch
+
+    from fvdm.evaluation import fvd
+    from fvdm.evaluation.i3d import MIN_FRAMES
+    from fvdm.evaluation.sources import device, open_source
+    from fvdm.media.writing import write_strips
+
+    unknown = set(config.tasks) - set(TASKS)
     if unknown:
         raise ValueError(f"task {', '.join(sorted(unknown))} has no ground truth here; choose of {', '.join(TASKS)}")
-    compared = methods(options)
+    compared = methods(config)
     trained = compared[0].trained
-    source = open_source(options.real, trained.size)
+    source = open_source(config.real, trained.size)
     if source.size != trained.size:
         raise ValueError(
-            f"{options.real} holds {source.size} pixels, the model makes {trained.size}: encode at that size"
+            f"{config.real} holds {source.size} pixels, the model makes {trained.size}: encode at that size"
         )
-    net = fvd.load_i3d(device=device()) if trained.model.config.frames >= MIN_FRAMES and not options.no_i3d else None
+    net = fvd.load_i3d(device=device()) if trained.model.config.frames >= MIN_FRAMES and config.i3d else None
     results: dict[str, dict[str, dict[str, Any]]] = {}
-    out = Path(options.out)
+    out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    for task in options.tasks:
-        bench = Bench(task, trained, source, options)
+    for task in config.tasks:
+        scored = TaskScores(task, trained, source, config)
         results[task] = {}
         rows: list[Tensor] = []
         for method in compared:
-            results[task][method.name], shown = bench.score(method, net)
+            results[task][method.name], shown = scored.score(method, net)
             rows += [*([shown[0]] if not rows else []), shown[1]]
             numbers = {k: v for k, v in results[task][method.name].items() if not isinstance(v, list)}
-            told = "  ".join(f"{name} {value:8.3f}" for name, value in numbers.items())
-            print(f"{task:<15} {method.name:<12} {told}   ({len(bench.clips)} clips)", flush=True)
-        results[task]["given"] = {"frames": list(bench.given), "drawn": bench.drawn, "clips": bench.clips}
+            summary = "  ".join(f"{name} {value:8.3f}" for name, value in numbers.items())
+            print(f"{task:<15} {method.name:<12} {summary}   ({len(scored.clips)} clips)", flush=True)
+        results[task]["given"] = {"frames": list(scored.given), "drawn": scored.drawn, "clips": scored.clips}
         write_strips(torch.stack(rows), out / f"{task}.png", columns=12)
     return results
 
 
 def figures(results: Mapping[str, Mapping[str, Mapping[str, Any]]], out: Path) -> dict[str, Path]:
-    """Pictures of the outcomes, PSNR over the frames, and bars of every score."""
+    """Images of the outcomes, PSNR over the frames, and bars of every score."""
+    from benchmarks.plots import bars, curves
+
     images: dict[str, Path] = {}
     for task, entry in results.items():
         images[f"{task}_frames"] = out / f"{task}.png"
@@ -201,9 +230,13 @@ def figures(results: Mapping[str, Mapping[str, Mapping[str, Any]]], out: Path) -
     return images
 
 
-def report(results: Mapping[str, Mapping[str, Mapping[str, Any]]], options: argparse.Namespace) -> None:
+def report(results: Mapping[str, Mapping[str, Mapping[str, Any]]], config: ZeroShotConfig) -> None:
     """Write results.json and the figures to `--out`, and report them to MLflow."""
-    out = Path(options.out)
+    from benchmarks.reporting import BenchmarkReport, Data, send
+    from fvdm.files import write_text
+    from fvdm.tracking.tracker import run_of
+
+    out = Path(config.out)
     write_text(out / "results.json", json.dumps(results, indent=1))
     metrics: list[tuple[int, dict[str, float]]] = []
     for task, entry in results.items():
@@ -214,63 +247,38 @@ def report(results: Mapping[str, Mapping[str, Mapping[str, Any]]], options: argp
                 for frame, value in zip(entry["given"]["drawn"], scores["psnr_by_frame"], strict=True):
                     metrics.append((frame, {f"{task}/psnr_by_frame_{name}": value}))
     taken = [(task, clip) for task, entry in results.items() for clip in entry["given"]["clips"]]
-    found = Report(
+    found = BenchmarkReport(
         "zero_shot",
-        f"zero-shot {Path(options.checkpoint).name}",
+        f"zero-shot {Path(config.checkpoint).name}",
         metrics,
-        {key: value for key, value in vars(options).items() if key != "out"},
+        {key: value for key, value in settings.flatten(config).items() if key != "out"},
         {
-            "config": options.checkpoint,
-            "baseline": options.baseline or "none",
-            "model_run": run_of(Path(options.checkpoint)),
+            "config": config.checkpoint,
+            "baseline": config.baseline or "none",
+            "model_run": run_of(Path(config.checkpoint)),
         },
         [out / "results.json"],
         figures(results, out),
-        [Data(Path(options.real).name, options.real, "truth", taken)],
+        [Data(Path(config.real).name, config.real, "truth", taken)],
     )
     send(found, out)
 
 
-def arguments() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--checkpoint", default="", help="run or checkpoint of the model with a timestep per frame")
-    add("--baseline", default="", help="run or checkpoint that was trained with p = 0, on the same data")
-    add("--real", default="", help="real videos that neither was trained on, or latent shards")
-    add("--tasks", nargs="+", default=list(TASKS), help=f"{', '.join(TASKS)} [all]")
-    add("--clips", type=int, default=256, help="real clips [256]")
-    add("--length", type=int, default=128, help="frames of the task long [128]")
-    add("--stride", type=int, default=0, help="take every so-many-th frame [as the model was trained]")
-    add("--frames", type=int, default=16, help="frames of a model of random weights [16]")
-    add("--steps", type=int, default=50, help="sampling steps [50]")
-    add("--solver", default="ddim", help="of the model with a timestep per frame; the baseline takes ddim [ddim]")
-    add("--resamples", type=int, default=5, help="times that repaint takes each step [5]")
-    add("--batch", type=int, default=4, help="clips at once [4]")
-    add("--precision", default="", choices=["", "bf16", "fp32"], help="[bf16 on a GPU]")
-    add("--seed", type=int, default=0, help="of the first clip [0]")
-    add("--no-i3d", action="store_true", help="leave out the distances of I3D features, and FVD")
-    add("--smoke", action="store_true", help="tiny models of random weights on clips that are made: a minute")
-    add("--out", default="zero_shot", help="folder for results and figures [zero_shot]")
-    return parser
-
-
-def main(words: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = arguments()
-    options = parser.parse_args(words)
     try:
-        if options.smoke:
-            small = {"checkpoint": "random:T/2", "baseline": "random:XS/2", "frames": 9, "clips": 2, "steps": 2}
-            small |= {"length": 14, "resamples": 2, "real": str(smoke_clips(Path(options.out) / "data"))}
-            parser.set_defaults(**small)
-            options = parser.parse_args(words)
-        if not (options.checkpoint and options.real):
-            raise ValueError("--checkpoint and --real are wanted: a trained model, and videos it was not trained on")
-        results = run_all(options)
+        config = settings.parse(ZeroShotConfig, argv, __doc__)
+        if config.smoke:
+            from benchmarks.smoke import smoke_clips
+
+            small = replace(SMOKE, real=str(smoke_clips(Path(config.out) / "data")))
+            config = settings.parse(ZeroShotConfig, argv, defaults=small)
+        if not (config.checkpoint and config.real):
+            raise ValueError("give --checkpoint and --real: a trained model, and videos that it was not trained on")
+        results = run_all(config)
     except ValueError as error:
-        fail(error)
-    report(results, options)
+        settings.fail(error)
+    report(results, config)
 
 
 if __name__ == "__main__":

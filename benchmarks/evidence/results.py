@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.evidence.measure import Bench
-from benchmarks.evidence.plan import SCALAR, Arm, Job, arms, base_p, jobs
-from benchmarks.evidence.scores import LEVELS, OWN, Statistic, difference, fvd_mean, interval, kvd_of, mean_of
+from benchmarks.evidence.plan import SCALAR, Arm, Trial, arms, base_p, trials
 from fvdm.diffusion.tasks import given_frames
+from fvdm.evaluation.intervals import Statistic, difference, fvd_mean, interval, kvd_of, mean_of
 from fvdm.evaluation.protocols import departures, protocol
-from fvdm.evaluation.scores import drawn
+from fvdm.evaluation.scores import LEVELS, OWN, drawn
 
 DRAWS = 200  # resamplings behind an interval
 MANY = 2000  # of means, which are cheap
@@ -25,15 +25,15 @@ class Results:
 
     def __init__(self, bench: Bench) -> None:
         self.bench, self.config = bench, bench.config
-        self.jobs = {job.name: job for job in jobs(bench.name, bench.config)}
-        self.tables = {job.name: bench.read(job) for job in self.jobs.values() if bench.done(job)}
+        self.trials = {trial.name: trial for trial in trials(bench.name, bench.config)}
+        self.tables = {trial.name: bench.read(trial) for trial in self.trials.values() if bench.done(trial)}
         self.ddof = protocol(self.config.protocol).ddof
 
     def real(self, split: str) -> np.ndarray | None:
         """Features of real clips of a split, where they are measured."""
         return self.tables.get(f"{self.bench.name}/generate/{split}", {}).get("features")
 
-    def reference(self, measured: Sequence[Job], end: str = "") -> np.ndarray | None:
+    def reference(self, measured: Sequence[Trial], end: str = "") -> np.ndarray | None:
         """Features of the real clips that FVD compares these with, where they are measured."""
         first = measured[0]
         if first.task == "generate":
@@ -42,15 +42,15 @@ class Results:
             return self.tables.get(first.name, {}).get(f"truth_features{end}")
         return self.real("test")
 
-    def apart(self, measured: Sequence[Job]) -> int:
+    def apart(self, measured: Sequence[Trial]) -> int:
         """Real clips of a published protocol, all of which count however many are generated; else 0: one each."""
         reference = self.reference(measured)
         published = measured[0].task == "generate" and self.config.published
         return len(reference) if published and reference is not None else 0
 
-    def statistic(self, measured: Sequence[Job], measure: str) -> Statistic | None:
-        """A measure, averaged over trainings, as a function of which clips; None where it is not measured."""
-        tables = [self.tables[job.name] for job in measured if job.name in self.tables]
+    def statistic(self, measured: Sequence[Trial], measure: str) -> Statistic | None:
+        """A measure, averaged over training runs, as a function of which clips; None where it is not measured."""
+        tables = [self.tables[trial.name] for trial in measured if trial.name in self.tables]
         if not tables or len(tables) < len(measured):
             return None
         if measure not in ("fvd", "kvd", "distance", "fvd_last"):
@@ -67,33 +67,33 @@ class Results:
             return mean_of([np.linalg.norm(fake - reference, axis=1) for fake in fakes])
         return kvd_of(reference, fakes) if measure == "kvd" else fvd_mean(reference, fakes, self.ddof)
 
-    def clips(self, measured: Sequence[Job]) -> int:
+    def clips(self, measured: Sequence[Trial]) -> int:
         """Clips behind a number: where each has a real one, no more than there are of these."""
-        count = min(self.bench.count(job) for job in measured)
+        count = min(self.bench.count(trial) for trial in measured)
         reference = self.reference(measured)
         return count if reference is None or self.apart(measured) else min(count, len(reference))
 
-    def interval(self, statistic: Statistic, measured: Sequence[Job], draws: int = DRAWS) -> list[float]:
+    def interval(self, statistic: Statistic, measured: Sequence[Trial], draws: int = DRAWS) -> list[float]:
         """Value, and the ends of its interval, of a statistic of these clips."""
         return list(interval(statistic, self.clips(measured), draws, real=self.apart(measured)))
 
-    def number(self, measured: Sequence[Job], measure: str) -> list[float] | None:
+    def number(self, measured: Sequence[Trial], measure: str) -> list[float] | None:
         """Value, and the ends of its interval; None where it is not measured."""
         statistic = self.statistic(measured, measure)
         return None if statistic is None else self.interval(statistic, measured)
 
-    def row(self, measured: Sequence[Job], measures: Sequence[str]) -> Numbers:
+    def row(self, measured: Sequence[Trial], measures: Sequence[str]) -> Numbers:
         """A line of a table: what it is of, and its numbers."""
         first = measured[0]
         found: Numbers = {"method": first.method, "sampler": first.sampler, "clips": self.clips(measured)}
-        found["jobs"] = [job.name for job in measured]
+        found["jobs"] = [trial.name for trial in measured]
         if self.apart(measured) and "fvd" in measures:
             found["real"] = self.apart(measured)
         if first.arm:
             found |= {
                 "model": first.arm.model,
                 "p": first.arm.p,
-                "seeds": [job.arm.seed for job in measured if job.arm],
+                "seeds": [trial.arm.seed for trial in measured if trial.arm],
             }
         for measure in measures:
             value = self.number(measured, measure)
@@ -101,18 +101,18 @@ class Results:
                 found[measure] = value
         return found
 
-    def find(self, arm: Arm | None, task: str, sampler: str = "") -> Job | None:
+    def find(self, arm: Arm | None, task: str, sampler: str = "") -> Trial | None:
         """The done measurement of an arm."""
-        for job in self.jobs.values():
-            same = (job.arm, job.task) == (arm, task) and job.method != "vae" and sampler in ("", job.sampler)
-            if same and job.name in self.tables:
-                return job
+        for trial in self.trials.values():
+            same = (trial.arm, trial.task) == (arm, task) and trial.method != "vae" and sampler in ("", trial.sampler)
+            if same and trial.name in self.tables:
+                return trial
         return None
 
-    def group(self, model: str, p: float, task: str, sampler: str = "") -> list[Job]:
+    def group(self, model: str, p: float, task: str, sampler: str = "") -> list[Trial]:
         """The done measurements of an arm, one a seed."""
         found = [self.find(Arm(self.bench.name, model, p, seed), task, sampler) for seed in self.config.seeds]
-        return [job for job in found if job]
+        return [trial for trial in found if trial]
 
     def generation(self) -> list[Numbers]:
         """Plain generation: real clips, then each training, then each arm over its seeds."""
@@ -122,24 +122,24 @@ class Results:
         if floor:
             rows.append(self.row([floor], ["fvd", "kvd", "residual"]))
         for arm in arms(self.bench.name, self.config):
-            job = self.find(arm, "generate", first)
-            if job:
-                rows.append(self.row([job], ["fvd", "kvd", "residual"]))
+            trial = self.find(arm, "generate", first)
+            if trial:
+                rows.append(self.row([trial], ["fvd", "kvd", "residual"]))
         return rows
 
-    def find_real(self, split: str) -> Job | None:
+    def find_real(self, split: str) -> Trial | None:
         """The measurement of real clips of a split."""
         name = f"{self.bench.name}/generate/{split}"
-        return self.jobs[name] if name in self.tables else None
+        return self.trials[name] if name in self.tables else None
 
     def samplers(self) -> list[Numbers]:
         """The samplers on one training, with the seconds of a clip."""
         best = Arm(self.bench.name, self.config.model, base_p(self.config), self.config.seeds[0])
         rows = []
         for sampler in self.config.samplers:
-            job = self.find(best, "generate", sampler)
-            if job and len(self.config.samplers) > 1:
-                rows.append(self.row([job], ["fvd", "residual"]))
+            trial = self.find(best, "generate", sampler)
+            if trial and len(self.config.samplers) > 1:
+                rows.append(self.row([trial], ["fvd", "residual"]))
         return rows
 
     def tasks(self) -> dict[str, list[Numbers]]:
@@ -149,8 +149,10 @@ class Results:
             measures = ["psnr", "distance", "fvd", "residual", "residual_last", "fvd_last"]
             measures += [] if task == "image-to-video" else ["motion"]  # One frame does not tell where a digit flies.
             groups = [self.group(self.config.model, p, task) for p in self.config.p]
-            extra = [job for job in self.jobs.values() if job.task == task and job.method in ("frozen", "vae")]
-            groups += [[job] for job in extra if job.name in self.tables]
+            extra = [
+                trial for trial in self.trials.values() if trial.task == task and trial.method in ("frozen", "vae")
+            ]
+            groups += [[trial] for trial in extra if trial.name in self.tables]
             found[task] = [self.row(group, measures) for group in groups if group]
         return found
 
@@ -169,18 +171,20 @@ class Results:
                     ],
                 }
         return (
-            {"frames": new, "jobs": [job.name for group in groups.values() for job in group]} | found if found else {}
+            {"frames": new, "jobs": [trial.name for group in groups.values() for trial in group]} | found
+            if found
+            else {}
         )
 
-    def _curve(self, group: Sequence[Job], measure: str) -> list[float]:
-        tables = [self.tables[job.name][measure] for job in group]
+    def _curve(self, group: Sequence[Trial], measure: str) -> list[float]:
+        tables = [self.tables[trial.name][measure] for trial in group]
         return np.mean(tables, axis=(0, 1)).round(4).tolist()
 
-    def _part(self, groups: dict[float, list[Job]], measure: str, part: np.ndarray) -> Numbers:
+    def _part(self, groups: dict[float, list[Trial]], measure: str, part: np.ndarray) -> Numbers:
         """One eighth of the frames: each method's mean, and how much the base p is ahead of the scalar arm."""
 
-        def over(group: Sequence[Job]) -> Statistic:
-            return mean_of([self.tables[job.name][measure][:, part] for job in group])
+        def over(group: Sequence[Trial]) -> Statistic:
+            return mean_of([self.tables[trial.name][measure][:, part] for trial in group])
 
         means = {_method(group): self.interval(over(group), group, MANY) for group in groups.values()}
         scalar, best = groups.get(SCALAR), groups.get(base_p(self.config))
@@ -198,12 +202,12 @@ class Results:
             group = self.group(self.config.model, p, "validation")
             if group:
                 found[f"{p:g}"] = self._neighbours(group)
-                names += [job.name for job in group]
+                names += [trial.name for trial in group]
         return {"own": list(OWN), "neighbour": list(LEVELS), "p": found, "jobs": names} if found else {}
 
-    def _neighbours(self, group: Sequence[Job]) -> Numbers:
+    def _neighbours(self, group: Sequence[Trial]) -> Numbers:
         """Tables of one arm, and how far its estimate of a frame of noise beside a clean one beats the copy of that."""
-        tables = [self.tables[job.name]["table"] for job in group]  # (b own neighbour 3)
+        tables = [self.tables[trial.name]["table"] for trial in group]  # (b own neighbour 3)
 
         def of(own: int, least: int, kind: int) -> Statistic:
             return mean_of([table[:, own, least, kind] for table in tables])
@@ -218,33 +222,33 @@ class Results:
 
     def card(self) -> Numbers:
         """How FVD is measured, and where that departs from its protocol; empty where it is not measured."""
-        config, how = self.config, protocol(self.config.protocol)
+        config, rules = self.config, protocol(self.config.protocol)
         real = self.real(config.reference)
         if real is None:
             return {}
         source = self.bench.sources[config.reference]
         span = (config.frames - 1) * self.bench.stride + 1
         departed = departures(
-            how,
+            rules,
             clips=(len(real), config.clips),
             frames=config.frames,
             size=config.size,
             stride=self.bench.stride,
-            usual=how.stride_on(self.bench.name),
+            usual=rules.stride_on(self.bench.name),
             videos=sum(length >= span for length in source.lengths),
             repeats=1,
-            seed=how.seed,
+            seed=rules.seed,
             split=config.reference,
         )
         return {
-            "protocol": f"{how.name}: {how.source}",
+            "protocol": f"{rules.name}: {rules.source}",
             "departs from it": departed + ([] if config.published else [f"{config.windows} windows of each video"]),
             "real clips": f"{len(real)} of the split {config.reference}, which has {len(source.names)} videos",
             "generated clips": config.clips,
             "frames": config.frames,
             "stride": f"real {self.bench.stride}, generated 1",
             "resolution": f"{config.size} pixels",
-            "covariance": f"divided by n - {how.ddof}",
+            "covariance": f"divided by n - {rules.ddof}",
             "codec": source.describe()["codec"],
         }
 
@@ -252,14 +256,14 @@ class Results:
         """The numbers of every single measurement, by its name: what its MLflow run shows."""
         found = {}
         for name in self.tables:
-            job = self.jobs[name]
+            trial = self.trials[name]
             # Plain generation has no truth to be at a distance from, and the real clips none from themselves.
-            without = {"distance"} if job.task == "generate" else set()
-            without |= {"fvd", "kvd"} if without and job.method == self.config.reference else set()
-            row = self.row([job], [measure for measure in MEASURES if measure not in without])
+            without = {"distance"} if trial.task == "generate" else set()
+            without |= {"fvd", "kvd"} if without and trial.method == self.config.reference else set()
+            row = self.row([trial], [measure for measure in MEASURES if measure not in without])
             found[name] = {measure: row[measure] for measure in MEASURES if measure in row}
-            if job.method == "loss":
-                table = self._neighbours([job])
+            if trial.method == "loss":
+                table = self._neighbours([trial])
                 found[name] = {kind: table[kind] for kind in ("copied", "ahead_of_copy")} | {
                     f"{kind} {own} beside {least}": table[kind][i][j]
                     for kind in ("error", "share")
@@ -282,6 +286,6 @@ class Results:
         }
 
 
-def _method(group: Sequence[Job]) -> str:
+def _method(group: Sequence[Trial]) -> str:
     assert group[0].arm
     return f"p = {group[0].arm.p:g}, {group[0].method}"

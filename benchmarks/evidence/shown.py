@@ -1,4 +1,4 @@
-"""The arms of benchmarks/evidence.py side by side, as pictures and as videos."""
+"""The arms of benchmarks/evidence.py side by side, as images and as videos."""
 
 from pathlib import Path
 
@@ -8,15 +8,15 @@ from einops import rearrange
 from torch import Tensor
 
 from benchmarks.evidence.measure import Bench
-from benchmarks.evidence.plan import Job, jobs
+from benchmarks.evidence.plan import Trial, trials
 from fvdm.media.writing import write_mp4, write_strips
 
-ZOOM = 64  # pixels of a frame in the pictures, at least
+ZOOM = 64  # pixels of a frame in the images, at least
 COLUMNS = 8
 
 
 def side_by_side(bench: Bench, out: Path) -> dict[str, Path]:
-    """For each task a picture (a row for each arm, the truth on top) and a video (the same clips in a row each).
+    """For each task an image (a row for each arm, the truth on top) and a video (the same clips in a row each).
 
     Args:
         bench: the set.
@@ -27,10 +27,10 @@ def side_by_side(bench: Bench, out: Path) -> dict[str, Path]:
     """
     images: dict[str, Path] = {}
     for task in ("generate", *bench.config.tasks):
-        found = [job for job in jobs(bench.name, bench.config) if job.task == task and _wanted(bench, job)]
+        found = [trial for trial in trials(bench.name, bench.config) if trial.task == task and _is_shown(bench, trial)]
         if not found:
             continue
-        rows = [torch.from_numpy(bench.read(job)["shown"]) for job in found]
+        rows = [torch.from_numpy(bench.read(trial)["shown"]) for trial in found]
         if task != "generate":
             rows = [torch.from_numpy(bench.read(found[0])["shown_truth"]), *rows]
         count = min(2, *(len(row) for row in rows)) if len(rows) > 1 else 1
@@ -45,11 +45,11 @@ def side_by_side(bench: Bench, out: Path) -> dict[str, Path]:
     return images
 
 
-def _wanted(bench: Bench, job: Job) -> bool:
+def _is_shown(bench: Bench, trial: Trial) -> bool:
     """One row for each arm: those of the first seed, with the sampler that all share; and real clips."""
-    first = job.arm is None or job.arm.seed == bench.config.seeds[0]
-    shared = job.sampler in ("", bench.config.samplers[0])
-    return first and shared and job.method not in ("train", "vae", "frozen") and bench.done(job)
+    first = trial.arm is None or trial.arm.seed == bench.config.seeds[0]
+    shared = trial.sampler in ("", bench.config.samplers[0])
+    return first and shared and trial.method not in ("train", "vae", "frozen") and bench.done(trial)
 
 
 def _zoom(video: Tensor) -> Tensor:

@@ -123,13 +123,13 @@ def floor(real: np.ndarray, fake: np.ndarray, *, ddof: int = 0) -> dict[str, flo
         real: features `(n d)`, n >= 4.
         fake: features `(m d)`.
     """
-    half = min(len(real) // 2, len(fake))
-    one, other = real[0::2][:half], real[1::2][:half]
+    count = min(len(real) // 2, len(fake))
+    one, other = real[0::2][:count], real[1::2][:count]
     with quiet():
         return {
-            "n": float(half),
+            "n": float(count),
             "real_against_real": frechet_distance(one, other, ddof=ddof),
-            "fake_against_real": frechet_distance(one, fake[:half], ddof=ddof),
+            "fake_against_real": frechet_distance(one, fake[:count], ddof=ddof),
         }
 
 

@@ -36,9 +36,9 @@ def features(net: I3D, video: Tensor, batch: int = 8, resize: Resize = "direct")
         video: uint8 `(b f 3 h w)`, RGB, f >= 9, of any size and on any device.
         batch: clips that go through the network at once; bounds the memory. On a CPU they go side by side, a thread
             each, so that a clip's features depend neither on it nor on the number of threads.
-        resize: bilinear, without antialiasing; `direct` takes the whole picture to 224 x 224 (TATS,
+        resize: bilinear, without antialiasing; `direct` takes the whole image to 224 x 224 (TATS,
             cd-fvd), `short-side` its shorter side to 224 and then the centre (StyleGAN-V, VideoGPT). Square
-            pictures come out the same.
+            images come out the same.
 
     Returns:
         float32 `(b 400)`, on the network's device.
@@ -96,19 +96,19 @@ def _full_precision(device: torch.device) -> Iterator[None]:
     """No autocast, TF32 or bf16 inside float32 convolutions, and no choice of algorithm by timing."""
     cudnn: Any = torch.backends.cudnn
     mkldnn: Any = torch.backends.mkldnn
-    wanted: list[tuple[Any, str, Any]] = [(cudnn, "benchmark", False), (cudnn, "deterministic", True)]
+    changed: list[tuple[Any, str, Any]] = [(cudnn, "benchmark", False), (cudnn, "deterministic", True)]
     if hasattr(cudnn, "conv"):
-        wanted += [(cudnn.conv, "fp32_precision", "ieee"), (mkldnn.conv, "fp32_precision", "ieee")]
+        changed += [(cudnn.conv, "fp32_precision", "ieee"), (mkldnn.conv, "fp32_precision", "ieee")]
     else:
-        wanted.append((cudnn, "allow_tf32", False))
-    before = [getattr(owner, name) for owner, name, _ in wanted]
+        changed.append((cudnn, "allow_tf32", False))
+    before = [getattr(owner, name) for owner, name, _ in changed]
     try:
-        for owner, name, value in wanted:
+        for owner, name, value in changed:
             setattr(owner, name, value)
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for (owner, name, _), value in zip(wanted, before, strict=True):
+        for (owner, name, _), value in zip(changed, before, strict=True):
             setattr(owner, name, value)
 
 

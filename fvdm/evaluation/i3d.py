@@ -166,7 +166,7 @@ def load_i3d(path: str | os.PathLike[str] | None = None, device: torch.device | 
         ) from None
     digest = hashlib.sha256(data).hexdigest()
     if digest != SHA256 and not named:
-        raise ValueError(f"the I3D weights {file} are damaged (sha256 {digest[:12]}): run `{INSTALL}` again")
+        raise ValueError(f"the I3D weights {file} are corrupt (sha256 {digest[:12]}): run `{INSTALL}` again")
     with torch.device("meta"):  # every weight is set below; nothing is drawn at random before
         net = I3D()
     _fill(net, _read_arrays(data, file), file)

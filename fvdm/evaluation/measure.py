@@ -19,7 +19,7 @@ from fvdm.distributed import Ranks, from_environment
 from fvdm.evaluation import fvd
 from fvdm.evaluation.i3d import I3D
 from fvdm.evaluation.protocols import Clip
-from fvdm.evaluation.sources import Source
+from fvdm.evaluation.sources import ClipSource
 
 T = TypeVar("T")
 
@@ -62,13 +62,13 @@ def over_ranks(work: Callable[[int], T], count: int, group: Ranks) -> list[T]:
         ValueError: on all ranks, if one of them raised it.
     """
     done: dict[int, T] = {}
-    trouble = ""
+    error_message = ""
     try:
         for piece in group.share(count):
             done[piece] = work(piece)
     except ValueError as error:
-        trouble = str(error)
-    for sentence, _ in (parts := gather((trouble, done), group)):
+        error_message = str(error)
+    for sentence, _ in (parts := gather((error_message, done), group)):
         if sentence:
             raise ValueError(sentence)
     everything = {piece: value for _, part in parts for piece, value in part.items()}
@@ -77,7 +77,7 @@ def over_ranks(work: Callable[[int], T], count: int, group: Ranks) -> list[T]:
 
 def clip_features(
     net: I3D,
-    source: Source,
+    source: ClipSource,
     clips: Sequence[Clip],
     group: Ranks,
     *,
@@ -93,7 +93,7 @@ def clip_features(
         source: where the clips are.
         clips: which.
         group: the ranks.
-        resize: how pictures come to the detector's size.
+        resize: how images come to the detector's size.
         chunk: clips that are read, or sampled, and go through the network together; part of what makes the digits.
         still: take the middle frame of each clip instead, shown all the time.
         progress: called with the number of a chunk that is done.

@@ -30,11 +30,11 @@ class Protocol:
         source: who published by it.
         real: most real clips, one of each video; 0 takes all.
         fake: generated clips.
-        stride: every so-many-th frame of the real videos; generated ones are taken at 1.
+        stride: every n-th frame of the real videos; generated ones are taken at 1.
         strides: another stride for a data set by name.
         order: which videos come first: in sorted order, in a random order, or spread evenly over the sorted order.
         offset: where a real clip begins: anywhere, or at the first frame.
-        resize: how pictures come to the detector's 224 pixels; see `fvdm.evaluation.fvd.features`.
+        resize: how images come to the detector's 224 pixels; see `fvdm.evaluation.fvd.features`.
         ddof: covariances are divided by n - ddof.
         seed: of order and offset, unless another is asked for.
         split: the split of the data set that counts as real.
@@ -85,37 +85,37 @@ def protocol(name: str) -> Protocol:
 
 
 def select_real(
-    how: Protocol, lengths: Sequence[int], frames: int, stride: int = 0, clips: int = 0, seed: int | None = None
+    rules: Protocol, lengths: Sequence[int], frames: int, stride: int = 0, clips: int = 0, seed: int | None = None
 ) -> list[Clip]:
     """The real clips: one of each video that is long enough, at most as many as the protocol takes.
 
     The offset of a video's clip is a function of (seed, video), so it stays when other videos are added behind.
 
     Args:
-        how: the protocol.
+        rules: the protocol.
         lengths: frames of each video, in the order of their sorted names.
         frames: frames of a clip.
-        stride: every so-many-th frame; 0 is the protocol's.
+        stride: every n-th frame; 0 is the protocol's.
         clips: most clips; 0 is the protocol's.
         seed: of order and offset; the protocol's when not given.
 
     Raises:
         ValueError: if fewer than two videos are long enough.
     """
-    stride, seed = stride or how.stride, how.seed if seed is None else seed
+    stride, seed = stride or rules.stride, rules.seed if seed is None else seed
     span = (frames - 1) * stride + 1
     usable = np.array([video for video, length in enumerate(lengths) if length >= span], dtype=np.int64)
     _enough(len(usable), lengths, f"{span} frames ({frames} at stride {stride})")
-    count = min(len(usable), clips or how.real or len(usable))
+    count = min(len(usable), clips or rules.real or len(usable))
     taken = {
         "sorted": lambda: usable[:count],
         "random": lambda: usable[np.argsort(_raw(seed, 0, len(usable)), kind="stable")][:count],
         "even": lambda: usable[np.arange(count) * len(usable) // count],
-    }[how.order]()
-    return [Clip(v, _frames(_offset(how, seed, v, lengths[v] - span), frames, stride)) for v in taken.tolist()]
+    }[rules.order]()
+    return [Clip(v, _frames(_offset(rules, seed, v, lengths[v] - span), frames, stride)) for v in taken.tolist()]
 
 
-def select_fake(how: Protocol, lengths: Sequence[int], frames: int, clips: int = 0) -> list[Clip]:
+def select_fake(rules: Protocol, lengths: Sequence[int], frames: int, clips: int = 0) -> list[Clip]:
     """The generated clips: the first frames of the first videos (for `even`: of videos spread over all of them).
 
     Raises:
@@ -123,14 +123,14 @@ def select_fake(how: Protocol, lengths: Sequence[int], frames: int, clips: int =
     """
     usable = [video for video, length in enumerate(lengths) if length >= frames]
     _enough(len(usable), lengths, f"{frames} frames")
-    count = min(len(usable), clips or how.fake)
-    if how.order == "even":
+    count = min(len(usable), clips or rules.fake)
+    if rules.order == "even":
         usable = [usable[k * len(usable) // count] for k in range(count)]
     return [Clip(video, _frames(0, frames, 1)) for video in usable[:count]]
 
 
 def departures(
-    how: Protocol,
+    rules: Protocol,
     *,
     clips: tuple[int, int],
     frames: int,
@@ -146,7 +146,7 @@ def departures(
     """Where a measurement differs from its protocol, each in a few words; empty where it does not.
 
     Args:
-        how: the protocol.
+        rules: the protocol.
         clips: real and generated clips that were taken.
         frames: frames of a clip.
         size: side of the videos, in pixels.
@@ -158,25 +158,25 @@ def departures(
         split: of the real videos; empty where nothing tells.
         decoded: the real clips are what a VAE made of their latents.
     """
-    found = [] if how.equal else _counts(how, clips, videos)
-    if how.equal and clips[0] != clips[1]:
+    found = [] if rules.equal else _counts(rules, clips, videos)
+    if rules.equal and clips[0] != clips[1]:
         found.append(f"{clips[0]} real and {clips[1]} generated clips, not as many of both")
     found += [f"clips of {frames} frames, not of {' or '.join(map(str, LENGTHS))}"] if frames not in LENGTHS else []
     found += [f"videos of {size} pixels, not {RESOLUTION}"] if size != RESOLUTION else []
     found += [f"stride {stride}, not {usual}"] if stride != usual else []
-    found += [f"{repeats} draw(s), not {how.repeats}"] if repeats != how.repeats else []
-    found += [f"seed {seed}, not {how.seed}"] if seed != how.seed else []
-    found += [f"the split {split}, not {how.split}"] if split not in ("", how.split) else []
+    found += [f"{repeats} draw(s), not {rules.repeats}"] if repeats != rules.repeats else []
+    found += [f"seed {seed}, not {rules.seed}"] if seed != rules.seed else []
+    found += [f"the split {split}, not {rules.split}"] if split not in ("", rules.split) else []
     return found + (["real clips decoded from latents, not read from videos"] if decoded else [])
 
 
-def _counts(how: Protocol, clips: tuple[int, int], videos: int) -> list[str]:
+def _counts(rules: Protocol, clips: tuple[int, int], videos: int) -> list[str]:
     real, fake = clips
-    found = [f"{fake} generated clips, not {how.fake}"] if fake != how.fake else []
-    if real != min(how.real or videos, videos):
-        found.append(f"{real} real clips, not {how.real or f'all {videos}'}")
-    elif real < how.real:
-        found.append(f"{real} real clips, as many as there are videos, not {how.real}")
+    found = [f"{fake} generated clips, not {rules.fake}"] if fake != rules.fake else []
+    if real != min(rules.real or videos, videos):
+        found.append(f"{real} real clips, not {rules.real or f'all {videos}'}")
+    elif real < rules.real:
+        found.append(f"{real} real clips, as many as there are videos, not {rules.real}")
     return found
 
 
@@ -192,9 +192,9 @@ def _frames(first: int, frames: int, stride: int) -> tuple[int, ...]:
     return tuple(range(first, first + frames * stride, stride))
 
 
-def _offset(how: Protocol, seed: int, video: int, largest: int) -> int:
+def _offset(rules: Protocol, seed: int, video: int, largest: int) -> int:
     """Where a video's clip begins, 0 to `largest`."""
-    return 0 if how.offset == "first" else int(_raw(seed, 1 + video, 1)[0] % np.uint64(largest + 1))
+    return 0 if rules.offset == "first" else int(_raw(seed, 1 + video, 1)[0] % np.uint64(largest + 1))
 
 
 def _raw(seed: int, stream: int, n: int) -> np.ndarray:

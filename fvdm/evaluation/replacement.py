@@ -71,5 +71,5 @@ def replacement(
 
 def _back(diffusion: Diffusion, x: Tensor, t: int, later: int, noise: Tensor) -> Tensor:
     """The forward process from `t` to the `later` timestep (RePaint, equation 1)."""
-    kept = float(diffusion.alpha_bar[later] / diffusion.alpha_bar[t])
-    return kept**0.5 * x + (1 - kept) ** 0.5 * noise.to(x.dtype)
+    share = float(diffusion.alpha_bar[later] / diffusion.alpha_bar[t])
+    return share**0.5 * x + (1 - share) ** 0.5 * noise.to(x.dtype)

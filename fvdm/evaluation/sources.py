@@ -6,10 +6,11 @@ few at a time, so that a measurement needs the memory of a few clips only.
 
 import fnmatch
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,16 +20,18 @@ from torch import Tensor
 
 from fvdm.data.shards import LatentShards
 from fvdm.diffusion.solvers import solver
+from fvdm.evaluation.config import SampleConfig
 from fvdm.evaluation.protocols import Clip
 from fvdm.generation.pipeline import Trained, load
 from fvdm.media.layouts import PAPER, list_videos
 from fvdm.media.vae import load_vae, sample_latents
-from fvdm.media.videos import Info, VideoError, codec_of, count_frames, read_video
+from fvdm.media.videos import Info, VideoError, codec_of, count_frames, frame_rate_of, read_video
 
 CHUNK = 32  # frames decoded at once
+RATES = 64  # videos of a folder whose frame rates are read for the card
 
 
-class Source(Protocol):
+class ClipSource(Protocol):
     """Numbered videos, from which clips are read."""
 
     path: str
@@ -39,13 +42,16 @@ class Source(Protocol):
     def read(self, clips: Sequence[Clip]) -> Tensor:
         """uint8 `(b f 3 size size)`."""
 
+    def frame_rate(self, stride: int) -> str:
+        """Frames per second of clips that take every `stride`-th frame."""
+
     def describe(self) -> dict[str, str]:
         """What the card says of it."""
 
 
 def open_source(
-    path: str, size: int, pattern: str = "*", split: str = "train", sampling: "Sampled | None" = None
-) -> Source:
+    path: str, size: int, pattern: str = "*", split: str = "train", sampling: SampleConfig | None = None
+) -> ClipSource:
     """The source behind a path: latent shards, a run or checkpoint, or a folder of videos or of frame folders.
 
     Args:
@@ -61,7 +67,7 @@ def open_source(
     if re.match(r"^(pipe:|[a-z0-9]+://)", path) or ((Path(path) / "manifest.json").is_file() and not _is_run(path)):
         return Shards(path, split)
     if _is_run(path):
-        return Samples(path, sampling or Sampled())
+        return Samples(path, sampling or SampleConfig())
     return Files(path, size, pattern)
 
 
@@ -83,12 +89,12 @@ class Files:
         ]
         if not self.names:
             raise ValueError(f"{path} holds no videos named {pattern}: give a folder of videos or of frame folders")
-        self.how = replace(PAPER[listing.layout], min_frames=1, antialias=False, flip=False)
+        self.preprocess = replace(PAPER[listing.layout], min_frames=1, antialias=False, flip=False)
         self.lengths = [self._count(name) for name in self.names]
 
     def _count(self, name: str) -> int:
         try:
-            return count_frames(os.path.join(self.path, name), self.how.frame_order)
+            return count_frames(os.path.join(self.path, name), self.preprocess.frame_order)
         except VideoError as error:
             raise ValueError(f"cannot read {os.path.join(self.path, name)}: {error}") from None
 
@@ -99,24 +105,29 @@ class Files:
     def _clip(self, clip: Clip) -> Tensor:
         path = os.path.join(self.path, self.names[clip.video])
         frames: dict[int, np.ndarray] = {}
-        begin, wanted = 0, set(clip.frames)
+        start, needed = 0, set(clip.frames)
         try:
-            for part in read_video(path, self.size, self.how, CHUNK):
+            for part in read_video(path, self.size, self.preprocess, CHUNK):
                 if isinstance(part, Info):
                     break
-                frames |= {begin + k: picture for k, picture in enumerate(part) if begin + k in wanted}
-                begin += len(part)
-                if begin > clip.frames[-1]:
+                frames |= {start + k: frame for k, frame in enumerate(part) if start + k in needed}
+                start += len(part)
+                if start > clip.frames[-1]:
                     break
         except VideoError as error:
-            raise ValueError(f"cannot read {path}: {error}; mend it or take it away") from None
-        if len(frames) < len(wanted):
-            raise ValueError(f"{path} ends at frame {begin}, its header promises more: mend it or take it away")
+            raise ValueError(f"cannot read {path}: {error}; repair it or take it away") from None
+        if len(frames) < len(needed):
+            raise ValueError(f"{path} ends at frame {start}, its header promises more: repair it or take it away")
         return torch.from_numpy(np.stack([frames[k] for k in clip.frames]))
+
+    def frame_rate(self, stride: int) -> str:
+        """Frames per second of clips that take every `stride`-th frame; of many videos, some are looked at."""
+        looked_at = self.names[:: -(-len(self.names) // RATES)]
+        return describe_rates([frame_rate_of(os.path.join(self.path, name)) for name in looked_at], stride)
 
     def describe(self) -> dict[str, str]:
         """What the card says of it."""
-        crop = "shorter side, then centre" if self.how.resize == "shorter-side" else "centre square, then scaled"
+        crop = "shorter side, then centre" if self.preprocess.resize == "shorter-side" else "centre square, then scaled"
         return {
             "data": str(Path(self.path).resolve()),
             "split": "as the folder has it",
@@ -145,6 +156,11 @@ class Shards:
         latents = sample_latents(torch.from_numpy(moments), self.shards.normalisation, None)
         return self.vae.decode(latents).cpu()
 
+    def frame_rate(self, stride: int) -> str:
+        """Frames per second of clips that take every `stride`-th frame."""
+        rates = self.shards.samples.numbers("fps", 0, len(self.shards)).tolist()
+        return describe_rates([None if math.isnan(rate) else rate for rate in rates], stride)
+
     def describe(self) -> dict[str, str]:
         """What the card says of it."""
         made = self.shards.manifest
@@ -158,45 +174,18 @@ class Shards:
         }
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """How a checkpoint is sampled.
-
-    Attributes:
-        frames: frames of a video; more than the model's window make a long video.
-        num: how many videos there are.
-        seed: of the first; the k-th has seed + k.
-        steps: sampling steps.
-        solver: solver by name.
-        guidance: classifier-free guidance scale.
-        weights: ema or model.
-        vae: VAE by name or path; empty takes the one the model was trained with.
-        precision: bf16 or fp32; empty takes bf16 on a GPU.
-    """
-
-    frames: int = 16
-    num: int = 2048
-    seed: int = 0
-    steps: int = 50
-    solver: str = "ddim"
-    guidance: float = 1.0
-    weights: str = "ema"
-    vae: str = ""
-    precision: str = ""
-
-
 class Samples:
     """Videos of a checkpoint, made when they are asked for; video k from the seed `seed + k`."""
 
     generated = True
 
-    def __init__(self, path: str, how: Sampled, trained: Trained | None = None) -> None:
-        self.path, self.how = path, how
-        self.trained = trained or load(path, how.weights, how.vae, str(device()), how.precision)
+    def __init__(self, path: str, config: SampleConfig, trained: Trained | None = None) -> None:
+        self.path, self.config = path, config
+        self.trained = trained or load(path, config.weights, config.vae, str(device()), config.precision)
         self.size = self.trained.size
         window = self.trained.model.config.frames
-        self.task = "long" if how.frames > window else "generate"
-        self.lengths = [max(how.frames, window)] * how.num
+        self.task = "long" if config.frames > window else "generate"
+        self.lengths = [max(config.frames, window)] * config.num
 
     def read(self, clips: Sequence[Clip]) -> Tensor:
         """uint8 `(b f 3 size size)`; the clips' videos follow each other.
@@ -211,31 +200,61 @@ class Samples:
             self.task,
             num=len(clips),
             batch_size=len(clips),
-            seed=self.how.seed + first,
-            steps=self.how.steps,
-            solver=self.how.solver,
-            guidance=self.how.guidance,
+            seed=self.config.seed + first,
+            steps=self.config.steps,
+            solver=self.config.solver,
+            guidance=self.config.guidance,
             length=self.lengths[0],
         )
         return videos[:, list(clips[0].frames)]
 
+    def frame_rate(self, stride: int) -> str:
+        """Frames per second of clips that take every `stride`-th frame: the model knows its training data's stride."""
+        every = self.trained.stride * stride
+        return "that of its training data" + (f", every {ordinal(every)} frame" if every > 1 else "")
+
     def describe(self) -> dict[str, str]:
         """What the card says of it."""
-        trained, how = self.trained, self.how
+        trained, config = self.trained, self.config
         names = json.loads((trained.folder / "state.json").read_text())["settings"]
+        origin = f"{names['model']}, p = {names['p']}, step {trained.step}, {config.weights}"
         return {
-            "data": f"sampled, task {self.task}, seeds {how.seed} to {how.seed + how.num - 1}",
+            "data": f"sampled, task {self.task}, seeds {config.seed} to {config.seed + config.num - 1}",
             "split": "-",
-            "videos": str(how.num),
+            "videos": str(config.num),
             "codec": "none: pixels of the VAE",
             "first resize": f"none: {self.size} x {self.size}",
-            "checkpoint": f"{trained.folder} ({names['model']}, p = {names['p']}, step {trained.step}, {how.weights})",
-            "sampler": f"{how.solver}, steps spaced {solver(how.solver).spacing}",
-            "steps": str(how.steps),
-            "guidance": f"{how.guidance:g}" if trained.classes else "none: no classes",
+            "checkpoint": f"{trained.folder} ({origin})",
+            "sampler": f"{config.solver}, steps spaced {solver(config.solver).spacing}",
+            "steps": str(config.steps),
+            "guidance": f"{config.guidance:g}" if trained.classes else "none: no classes",
             "precision": str(next(trained.model.parameters()).dtype).removeprefix("torch."),
             "VAE": f"{trained.vae.name} ({trained.vae.identity[:23]})",
         }
+
+
+def describe_rates(rates: Sequence[float | None], stride: int) -> str:
+    """Frames per second of some videos, and of clips that take every `stride`-th frame of them.
+
+    Args:
+        rates: of the videos; None where it is unknown.
+        stride: of the clips.
+    """
+    found = sorted(rate for rate in rates if rate is not None)
+    if not found:
+        return "unknown: images have none"
+    low, high = found[0], found[-1]
+    text = f"{low:.4g}" if high - low < 0.01 * high else f"{low:.4g} to {high:.4g}"
+    if stride > 1:
+        clips = f"{low / stride:.4g}" if high - low < 0.01 * high else f"{low / stride:.4g} to {high / stride:.4g}"
+        text = f"{clips}, every {ordinal(stride)} frame of {text}"
+    return text + (f"; unknown for {len(rates) - len(found)} of {len(rates)}" if len(found) < len(rates) else "")
+
+
+def ordinal(number: int) -> str:
+    """Such as 2nd."""
+    suffix = {1: "st", 2: "nd", 3: "rd"}.get(number % 10 if number % 100 not in (11, 12, 13) else 0, "th")
+    return f"{number}{suffix}"
 
 
 def device() -> torch.device:

@@ -182,3 +182,18 @@ def codec_of(path: str | os.PathLike[str]) -> str:
             return str(stream.codec.canonical_name)
     except (OSError, ValueError, VideoError) as error:
         raise ValueError(f"cannot read {os.fspath(path)}: {error}") from None
+
+
+def frame_rate_of(path: str | os.PathLike[str]) -> float | None:
+    """Frames per second of a video file, as `read_video` finds them; None for images and where it is unknown.
+
+    Raises:
+        ValueError: if the file is no video.
+    """
+    if os.path.isdir(path) or not isinstance(_reader(path, Preprocess()), VideoFile):
+        return None
+    try:
+        with av.logging.Capture():
+            return packets_of(path).timing().fps
+    except (OSError, ValueError, VideoError) as error:
+        raise ValueError(f"cannot read {os.fspath(path)}: {error}") from None

@@ -1,4 +1,4 @@
-"""benchmarks/ablation.py and table1.py: real trainings, small; what is done is not done again."""
+"""benchmarks/ablation.py and table1.py: real training runs, small; what is done is not done again."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import ablation, table1
+from benchmarks.training_runs import TrainingRun
 from tests.data_fixtures import cut, write_video
 from tests.generation.test_pipeline import make_run
 
@@ -27,7 +28,7 @@ def test_the_figure_is_one_command_that_goes_on(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     ablation.main(words)
     shown = capsys.readouterr().out
-    assert shown.count("trained") == 2
+    assert "training runs: 2 of 2 done" in shown
     assert shown.count("FVD") == 1, "only what was missing is measured"
     assert {path: os.stat(path).st_mtime_ns for path in (out / "runs").rglob("manifest.json")} == kept
     assert json.loads((out / "results.json").read_text()) == rows
@@ -45,25 +46,41 @@ def test_the_figure_is_one_command_that_goes_on(tmp_path, monkeypatch, capsys):
 
 
 def test_the_grid_is_the_papers():
-    options = ablation.arguments().parse_args(["--out", "x"])
-    options.every = 20_000
-    grid = ablation.Ablation(options, [])
+    grid = ablation.Ablation(ablation.AblationConfig(out="x"), [])
     assert len(grid.cells) == 8 + 3, "eight p at the base size, three more sizes at the base p"
     assert len({cell.name for cell in grid.cells}) == 11
     points = list(grid.points())
     assert len(points) == (11 + 2) * 10
     assert len({point.file(grid.out) for point in points}) == len(points)
-    assert "--p" in grid.command(grid.cells[0])
+    assert "--p=0.2" in grid.run(grid.cells[0]).command
 
 
-def test_a_training_in_the_queue_is_not_submitted_again(tmp_path, monkeypatch):
+def test_words_that_are_no_options_are_settings_of_the_training_runs():
+    words = [
+        "--config",
+        "x.yaml",
+        "--p",
+        "0",
+        "0.5",
+        "--base-p=0.5",
+        "--data.path",
+        "latents",
+        "--engine.lr",
+        "-1",
+        "--clips",
+        "8",
+    ]
+    own, others = ablation.split_words(words)
+    assert own == ["--p", "0", "0.5", "--base-p=0.5", "--clips", "8"]
+    assert others == ["--config", "x.yaml", "--data.path", "latents", "--engine.lr", "-1"]
+
+
+def test_a_run_in_the_queue_is_not_submitted_again(tmp_path, monkeypatch):
     (tmp_path / "squeue").write_text("#!/bin/sh\ncase $3 in fvdm-*) echo 7;; esac\n")
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    options = ablation.arguments().parse_args(["--out", str(tmp_path), "--p", "0", "--models", "S/2"])
-    options.every = 10
-    grid = ablation.Ablation(options, [])
-    monkeypatch.setattr(grid, "command", lambda cell: pytest.fail(f"{cell} was submitted again"))
+    grid = ablation.Ablation(ablation.AblationConfig(out=str(tmp_path), p=(0.0,), models=("S/2",), every=10), [])
+    monkeypatch.setattr(TrainingRun, "command", property(lambda run: pytest.fail(f"{run} was submitted again")))
     assert not grid.train()
     assert grid.measure() == {}
 
@@ -99,7 +116,7 @@ def test_table_1_holds_what_was_measured_and_what_has_a_source(tmp_path, monkeyp
     assert "| A | 9* | 12.5 | - | - |" in shown
     assert f"| {table1.OURS} | {value:.1f}! | - | - | - |" in shown
     assert "paper A" in shown
-    monkeypatch.setattr("benchmarks.fvd.measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("fvdm.evaluation.comparison.measure", lambda *_: pytest.fail("measured again"))
     table1.main(words)
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,19 +14,21 @@ pytest.importorskip("torchmetrics", reason="pip install torchmetrics")
 
 from benchmarks.evidence import __main__ as evidence
 from benchmarks.evidence import measure as evidence_measure
-from benchmarks.evidence import text as evidence_text
+from benchmarks.evidence import tables as evidence_text
 from benchmarks.evidence.claims import Claim, verdict
 from benchmarks.evidence.data import folders, prepare
+from benchmarks.evidence.digits import centres, path_residual
 from benchmarks.evidence.measure import Bench, claimed, windows
-from benchmarks.evidence.plan import BUDGETS, Arm, Job, SetConfig, arms, jobs, read_budget
+from benchmarks.evidence.plan import BUDGETS, Arm, EvidenceConfig, SetConfig, Trial, arms, read_budget, trials
 from benchmarks.evidence.results import Results
-from benchmarks.evidence.scores import LEVELS, OWN, centres, difference, interval, neighbour_table, path_residual
-from benchmarks.evidence.stages import Evidence
+from benchmarks.evidence.run import Evidence
 from data_prep.moving_digits import bounce, clips, read_digits
 from fvdm.config import parse
 from fvdm.diffusion.config import DiffusionConfig
 from fvdm.diffusion.process import Diffusion
 from fvdm.evaluation.fvd import frechet_distance
+from fvdm.evaluation.intervals import difference, interval
+from fvdm.evaluation.scores import LEVELS, OWN, neighbour_table
 from fvdm.training.config import TrainConfig
 from fvdm.training.engine import accumulation
 
@@ -119,7 +120,7 @@ class OnGpu:
 
 def stub(tmp_path, **changed):
     """A bench of 20 videos of each split; nothing is read."""
-    bench = Bench("ffs", SetConfig(**changed), tmp_path, lambda job: tmp_path / job.name, 2)
+    bench = Bench("ffs", SetConfig(**changed), tmp_path, lambda trial: tmp_path / trial.name, 2)
     bench.sources = {
         "train": SimpleNamespace(
             lengths=[60] * 20, names=[f"{k}" for k in range(20)], describe=lambda: {"codec": "h264"}
@@ -152,10 +153,10 @@ def test_scores_come_back_from_the_gpu_and_classes_are_hidden(tmp_path, monkeypa
     monkeypatch.setattr(evidence_measure, "neighbour_table", table)
     model = SimpleNamespace(null=lambda count: torch.full((count,), 101))
     vae = SimpleNamespace(encode_mean=lambda pictures: torch.zeros(len(pictures), 16, 4, 1, 1))
-    monkeypatch.setattr(bench, "trained", lambda job: SimpleNamespace(model=model, vae=vae, diffusion=PLAIN))
+    monkeypatch.setattr(bench, "trained", lambda trial: SimpleNamespace(model=model, vae=vae, diffusion=PLAIN))
     arm = Arm("ffs", "XL/2", 0.2, 0)
-    assert bench.measure(Job("ffs", arm, "validation", "loss", "", 4), range(2))["table"].shape == (2, 4, 4, 3)
-    assert bench.measure(Job("ffs", None, "generate", "test", "", 4), range(2))["features"].shape == (2, 400)
+    assert bench.measure(Trial("ffs", arm, "validation", "loss", "", 4), range(2))["table"].shape == (2, 4, 4, 3)
+    assert bench.measure(Trial("ffs", None, "generate", "test", "", 4), range(2))["features"].shape == (2, 400)
     assert shown == [2]
 
 
@@ -176,10 +177,10 @@ def test_a_published_protocol_keeps_all_clips_and_says_where_it_departs(tmp_path
         tmp_path, protocol="styleganv", reference="train", stride=3, clips=30, seeds=(0,), p=(0.0, 0.2), size=256
     )
     arm = Arm("ffs", bench.config.model, 0.2, 0)
-    sampled = Job("ffs", arm, "generate", "sampled", "ddim:50", 30)
-    real = Job("ffs", None, "generate", "train", "", 30)
+    sampled = Trial("ffs", arm, "generate", "sampled", "ddim:50", 30)
+    real = Trial("ffs", None, "generate", "train", "", 30)
     assert {step for clip in bench.clips(real) for step in np.diff(clip.frames)} == {1}, "the protocol's stride"
-    truth = bench.clips(Job("ffs", arm, "image-to-video", "held", "ddim:50", 30))
+    truth = bench.clips(Trial("ffs", arm, "image-to-video", "held", "ddim:50", 30))
     assert {step for clip in truth for step in np.diff(clip.frames)} == {3}, "the training run's stride"
     assert len(bench.clips(real)) == 20
     results = Results(bench)
@@ -190,7 +191,7 @@ def test_a_published_protocol_keeps_all_clips_and_says_where_it_departs(tmp_path
     }
     row = results.row([sampled], ["fvd"])
     assert (row["clips"], row["real"]) == (30, 20)
-    a, b = (results.tables[job.name]["features"] for job in (real, sampled))
+    a, b = (results.tables[trial.name]["features"] for trial in (real, sampled))
     assert row["fvd"][0] == frechet_distance(a, b)
     assert row["fvd"][1] < row["fvd"][0] < row["fvd"][2]
     card = results.card()
@@ -203,12 +204,12 @@ def test_a_published_protocol_keeps_all_clips_and_says_where_it_departs(tmp_path
 
 def test_a_task_of_other_clips_is_compared_with_its_own_truth(tmp_path):
     bench = stub(tmp_path, protocol="styleganv", reference="train", tasks=("image-to-video",), seeds=(0,))
-    job = Job("ffs", Arm("ffs", bench.config.model, 0.2, 0), "image-to-video", "held", "ddim:50", 64)
+    trial = Trial("ffs", Arm("ffs", bench.config.model, 0.2, 0), "image-to-video", "held", "ddim:50", 64)
     results = Results(bench)
     fake, truth = np.ones((4, 5)), np.zeros((4, 5))
     test = {"features": np.full((4, 5), 9.0)}
-    results.tables = {job.name: {"features": fake, "truth_features": truth}, "ffs/generate/test": test}
-    assert results.number([job], "distance")[0] == pytest.approx(5**0.5)
+    results.tables = {trial.name: {"features": fake, "truth_features": truth}, "ffs/generate/test": test}
+    assert results.number([trial], "distance")[0] == pytest.approx(5**0.5)
 
 
 def test_intervals_hold_the_mean_and_pairs_are_narrower():
@@ -250,7 +251,7 @@ def test_a_verdict_wants_an_interval_and_agreeing_seeds(found, seeds, same, said
 def test_every_budget_reads_and_its_names_are_its_own():
     for name in BUDGETS:
         for data, config in read_budget(name).sets.items():
-            names = [job.name for job in jobs(data, config)]
+            names = [trial.name for trial in trials(data, config)]
             assert len(set(names)) == len(names)
             assert {arm.seed for arm in arms(data, config)} == set(config.seeds)
     paper = read_budget("paper").sets
@@ -261,9 +262,9 @@ def test_every_budget_reads_and_its_names_are_its_own():
 @pytest.mark.parametrize("name", BUDGETS)
 def test_every_training_of_a_budget_fits_one_to_eight_gpus(name, tmp_path):
     budget = read_budget(name)
-    whole = Evidence(name, budget, Namespace(out=str(tmp_path)))
+    evidence_of_budget = Evidence(name, budget, EvidenceConfig(out=str(tmp_path)))
     for data, config in budget.sets.items():
-        words = whole.command(arms(data, config)[0])
+        words = evidence_of_budget.run(arms(data, config)[0]).command
         run = parse(TrainConfig, words[words.index("--config") :])
         for ranks in (1, 2, 4, 8) if name == "paper" else (1,):
             accumulation(run.data.batch_size, run.engine.micro_batch, ranks)
@@ -313,7 +314,7 @@ def test_the_page_holds_the_tables_of_its_numbers():
         assert f"(evidence/{picture.name})" in text, "a picture that nobody sees"
     pictures = {path.stem: f"evidence/{path.name}" for path in (ROOT / "docs" / "evidence").glob("*.png")}
     tables = evidence_text.render(json.loads(numbers.read_text()), pictures)
-    assert evidence_text.into(text, tables) == text, "run benchmarks/evidence.py with --docs docs/evidence.md"
+    assert evidence_text.replace_tables(text, tables) == text, "run benchmarks/evidence.py with --docs docs/evidence.md"
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """benchmarks/fvd.py as a user runs it: the same digits again, on any number of ranks, and what it leaves behind."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,12 +13,14 @@ import scipy.linalg
 import torch
 
 from benchmarks import fvd as benchmark
-from benchmarks.reporting import Data, Report, send
+from benchmarks.reporting import BenchmarkReport, Data, send
 from fvdm.distributed import Ranks, free_port
+from fvdm.evaluation.comparison import numbers
+from fvdm.evaluation.config import SampleConfig
 from fvdm.evaluation.fvd import features, load_i3d
 from fvdm.evaluation.measure import clip_features, freeze
 from fvdm.evaluation.protocols import Clip
-from fvdm.evaluation.sources import Files, Sampled, Samples
+from fvdm.evaluation.sources import Files, Samples, describe_rates
 from fvdm.tracking.config import TrackingConfig
 from fvdm.tracking.tracker import Tracker, run_of
 from tests.data_fixtures import cut, write_frames, write_video
@@ -87,6 +90,7 @@ def test_the_same_command_gives_the_same_digits_and_a_card(clips, tmp_path, monk
         assert entry in shown
     assert first["clips"] == first["clips_real"] == 4
     assert "2048" in first["card"]["departs from it"]
+    assert first["card"]["frames/s"] == "real 25; fake unknown: images have none"
     assert 0 <= first["low"] <= first["fvd"] <= first["high"]
     from mlflow.tracking import MlflowClient
 
@@ -103,6 +107,26 @@ def test_the_same_command_gives_the_same_digits_and_a_card(clips, tmp_path, monk
         "fake": "fake",
     }
     assert {file.path for file in client.list_artifacts(run.info.run_id, "fvd")} == {"fvd/fvd.json", "fvd/card.txt"}
+
+
+@pytest.mark.parametrize(
+    ("rates", "stride", "text"),
+    [
+        ([25.0, 25.0], 1, "25"),
+        ([25.0, 25.0], 3, "8.333, every 3rd frame of 25"),
+        ([24.0, 30.0], 2, "12 to 15, every 2nd frame of 24 to 30"),
+        ([25.0, None], 1, "25; unknown for 1 of 2"),
+        ([None], 4, "unknown: images have none"),
+    ],
+)
+def test_the_card_says_at_which_frame_rates_the_clips_run(rates, stride, text):
+    assert describe_rates(rates, stride) == text
+
+
+def test_the_frame_rate_of_a_checkpoint_is_that_of_its_training_data(tmp_path):
+    source = Samples(str(make_run(tmp_path)), SampleConfig(frames=8, num=2, steps=1))
+    source.trained = dataclasses.replace(source.trained, stride=3)
+    assert source.frame_rate(1) == "that of its training data, every 3rd frame"
 
 
 @pytest.mark.slow
@@ -138,12 +162,12 @@ def test_so_does_a_checkpoint_that_is_sampled(clips, tmp_path):
 
 def test_a_checkpoint_is_sampled_in_any_order_of_chunks(tmp_path):
     run = make_run(tmp_path)
-    source = Samples(str(run), Sampled(frames=8, num=6, seed=3, steps=2))
-    whole = source.read([Clip(k, tuple(range(8))) for k in range(6)])
+    source = Samples(str(run), SampleConfig(frames=8, num=6, seed=3, steps=2))
+    together = source.read([Clip(k, tuple(range(8))) for k in range(6)])
     later = source.read([Clip(k, tuple(range(8))) for k in (4, 5)])
-    assert (whole[4:].int() - later.int()).abs().max() <= 1
+    assert (together[4:].int() - later.int()).abs().max() <= 1
     assert source.task == "generate"
-    long = Samples(str(run), Sampled(frames=20, num=2, steps=1), source.trained)
+    long = Samples(str(run), SampleConfig(frames=20, num=2, steps=1), source.trained)
     assert long.task == "long"
     assert long.read([Clip(0, tuple(range(20)))]).shape == (1, 20, 3, 32, 32)
     card = long.describe()
@@ -159,7 +183,7 @@ def test_a_result_finds_the_run_of_its_model_or_gets_its_own(tmp_path, monkeypat
     owner = Tracker(tmp_path / "run", TrackingConfig(system_metrics=False), "model")
     owner.close()
     assert run_of(tmp_path / "run") == run_of(tmp_path / "run" / "checkpoints" / "step-1") == owner.run_id
-    found = Report("fvd", "fvd", [(7, {"fvd/x": 1.5})], data=[Data("clips", "/clips", "real", [1, 2])])
+    found = BenchmarkReport("fvd", "fvd", [(7, {"fvd/x": 1.5})], data=[Data("clips", "/clips", "real", [1, 2])])
     assert send(found, tmp_path, run_id=owner.run_id) == owner.run_id
     assert run_of(tmp_path) == ""
     own = send(found, tmp_path, run_id="0123456789abcdef0123456789abcdef")
@@ -188,7 +212,7 @@ def test_features_are_those_of_the_clips(clips):
 def test_numbers_equal_an_independent_computation(n):
     rng = np.random.default_rng(0)
     real, fake = rng.normal(size=(n, 40)) @ rng.normal(size=(40, 40)), rng.normal(size=(n, 40)) + 0.2
-    result = benchmark.numbers([(real, fake), (fake, fake)], ddof=1, draws=2)
+    result = numbers([(real, fake), (fake, fake)], ddof=1, draws=2)
     c_a, c_b = np.cov(real, rowvar=False), np.cov(fake, rowvar=False)
     expected = ((real.mean(0) - fake.mean(0)) ** 2).sum()
     expected += np.trace(c_a + c_b - 2 * scipy.linalg.sqrtm(c_a @ c_b).real)
@@ -204,11 +228,11 @@ def test_what_stands_beside_the_mean_of_draws_is_of_all_of_them():
     rng = np.random.default_rng(0)
     near = [(rng.normal(size=(40, 6)), rng.normal(size=(40, 6)) + 1) for _ in range(3)]
     far = (rng.normal(size=(40, 6)), rng.normal(size=(40, 6)) + 4)
-    result = benchmark.numbers([far, *near], ddof=1, draws=50)
+    result = numbers([far, *near], ddof=1, draws=50)
     assert result["low"] < result["fvd"] < result["high"]
-    one = benchmark.numbers([far], ddof=1, draws=50)
+    one = numbers([far], ddof=1, draws=50)
     assert one["low"] > result["fvd"]
-    alone = [benchmark.numbers([pair], ddof=1, draws=0) for pair in (far, *near)]
+    alone = [numbers([pair], ddof=1, draws=0) for pair in (far, *near)]
     assert result["infinity"] == pytest.approx(np.mean([each["infinity"] for each in alone]))
     for name, value in result["floor"].items():
         assert value == pytest.approx(np.mean([each["floor"][name] for each in alone]))
@@ -216,7 +240,7 @@ def test_what_stands_beside_the_mean_of_draws_is_of_all_of_them():
 
 def test_few_clips_give_finite_numbers_and_a_warning():
     rng = np.random.default_rng(0)
-    result = benchmark.numbers([(rng.normal(size=(64, 400)), rng.normal(size=(64, 400)))], ddof=0, draws=3)
+    result = numbers([(rng.normal(size=(64, 400)), rng.normal(size=(64, 400)))], ddof=0, draws=3)
     assert "of 64 against 64 clips is not comparable" in result["warning"]
     assert all(np.isfinite(result[key]) for key in ("fvd", "kvd", "low", "high", "infinity"))
     assert min(result["fvd"], result["low"]) >= 0
@@ -226,7 +250,7 @@ def test_few_clips_give_finite_numbers_and_a_warning():
     ("more", "sentence"),
     [
         (["--protocol", "fvd"], "choose one of styleganv"),
-        (["--frames", "8"], "--frames is 8: give 9 or more"),
+        (["--frames", "8"], "--frames is 8: the I3D halves time three times"),
         (["--frames", "64"], "0 of 4 videos have 64 frames"),
         (["--real-pattern", "x*"], "no videos named x*"),
         (["--fake", "/nowhere"], "'/nowhere' is not a folder"),

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import sampler_speed
+from benchmarks import sampler_speed, solver_costs
 from benchmarks.models import open_model
 from benchmarks.plots import pareto_front
+from benchmarks.sampler_config import SamplerSpeedConfig
+from fvdm.config import parse
 from fvdm.diffusion.solvers import SOLVERS
 from tests.data_fixtures import cut, write_video
 from tests.generation.test_pipeline import make_run
@@ -36,14 +38,14 @@ def test_smoke_measures_every_solver(tmp_path, monkeypatch):
     assert all(row["evaluations"] >= row["steps"] for row in plain)
     assert [row["evaluations"] for row in plain if row["solver"] == "ddim"] == [3, 6, 12]
     long = [row for row in rows if row["setting"].startswith("long")]
-    # 9 frames given half, and 18 wanted: three windows, each a walk of its own.
+    # 9 frames given half, and 18 wanted: three windows, each sampled on its own.
     assert [row["evaluations"] for row in long if row["solver"] == "ddim"] == [9, 18, 36]
-    for solver in set(SOLVERS) - set(sampler_speed.STOCHASTIC):
+    for solver in set(SOLVERS) - set(solver_costs.STOCHASTIC):
         assert all(row["error"] > 0 for row in plain if row["solver"] == solver)
     errors = [row["error"] for row in plain if row["solver"] == "ddim"]
     assert errors == sorted(errors, reverse=True), "more steps come nearer"
     assert errors[-1] < 0.2
-    assert all(row["error"] is None for row in rows if row["solver"] in sampler_speed.STOCHASTIC)
+    assert all(row["error"] is None for row in rows if row["solver"] in solver_costs.STOCHASTIC)
     assert all(row["seconds"] > 0 and row["memory"] > 0 for row in rows)
     from mlflow.tracking import MlflowClient
 
@@ -57,16 +59,14 @@ def test_smoke_measures_every_solver(tmp_path, monkeypatch):
 
 def test_a_checkpoint_is_measured_against_real_clips(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    import benchmarks.sampler_speed as module
-
     for k in range(2):
         write_video(tmp_path / "real" / f"{k}.mp4", cut(k, 20))
     words = (
         "--checkpoint random:T/4 --frames 9 --tasks image-to-video --batch-sizes 2 --clips 2 --precisions bf16 "
         "--attention math --solvers ddim:2 ddim:40 --repeats 1 --reference-steps 40"
     )
-    options = module.arguments().parse_args([*words.split(), "--real", str(tmp_path / "real")])
-    rows = module.run_all(options)
+    config = parse(SamplerSpeedConfig, [*words.split(), "--real", str(tmp_path / "real")])
+    rows = solver_costs.run_all(config)
     assert all(row.fvd is not None and row.fvd > 0 and row.quality == row.fvd for row in rows)
     assert 0 < rows[1].error < 0.1 < rows[0].error, "in bf16 near the float32 result, not on it"
 
@@ -84,7 +84,7 @@ def test_a_run_is_opened_with_any_backend(tmp_path):
     [
         (["--solvers", "euler:5"], "words such as ddim:50; solvers are ddim"),
         (["--solvers", "ddim"], "words such as ddim:50"),
-        (["--attention", "fast"], "'fast'"),
+        (["--attention", "fast"], "Got value: fast"),
         (["--checkpoint", "random:Q/2"], "model 'Q/2' is unknown"),
         (["--checkpoint", "/nowhere"], "no complete checkpoint"),
         (["--tasks", "dance"], "task 'dance' is unknown"),

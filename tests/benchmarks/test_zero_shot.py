@@ -108,7 +108,7 @@ def test_smoke_compares_every_method(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ([], "--checkpoint and --real are wanted"),
+        ([], "give --checkpoint and --real"),
         (["--checkpoint", "random:T/2", "--real", "x", "--tasks", "generate"], "no ground truth"),
         (["--checkpoint", "random:T/2", "--real", "/nowhere"], "is not a folder"),
     ],

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.solver_order import END, ORDERS, TOP, asynchronous
+from benchmarks.solver_errors import END, ORDERS, TOP, asynchronous
 from fvdm.diffusion.config import DiffusionConfig
 from fvdm.diffusion.process import Diffusion
 from fvdm.diffusion.sampling import sample

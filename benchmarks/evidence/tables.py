@@ -44,8 +44,8 @@ def who(row: Numbers) -> str:
         return {"test": "real, held out", "train": "real, trained on", "frozen": "frozen"}[row["method"]]
     if row["method"] == "vae":
         return "the truth through the VAE"
-    how = "" if row["method"] == "sampled" else f", {row['method']}"
-    return f"{row['model']}, p = {row['p']:g}{how}"
+    method = "" if row["method"] == "sampled" else f", {row['method']}"
+    return f"{row['model']}, p = {row['p']:g}{method}"
 
 
 def lines(rows: Sequence[Numbers], runs: Numbers, first: str = "") -> str:
@@ -62,15 +62,15 @@ def lines(rows: Sequence[Numbers], runs: Numbers, first: str = "") -> str:
     return table(head, body)
 
 
-def run_ids(jobs: Sequence[str], runs: Numbers) -> str:
+def run_ids(trials: Sequence[str], runs: Numbers) -> str:
     """The short ids of the MLflow runs of some measurements."""
-    return ", ".join(f"`{runs[name][:8]}`" for name in jobs if runs.get(name))
+    return ", ".join(f"`{runs[name][:8]}`" for name in trials if runs.get(name))
 
 
 def card(found: Numbers) -> str:
     """How FVD is measured, as a list."""
-    told = {key: "; ".join(value) or "nowhere" if isinstance(value, list) else value for key, value in found.items()}
-    return "FVD here:\n\n" + "\n".join(f"- {key}: {value}" for key, value in told.items()) + "\n"
+    text = {key: "; ".join(value) or "nowhere" if isinstance(value, list) else value for key, value in found.items()}
+    return "FVD here:\n\n" + "\n".join(f"- {key}: {value}" for key, value in text.items()) + "\n"
 
 
 def claims(results: Numbers) -> str:
@@ -78,17 +78,17 @@ def claims(results: Numbers) -> str:
     body = []
     for name, entry in results["sets"].items():
         for row in entry["comparisons"]:
-            told, seeds = [], []
+            measured, seeds = [], []
             for measure, found in row["measures"].items():
                 label, digits = MEASURES[measure]
                 still = f" (frozen {found['still']:.{digits}f})" if "still" in found else ""
-                told.append(
+                measured.append(
                     f"{label} {found['better']:.{digits}f} against {found['worse']:.{digits}f}{still}: "
                     f"{number(found['difference'], measure)}"
                 )
                 seeds.append(", ".join(f"{one:.{digits}f}" for one in found["by_seed"]))
             first: Numbers = next(iter(row["measures"].values()), {})
-            cells = [row["claim"], name, row["paper"], "<br>".join(told) or "-", "<br>".join(seeds) or "-"]
+            cells = [row["claim"], name, row["paper"], "<br>".join(measured) or "-", "<br>".join(seeds) or "-"]
             body.append([*cells, str(first.get("clips", "-")), f"**{row['verdict']}**"])
     for claim, why in NOT_HERE:
         body.append([claim, "-", "-", "-", "-", "-", f"**not testable here**: {why}"])
@@ -133,30 +133,30 @@ def _three(value: Sequence[float]) -> str:
     return f"{value[0]:.3f} [{value[1]:.3f}, {value[2]:.3f}]"
 
 
-def section(name: str, entry: Numbers, runs: Numbers, pictures: Mapping[str, str]) -> Iterator[str]:
+def section(name: str, entry: Numbers, runs: Numbers, images: Mapping[str, str]) -> Iterator[str]:
     """The part about one set."""
     yield f"### {name}: plain generation\n"
     if entry["card"]:
         yield card(entry["card"])
     yield lines(entry["generation"], runs)
-    yield from _pictures(pictures, f"{name}_generation", f"{name}_generate")
+    yield from _image_links(images, f"{name}_generation", f"{name}_generate")
     if entry["samplers"]:
         yield f"### {name}: samplers\n"
         yield lines(entry["samplers"], runs, "sampler")
-        yield from _pictures(pictures, f"{name}_samplers")
+        yield from _image_links(images, f"{name}_samplers")
     for task, rows in entry["tasks"].items():
         if rows:
             yield f"### {name}: {task}\n"
             yield lines(rows, runs)
-            yield from _pictures(pictures, f"{name}_{task}", f"{name}_{task}_numbers")
+            yield from _image_links(images, f"{name}_{task}", f"{name}_{task}_numbers")
     if entry["drift"]:
         yield f"### {name}: drift over the length\n"
         yield _drift(entry["drift"], runs)
-        yield from _pictures(pictures, f"{name}_drift")
+        yield from _image_links(images, f"{name}_drift")
     if entry["validation"]:
         yield f"### {name}: what a cleaner neighbour is worth\n"
         yield validation(entry["validation"], runs)
-        yield from _pictures(pictures, f"{name}_validation")
+        yield from _image_links(images, f"{name}_validation")
 
 
 def _drift(found: Numbers, runs: Numbers) -> str:
@@ -172,34 +172,34 @@ def _drift(found: Numbers, runs: Numbers) -> str:
     return f"{rows}\nMLflow runs: {run_ids(found['jobs'], runs) or '-'}\n"
 
 
-def _pictures(pictures: Mapping[str, str], *names: str) -> Iterator[str]:
+def _image_links(images: Mapping[str, str], *names: str) -> Iterator[str]:
     for name in names:
-        if name in pictures:
-            yield f"![{name.replace('_', ', ')}]({pictures[name]})\n"
+        if name in images:
+            yield f"![{name.replace('_', ', ')}]({images[name]})\n"
 
 
 def cost(results: Numbers, runs: Numbers) -> str:
-    """What the trainings and the measurements took, and how to do each again."""
+    """What the training runs and the measurements took, and how to do each again."""
     body = []
-    for name, found in results["trainings"].items():
+    for name, found in results["training_runs"].items():
         seconds = found.get("seconds")
         run = f"`{runs[name][:8]}`" if runs.get(name) else "-"
         body.append([name, f"{found['steps']}", f"{seconds / 60:.1f}" if seconds else "-", run])
     return table(["training", "steps", "minutes", "MLflow run"], body)
 
 
-def render(results: Numbers, pictures: Mapping[str, str]) -> str:
+def render(results: Numbers, images: Mapping[str, str]) -> str:
     """All tables, as they stand in docs/evidence.md."""
     runs = results["runs"]
     measured = sum(sum(entry["seconds"].values()) for entry in results["sets"].values()) / 60
-    trained = sum(found.get("seconds") or 0 for found in results["trainings"].values()) / 60
+    trained = sum(found.get("seconds") or 0 for found in results["training_runs"].values()) / 60
     parts = [BEGIN, "## Claims\n", claims(results)]
     for name, entry in results["sets"].items():
-        parts += [f"## {name}\n", *section(name, entry, runs, pictures)]
+        parts += [f"## {name}\n", *section(name, entry, runs, images)]
     parts += [
         "## Cost, runs and commands\n",
         f"Budget `{results['budget']}` on {results['machine']}; tables of commit `{results['commit'][:12]}`, and each "
-        "run names the commit that measured. Trainings took "
+        "run names the commit that measured. Training runs took "
         f"{trained:.0f} and measurements {measured:.0f} minutes of one process; {results['workers']} went side by "
         f"side. All runs are below the MLflow run `{results['parent']}`, which also has the figures, the videos, the "
         "differences behind the claims, and the lines over several seeds.\n",
@@ -213,7 +213,7 @@ def render(results: Numbers, pictures: Mapping[str, str]) -> str:
     return "\n".join(part for part in parts if part) + "\n"
 
 
-def into(document: str, tables: str) -> str:
+def replace_tables(document: str, tables: str) -> str:
     """A document with the tables between its two marks.
 
     Raises:

@@ -1,23 +1,21 @@
-"""The stages of benchmarks/evidence.py that make clips, trainings and measurements. Each skips what is done."""
+"""The stages of benchmarks/evidence.py: they make clips, training runs and measurements. Each skips what is done."""
 
-import argparse
 import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from benchmarks.ablation import queued
-from benchmarks.evidence.data import VIDEOS, folders, made_of, prepare, smoke_videos
+from benchmarks.evidence.data import VIDEOS, folders, made_of, prepare
 from benchmarks.evidence.measure import Bench
-from benchmarks.evidence.plan import ROOT, SCALAR, Arm, Budget, Job, arms, base_p, jobs, rank
-from fvdm.checkpoints.layout import STEP
+from benchmarks.evidence.plan import ROOT, SCALAR, Arm, Budget, EvidenceConfig, Trial, arms, base_p, rank, trials
+from benchmarks.smoke import smoke_clips
+from benchmarks.training_runs import TrainingRun, train
 from fvdm.evaluation.sources import device
 
 EXPERIMENT = "evidence"
@@ -26,14 +24,14 @@ EXPERIMENT = "evidence"
 class Evidence:
     """One budget, carried out in one folder."""
 
-    def __init__(self, name: str, budget: Budget, options: argparse.Namespace) -> None:
+    def __init__(self, name: str, budget: Budget, options: EvidenceConfig) -> None:
         self.name, self.budget, self.options = name, budget, options
-        self.out = Path(options.out)
+        self.out = Path(options.out or f"runs/evidence-{name}")
 
     def checkpoint(self, arm: Arm) -> Path:
-        """Where a training ends."""
-        steps = self.budget.sets[arm.data].steps
-        return self.out / "runs" / arm.name / "checkpoints" / STEP.format(steps)
+        """The last checkpoint of an arm."""
+        run = self.run(arm)
+        return run.checkpoint(run.steps)
 
     def prepare(self) -> list[str]:
         """Make the clips; returns the sets that have some.
@@ -41,9 +39,10 @@ class Evidence:
         Raises:
             ValueError: if a set cannot be made, or no set has clips.
         """
-        if self.name == "smoke" and not self.options.videos:
-            self.options.videos = [str(smoke_videos(self.out / "made"))]
-        videos = folders(self.options.videos, self.budget.sets)
+        words = self.options.videos
+        if self.name == "smoke" and not words:
+            words = (str(smoke_clips(self.out / "made")),)
+        videos = folders(words, self.budget.sets)
         ready = []
         for name, config in self.budget.sets.items():
             folder = self.out / "data" / name
@@ -56,54 +55,38 @@ class Evidence:
             raise ValueError(f"no set has videos: name folders with --videos NAME=DIR, or in {VIDEOS}")
         return ready
 
-    def train(self, wanted: Sequence[Arm]) -> bool:
-        """Do, or submit, the trainings that are not done, some side by side; whether all are.
+    def train(self, chosen: Sequence[Arm]) -> bool:
+        """Do, or submit, the training runs that are not done, some side by side; whether all are.
 
         Raises:
             ValueError: if one fails.
         """
-        missing = [arm for arm in wanted if not self.checkpoint(arm).exists() and not queued(f"fvdm-{arm.name}")]
-        print(f"trainings: {len(wanted) - len(missing)} of {len(wanted)} done or in the queue", flush=True)
-        # A training that takes every GPU shares none; on Slurm this only submits.
+        # A run that takes every GPU shares none; on Slurm this only submits.
         alone = self.budget.gpus == -1 and torch.cuda.is_available()
-        with ThreadPoolExecutor(1 if alone else self.budget.workers) as pool:
-            codes = list(pool.map(self._train, missing))
-        for arm, code in zip(missing, codes, strict=True):
-            if code:
-                raise ValueError(f"the training {arm.name} ended with code {code}: see above, mend it, and go on")
-        return all(self.checkpoint(arm).exists() for arm in wanted)
-
-    def _train(self, arm: Arm) -> int:
-        code = subprocess.run(self.command(arm), stdout=subprocess.DEVNULL).returncode
-        print(f"{arm.name}: {'trained' if not code else f'ended with code {code}'}", flush=True)
-        return code
+        return train([self.run(arm) for arm in chosen], 1 if alone else self.budget.workers, quiet=True)
 
     @property
     def cores(self) -> int:
         """The share of one that runs beside others; more threads than cores would wait for each other."""
         return max(1, len(os.sched_getaffinity(0)) // self.budget.workers)
 
-    def command(self, arm: Arm) -> list[str]:
-        """The command line of a training."""
+    def run(self, arm: Arm) -> TrainingRun:
+        """The training run of an arm."""
         config, budget = self.budget.sets[arm.data], self.budget
-        command = [sys.executable, str(ROOT / "launchers" / "slurm_train.py"), "--cluster", budget.cluster]
-        command += ["--nodes", str(budget.nodes), "--gpus-per-node", str(budget.gpus)]
+        launcher = ["--cluster", budget.cluster, "--nodes", str(budget.nodes), "--gpus-per-node", str(budget.gpus)]
         if budget.cluster == "local":
-            command += ["--cpus-per-task", str(max(1, self.cores // budget.nodes))]
-        command += ["--config", str(ROOT / "configs" / "ffs_xl.yaml")]
+            launcher += ["--cpus-per-task", str(max(1, self.cores // budget.nodes))]
+        launcher += ["--config", str(ROOT / "configs" / "ffs_xl.yaml")]
         settings = {
-            "name": arm.name,
-            "runs": self.out / "runs",
             "model": arm.model,
             "p": arm.p,
             "seed": arm.seed,
-            "steps": config.steps,
             "data.path": self.out / "data" / arm.data / "latents-train",
             "data.frames": config.frames,
             "data.stride": config.stride,
             "tracking.experiment": EXPERIMENT,
         }
-        return [*command, *(f"--{key}={_word(value)}" for key, value in (settings | config.train).items())]
+        return TrainingRun(arm.name, self.out / "runs", config.steps, launcher, settings | config.train)
 
     @cached_property
     def benches(self) -> dict[str, Bench]:
@@ -114,18 +97,18 @@ class Evidence:
                 found[name] = Bench(name, config, self.out, self._checkpoint_of, self.budget.batch)
         return found
 
-    def _checkpoint_of(self, job: Job) -> Path:
-        assert job.arm
-        return self.checkpoint(job.arm)
+    def _checkpoint_of(self, trial: Trial) -> Path:
+        assert trial.arm
+        return self.checkpoint(trial.arm)
 
-    def open_jobs(self) -> list[tuple[Bench, Job]]:
-        """The measurements that are wanted, not done, and whose training is; the first questions first."""
+    def open_trials(self) -> list[tuple[Bench, Trial]]:
+        """The measurements that were asked for and are not done, and whose training is; the first questions first."""
         found = []
         for name, bench in self.benches.items():
-            for job in jobs(name, bench.config):
-                ready = job.arm is None or self.checkpoint(job.arm).exists()
-                if ready and fnmatch(job.name, self.options.only) and not bench.done(job):
-                    found.append((bench, job))
+            for trial in trials(name, bench.config):
+                ready = trial.arm is None or self.checkpoint(trial.arm).exists()
+                if ready and fnmatch(trial.name, self.options.only) and not bench.done(trial):
+                    found.append((bench, trial))
         return sorted(found, key=lambda entry: rank(entry[1], entry[0].config))
 
     def measure(self) -> None:
@@ -134,8 +117,8 @@ class Evidence:
         Raises:
             ValueError: if a process fails.
         """
-        print(f"measurements: {len(self.open_jobs())} to do", flush=True)
-        if not self.open_jobs():
+        print(f"measurements: {len(self.open_trials())} to do", flush=True)
+        if not self.open_trials():
             return
         command = [
             sys.executable,
@@ -150,16 +133,16 @@ class Evidence:
         running = [subprocess.Popen(command, env=shared | {"LOCAL_RANK": str(k)}) for k in range(self.budget.workers)]
         codes = [process.wait() for process in running]
         if any(codes):
-            raise ValueError("a process that measures has failed: see above, mend it, and go on")
+            raise ValueError("a process that measures has failed: see above, and type the command again")
 
     def work(self) -> None:
         """One process that measures: every part that no other has."""
         if torch.cuda.is_available():
             torch.cuda.set_device(device())  # A model goes to the current GPU.
-        for bench, job in self.open_jobs():
-            bench.work(job)
-            if bench.done(job):
-                print(f"{job.name}: measured", flush=True)
+        for bench, trial in self.open_trials():
+            bench.work(trial)
+            if bench.done(trial):
+                print(f"{trial.name}: measured", flush=True)
 
     @property
     def again(self) -> str:
@@ -173,7 +156,7 @@ class Evidence:
         return f"python benchmarks/evidence.py --budget {self.name}"
 
     def arms(self) -> list[Arm]:
-        """The trainings of the sets that have clips; the two that the paper's first claim is about come first."""
+        """The training runs of the sets that have clips; the two that the paper's first claim is about come first."""
         found = [arm for name, bench in self.benches.items() for arm in arms(name, bench.config)]
 
         def order(arm: Arm) -> tuple[bool, int]:
@@ -182,7 +165,3 @@ class Evidence:
             return not main, config.seeds.index(arm.seed)
 
         return sorted(found, key=order)
-
-
-def _word(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,90 @@
+"""Settings of measurements; imports no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How a checkpoint is sampled.
+
+    Attributes:
+        frames: frames of a video; more than the model's window make a long video.
+        num: number of videos.
+        seed: of the first video; the k-th has seed + k.
+        steps: sampling steps.
+        solver: solver by name.
+        guidance: classifier-free guidance scale.
+        weights: ema or model.
+        vae: VAE by name or path; empty takes the one the model was trained with.
+        precision: bf16 or fp32; empty takes bf16 on a GPU.
+    """
+
+    frames: int = 16
+    num: int = 2048
+    seed: int = 0
+    steps: int = 50
+    solver: str = "ddim"
+    guidance: float = 1.0
+    weights: Literal["ema", "model"] = "ema"
+    vae: str = ""
+    precision: Literal["", "bf16", "fp32"] = ""
+
+
+@dataclass(frozen=True)
+class FVDConfig:
+    """A Fréchet video distance.
+
+    Attributes:
+        real: real videos, frame folders or latent shards.
+        fake: generated videos, frame folders or latent shards; or a run or checkpoint.
+        protocol: styleganv, latte, tats, videogpt, cdfvd or even.
+        dataset: name of the data set, for protocols that have a stride of their own for it, such as taichi.
+        frames: frames of a clip, 9 or more; published are 16 and 128.
+        clips: most clips of either side; 0 takes the protocol's.
+        real_stride: take every n-th frame of the real videos; 0 takes the protocol's.
+        repeats: choices of clips, whose mean is taken; 0 takes the protocol's.
+        seed: of the choice of clips, and of the first sample; the protocol's when not given.
+        size: pixels at which videos are read; a checkpoint has its own size.
+        real_pattern: which of the real videos, by name.
+        fake_pattern: which of the generated videos, by name.
+        real_split: split of real latent shards; empty takes the protocol's.
+        fake_split: split of generated latent shards.
+        steps: sampling steps of a checkpoint.
+        solver: solver of a checkpoint.
+        guidance: guidance of a class-conditional checkpoint; 1 is none.
+        weights: weights of a checkpoint.
+        vae: VAE of a checkpoint; empty takes the one it was trained with.
+        precision: of sampling; empty takes bf16 on a GPU.
+        still: also compare the middle frames alone, as still clips.
+        bootstrap: resamplings behind the interval; 0 is none.
+        chunk: clips that go through the networks at once.
+        run: folder of the training run whose MLflow run gets the result; empty takes that of `fake`.
+        out: folder for the result.
+    """
+
+    real: str
+    fake: str
+    protocol: str = "styleganv"
+    dataset: str = ""
+    frames: int = 16
+    clips: int = 0
+    real_stride: int = 0
+    repeats: int = 0
+    seed: int | None = None
+    size: int = 256
+    real_pattern: str = "*"
+    fake_pattern: str = "*"
+    real_split: str = ""
+    fake_split: str = "train"
+    steps: int = 50
+    solver: str = "ddim"
+    guidance: float = 1.0
+    weights: Literal["ema", "model"] = "ema"
+    vae: str = ""
+    precision: Literal["", "bf16", "fp32"] = ""
+    still: bool = False
+    bootstrap: int = 100
+    chunk: int = 4
+    run: str = ""
+    out: str = "fvd"
