@@ -1,5 +1,6 @@
 """Which process this is, and how the processes agree to stop."""
 
+import contextlib
 import datetime
 import enum
 import os
@@ -7,7 +8,10 @@ import random
 import re
 import signal
 import socket
+import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 
@@ -136,24 +140,37 @@ class HangDetector:
         self.seconds = max(5.0, timeout / 10)
         self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=3 * self.seconds))
         self.store = c10d.PrefixStore("hang detector", c10d._get_default_store())
+        self.calls = 0  # of the roll: each has a key of its own
 
     def find(self, error: RuntimeError) -> str:
         """The ranks that hang, such as `ranks 2, 5`; empty where `error` is not gloo's, or a peer has ended.
 
         Every rank that is not hung calls it at about the same time, and gets the same answer.
         """
-        if "gloo/" not in str(error):
-            return ""
+        return self.call_roll() if "gloo/" in str(error) else ""
+
+    def call_roll(self) -> str:
+        """The ranks that do not answer, such as `ranks 2, 5`; empty if all answer, or if ranks have ended."""
+        self.calls += 1
+        key = f"hanging {self.calls}"
         if dist.get_rank() == 0:
             found = re.search(r"Ranks? ([\d, ]+) failed to pass", self._call(self.seconds))
             hanging = f"rank{'s' * (',' in found[1])} {found[1]}" if found else ""
-            self.store.set("hanging", hanging)
+            self.store.set(key, hanging)
+            if found:  # The store ends with this process: the others must have read it before.
+                missing = {0, *map(int, found[1].split(","))}
+                receipts = [f"{key} read by {rank}" for rank in range(dist.get_world_size()) if rank not in missing]
+                with contextlib.suppress(RuntimeError):
+                    self.store.wait(receipts, datetime.timedelta(seconds=self.seconds))
             return hanging
         if self._call(3 * self.seconds):
             return "rank 0"
         try:
-            self.store.wait(["hanging"], datetime.timedelta(seconds=self.seconds))
-            return self.store.get("hanging").decode()
+            self.store.wait([key], datetime.timedelta(seconds=self.seconds))
+            hanging = self.store.get(key).decode()
+            if hanging:
+                self.store.set(f"{key} read by {dist.get_rank()}", "")
+            return hanging
         except RuntimeError:  # Rank 0, which keeps the store, has ended.
             return ""
 
@@ -165,3 +182,66 @@ class HangDetector:
         except RuntimeError as error:
             return str(error) if time.monotonic() - started >= seconds else ""
         return ""
+
+
+def end_process(sentence: str) -> None:
+    """Print an error as Python does, and end this process at once: its main thread waits for a collective."""
+    print(f"[rank{dist.get_rank()}]: TimeoutError: {sentence}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+class Watchdog:
+    """Names a rank that hangs where collectives return no error: NCCL ends the process without a name.
+
+    A context manager with a thread beside the collectives. If no step ends for `seconds`, the threads of all ranks call
+    the roll over gloo: the ranks that do not answer hang, and this process ends with their names. If all answer, a rank
+    is busy, and the thread waits for the next step.
+
+    Args:
+        detector: calls the roll.
+        seconds: without a step, after which the roll is called; `detector.seconds` times 3 less than NCCL's timeout, or
+            earlier.
+        enabled: start the thread; not needed where collectives return errors.
+        abort: ends the process with a sentence.
+    """
+
+    def __init__(
+        self,
+        detector: HangDetector,
+        seconds: float,
+        enabled: bool = True,
+        abort: Callable[[str], None] = end_process,
+    ) -> None:
+        self.detector, self.seconds, self.enabled, self.abort = detector, seconds, enabled, abort
+        self._step, self._last = 0, time.monotonic()
+        self._closed = threading.Event()
+
+    def __enter__(self) -> "Watchdog":
+        """Start the thread."""
+        self._last = time.monotonic()
+        if self.enabled:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Let the thread end; it is not waited for, as it may be in a roll call."""
+        self._closed.set()
+
+    def beat(self, step: int) -> None:
+        """Say that a step has ended on this rank."""
+        self._step, self._last = step, time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(max(0.05, self._last + self.seconds - time.monotonic())):
+            last = self._last
+            if time.monotonic() < last + self.seconds:
+                continue
+            hanging = self.detector.call_roll()
+            if hanging and self._last == last and not self._closed.is_set():
+                self.abort(
+                    f"{hanging} hung, or the node could not be reached: the other ranks waited for it after step "
+                    f"{self._step} for {time.monotonic() - last:.0f} s"
+                )
+                return
+            if self._last == last:
+                self._last = time.monotonic()

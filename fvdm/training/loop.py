@@ -75,7 +75,7 @@ def train(config: TrainConfig) -> Stop:
         tracker = run.begin_tracking() if ranks.is_main else None
         status = "FAILED"
         try:
-            with translate_errors(run):
+            with translate_errors(run), run.watchdog:
                 stop_reason = _loop(run, model, tracker, stop)
                 run.finish()
                 engine.close()  # Before the model is sent: only rank 0 waits for a server.
@@ -143,6 +143,7 @@ def _loop(run: Run, model: Backbone, tracker: Tracker | None, stop: StopFlag) ->
             run.ema.update()
         progress.consumed = batch.consumed
         _count(run, moved, seen)
+        run.watchdog.beat(progress.step)
         if progress.step % config.log_every == 0 or progress.step == config.steps:
             _report(run, meter, tracker)
         preview = _due(config.previews.every, progress.step)

@@ -27,7 +27,7 @@ from fvdm.checkpoints.writer import AsyncCheckpointWriter
 from fvdm.data.sequence import resolve_lanes
 from fvdm.data.shards import LatentShards
 from fvdm.diffusion.process import Diffusion
-from fvdm.distributed import HangDetector, Ranks, first_error
+from fvdm.distributed import HangDetector, Ranks, Watchdog, first_error
 from fvdm.files import LockHeldError, lock, write_text
 from fvdm.models.config import BackboneConfig, to_dict
 from fvdm.models.loading import config_from
@@ -218,6 +218,9 @@ class Run:
         self.first = 0  # the step at which this start began
         self.root = config.checkpoints
         self.hang_detector = HangDetector(config.engine.timeout)
+        # Before NCCL ends the process: the roll call takes up to 0.3 of the timeout.
+        on_gpu = engine.device.type == "cuda"
+        self.watchdog = Watchdog(self.hang_detector, 0.6 * config.engine.timeout, enabled=on_gpu)
         self.writer = AsyncCheckpointWriter(config.checkpoint.background, config.checkpoint.timeout)
 
     def resume(self, folder: Path) -> None:
