@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,6 +97,22 @@ class ShortRun:
         """The loss of every step, from the run's journal; the last report of a step counts."""
         return {event["step"]: event["metrics"]["loss/mean"] for event in self.events(name, "loss/mean")}
 
+    def largest_difference(self, name: str) -> float:
+        """The largest relative difference between the losses of a run and those of the complete one.
+
+        Raises:
+            RuntimeError: if one has steps that the other one lacks.
+        """
+        complete, other = self.losses("complete"), self.losses(name)
+        if complete.keys() != other.keys():
+            raise RuntimeError(f"the run {name} has {len(other)} steps, the complete one {len(complete)}")
+        return max(abs(other[step] / complete[step] - 1) for step in complete)
+
+    def speed(self, name: str) -> float:
+        """Clips per second of a run with its loader, the median of its reports."""
+        speed = "speed/clips_per_second"
+        return median(event["metrics"][speed] for event in self.events(name, speed))
+
     def events(self, name: str, metric: str) -> list[dict[str, Any]]:
         """The reports of a run that hold a metric."""
         path = self.folder / "runs" / name / "events.jsonl"
@@ -112,6 +129,7 @@ def run(record: Record, config: "AcceptanceConfig") -> None:
     short = ShortRun(config, folder)
     record.check("real shards", functools.partial(encode, short))
     record.check("a run without a stop", functools.partial(train, short))
+    record.check("without overlap of reduction and backward pass", functools.partial(train_without_overlap, short))
     record.check("the stop signal, and the same command again", functools.partial(stop_and_resume, short))
 
 
@@ -137,14 +155,24 @@ def encode(short: ShortRun) -> Outcome:
 def train(short: ShortRun) -> Outcome:
     """Train to the end; clips/s with the loader, and the time for which a checkpoint holds training up."""
     short.finish(short.command("complete"), "complete")
-    speeds = [
-        event["metrics"]["speed/clips_per_second"] for event in short.events("complete", "speed/clips_per_second")
-    ]
     stall = "checkpoint/stalled_seconds"
     stalls = [event["metrics"][stall] for event in short.events("complete", stall)]
     losses = short.losses("complete")
-    values = {"steps": len(losses), "clips/s": sorted(speeds)[len(speeds) // 2], "last loss": losses[max(losses)]}
+    values = {"steps": len(losses), "clips/s": short.speed("complete"), "last loss": losses[max(losses)]}
     return Outcome(values | {"checkpoint stalls, s": max(stalls)}, len(losses) == short.steps, f"{short.steps} steps")
+
+
+def train_without_overlap(short: ShortRun) -> Outcome:
+    """Train with gradients that are reduced after the backward pass, and compare losses and speed.
+
+    Raises:
+        RuntimeError: if the run fails.
+    """
+    name = "no-overlap"
+    short.finish(short.command(name, "--engine.overlap_comm", "false"), name)
+    largest, limit = short.largest_difference(name), TOLERANCE[short.config.device]
+    values = {"clips/s": short.speed(name), "with overlap, clips/s": short.speed("complete")}
+    return Outcome(values | {"largest difference of losses": largest}, largest <= limit, f"losses within {limit:g}")
 
 
 def stop_and_resume(short: ShortRun) -> Outcome:
@@ -164,11 +192,7 @@ def stop_and_resume(short: ShortRun) -> Outcome:
     code = process.wait()
     reached = max(short.losses(name))
     short.finish(command, name)
-    complete, resumed = short.losses("complete"), short.losses(name)
-    if complete.keys() != resumed.keys():
-        raise RuntimeError(f"the resumed run has {len(resumed)} steps, the other one {len(complete)}")
-    largest = max(abs(resumed[step] / complete[step] - 1) for step in complete)
-    limit = TOLERANCE[short.config.device]
+    largest, limit = short.largest_difference(name), TOLERANCE[short.config.device]
     values = {"exit code": code, "stopped after step": reached, "largest difference of losses": largest}
     good = reached < short.steps and largest <= limit
     return Outcome(values, good, f"stopped before step {short.steps}, losses within {limit:g}")

@@ -28,6 +28,7 @@ class EngineConfig:
         precision: bf16 (float32 masters, gradients reduced in float32) or fp32.
         micro_batch: clips a rank takes at once; the rest of its share is accumulated. 0 takes its whole share.
         reduce_bucket_size: elements that are reduced in one message.
+        overlap_comm: on GPUs, reduce gradients while the backward pass goes on.
         timeout: seconds after which a rank that waits for a hung or lost peer gives up.
     """
 
@@ -41,6 +42,7 @@ class EngineConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     micro_batch: int = 0
     reduce_bucket_size: int = 20_000_000
+    overlap_comm: bool = True
     timeout: int = 600
 
     def __post_init__(self) -> None:

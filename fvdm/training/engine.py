@@ -139,7 +139,7 @@ class Engine:
                 "stage": 2,
                 "contiguous_gradients": True,
                 "reduce_scatter": True,
-                "overlap_comm": get_accelerator().device_name() != "cpu",
+                "overlap_comm": config.overlap_comm and get_accelerator().device_name() != "cpu",
                 "reduce_bucket_size": config.reduce_bucket_size,
                 "allgather_bucket_size": config.reduce_bucket_size,
             },

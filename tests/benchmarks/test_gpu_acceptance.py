@@ -1,5 +1,6 @@
 """benchmarks/gpu_acceptance.py: every part on the CPU, results that are written at once and not measured again."""
 
+import configparser
 import json
 import os
 import subprocess
@@ -121,3 +122,11 @@ def test_the_peak_of_a_gpu_has_its_context_and_what_was_given_back(monkeypatch):
     for name, value in made_up.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert train_memory.peak(torch.device("cuda", 0)) == 46e9
+
+
+def test_deepspeed_is_new_enough_for_overlap():
+    """Before 0.19.3 gradients that are reduced during the backward pass may be NaN, and compiled hooks race."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    (needed,) = [line for line in setup["options"]["install_requires"].split() if line.startswith("deepspeed")]
+    assert tuple(map(int, needed.partition(">=")[2].split("."))) >= (0, 19, 3)
