@@ -127,13 +127,13 @@ class _Decoded:
         from fvdm.media.videos import to_square
 
         video = index % len(self.files)
-        wanted = draw_frames(self.frames[video], FRAMES, STRIDE, np.random.default_rng(index)).tolist()
+        chosen = draw_frames(self.frames[video], FRAMES, STRIDE, np.random.default_rng(index)).tolist()
         pictures = []
         with av.open(str(self.files[video])) as container:
             for number, frame in enumerate(container.decode(video=0)):
-                if number in wanted:
+                if number in chosen:
                     pictures.append(to_square(frame.to_ndarray(format="rgb24"), self.size, PAPER["ffs"]))
-                if number == wanted[-1]:
+                if number == chosen[-1]:
                     break
         return torch.from_numpy(np.stack(pictures))
 
