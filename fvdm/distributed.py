@@ -140,16 +140,16 @@ class HangDetector:
         self.seconds = max(5.0, timeout / 10)
         self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=3 * self.seconds))
         self.store = c10d.PrefixStore("hang detector", c10d._get_default_store())
-        self.calls = 0  # of the roll: each has a key of its own
+        self.calls = 0  # of `ask_ranks`: each has its own key
 
     def find(self, error: RuntimeError) -> str:
         """The ranks that hang, such as `ranks 2, 5`; empty where `error` is not gloo's, or a peer has ended.
 
         Every rank that is not hung calls it at about the same time, and gets the same answer.
         """
-        return self.call_roll() if "gloo/" in str(error) else ""
+        return self.ask_ranks() if "gloo/" in str(error) else ""
 
-    def call_roll(self) -> str:
+    def ask_ranks(self) -> str:
         """The ranks that do not answer, such as `ranks 2, 5`; empty if all answer, or if ranks have ended."""
         self.calls += 1
         key = f"hanging {self.calls}"
@@ -193,14 +193,13 @@ def end_process(sentence: str) -> None:
 class Watchdog:
     """Names a rank that hangs where collectives return no error: NCCL ends the process without a name.
 
-    A context manager with a thread beside the collectives. If no step ends for `seconds`, the threads of all ranks call
-    the roll over gloo: the ranks that do not answer hang, and this process ends with their names. If all answer, a rank
-    is busy, and the thread waits for the next step.
+    A context manager with a thread beside the collectives. If no step ends for `seconds`, the threads of all ranks ask
+    each other over gloo: the ranks that do not answer hang, and this process ends with their names. If all answer, a
+    rank is busy, and the thread waits for the next step.
 
     Args:
-        detector: calls the roll.
-        seconds: without a step, after which the roll is called; `detector.seconds` times 3 less than NCCL's timeout, or
-            earlier.
+        detector: asks the ranks.
+        seconds: without a step, after which the ranks are asked; `3 * detector.seconds` before NCCL's timeout or more.
         enabled: start the thread; not needed where collectives return errors.
         abort: ends the process with a sentence.
     """
@@ -224,7 +223,7 @@ class Watchdog:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Let the thread end; it is not waited for, as it may be in a roll call."""
+        """Let the thread end; it is not waited for, as it may be asking the ranks."""
         self._closed.set()
 
     def beat(self, step: int) -> None:
@@ -236,7 +235,7 @@ class Watchdog:
             last = self._last
             if time.monotonic() < last + self.seconds:
                 continue
-            hanging = self.detector.call_roll()
+            hanging = self.detector.ask_ranks()
             if hanging and self._last == last and not self._closed.is_set():
                 self.abort(
                     f"{hanging} hung, or the node could not be reached: the other ranks waited for it after step "

@@ -31,7 +31,7 @@ with Watchdog(detector, 1.0, abort=abort) as watchdog:
     if str(rank) in hanging:
         (folder / f"stopped-{rank}").touch()
         os.kill(os.getpid(), signal.SIGSTOP)
-    # A collective that never returns; without a hung rank, a step that takes three roll calls.
+    # A collective that never returns; without a hung rank, a step so long that the ranks are asked three times.
     while hanging != {""} or detector.calls < 3:
         time.sleep(0.1)
 dist.barrier()
@@ -70,5 +70,5 @@ def test_a_rank_that_hangs_is_named_by_all_others(tmp_path, hung):
 @pytest.mark.slow
 def test_ranks_that_are_busy_are_left_alone(tmp_path):
     processes = start(tmp_path, "")
-    assert [process.wait(timeout=90) for process in processes] == [0, 0, 0], "the roll was called three times"
+    assert [process.wait(timeout=90) for process in processes] == [0, 0, 0], "the ranks were asked three times"
     assert not list(tmp_path.iterdir()), "and nobody was named"

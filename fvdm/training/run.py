@@ -218,7 +218,7 @@ class Run:
         self.first = 0  # the step at which this start began
         self.root = config.checkpoints
         self.hang_detector = HangDetector(config.engine.timeout)
-        # Before NCCL ends the process: the roll call takes up to 0.3 of the timeout.
+        # Before NCCL ends the process: asking the ranks takes up to 0.3 of the timeout.
         on_gpu = engine.device.type == "cuda"
         self.watchdog = Watchdog(self.hang_detector, 0.6 * config.engine.timeout, enabled=on_gpu)
         self.writer = AsyncCheckpointWriter(config.checkpoint.background, config.checkpoint.timeout)
