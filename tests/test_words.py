@@ -14,11 +14,6 @@ TOP = ("fvdm", "data_prep", "launchers", "benchmarks")
 SOURCES = sorted(path for folder in TOP for path in (ROOT / folder).rglob("*.py"))
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile", *ROOT.glob("docs/**/*.md")])
 PAGES += sorted(ROOT.glob("configs/**/*.yaml"))
-# Not rewritten yet: the benchmarks, what they measure with, and their pages.
-NOT_YET = ("benchmarks/", "fvdm/evaluation/", "configs/evidence/")
-NOT_YET += tuple(f"docs/{name}.md" for name in ("benchmarks", "evidence", "fvd", "performance", "tasks"))
-SOURCES = [path for path in SOURCES if not str(path.relative_to(ROOT)).startswith(NOT_YET)]
-PAGES = [path for path in PAGES if not str(path.relative_to(ROOT)).startswith(NOT_YET)]
 
 NAMES = {
     *("Wish", "wish", "want", "wanted", "How", "how", "told", "Recipe", "recipe", "Use", "matrix", "matrices"),

@@ -157,6 +157,7 @@ def test_a_checkpoint_is_saved_though_every_step_so_far_was_skipped(tmp_path):
             "updates": 0,
             "consumed": 4 * steps,
             "skipped": steps,
+            "corrupt": 0,
         }
 
 
