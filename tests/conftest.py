@@ -1,10 +1,19 @@
+import contextlib
 import os
+import signal
 
 import pytest
 
 os.environ.setdefault("MLFLOW_ENABLE_TELEMETRY", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # The workers share the cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A test run in the background or under nohup inherits signals that are ignored, and so would the commands under test.
+with contextlib.suppress(ValueError):  # not in the main thread
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -105,10 +105,12 @@ class ShardCache:
         return False
 
     def _fetch(self, path: Path, size: int, fetch: Callable[[Path], int], *, needed: bool) -> None:
-        with atomic_write(path, mark=f".{os.getpid()}-{secrets.token_hex(4)}") as partial:
+        with ExitStack() as stack, atomic_write(path, mark=f".{os.getpid()}-{secrets.token_hex(4)}") as partial:
             if self.limit:
                 self._make_room(size, partial, needed=needed)
             count = fetch(partial)
+            # It gets its name while nobody counts the files: a listing may miss one that is renamed meanwhile.
+            stack.enter_context(lock(self.folder / ".room.lock"))
         self.counters.bytes_fetched += count
         self.counters.fetches += 1
 

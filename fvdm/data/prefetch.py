@@ -36,14 +36,22 @@ class Prefetcher:
         self._step = -1
         self._failed: set[int] = set()
         self._warned = False
+        self._fetching = False
+        self._choosing = threading.Lock()
         self._moved = threading.Event()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
     def advance(self, step: int) -> None:
-        """Says which step is read now; starts the thread at the first call."""
+        """Says which step is read now; starts the thread at the first call.
+
+        While the thread waits for a server, the files that this step needs are pinned from here: they would else be
+        removed and fetched again.
+        """
         if step != self._step:
             self._step = step
+            if self._fetching:
+                self._choose()
             self._moved.set()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
@@ -65,6 +73,10 @@ class Prefetcher:
 
     def _choose(self) -> list[int]:
         """The next shards that fit into this rank's share of the cache; they are pinned there."""
+        with self._choosing:
+            return self._pin_window()
+
+    def _pin_window(self) -> list[int]:
         cache = self.location.cache
         room = cache.limit / cache.ranks() if cache.limit else float("inf")
         window: list[int] = []
@@ -91,6 +103,7 @@ class Prefetcher:
             info = self.shards[number]
             if number in self._failed or self.location.cached(info.name, info.sha256):
                 continue
+            self._fetching = True
             try:
                 if self.location.prefetch(info.name, info.sha256, info.bytes):
                     return True
@@ -99,4 +112,6 @@ class Prefetcher:
             except (OSError, ValueError) as error:
                 log.debug("cannot fetch %s ahead: %s", info.name, error)
                 return False
+            finally:
+                self._fetching = False
         return False

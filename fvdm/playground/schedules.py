@@ -64,7 +64,7 @@ def from_frame_times(frames: Sequence[FrameTimes], steps: int, num_timesteps: in
 
 
 def frame_times(schedule: Tensor, given: Iterable[int], num_timesteps: int) -> list[FrameTimes]:
-    """A schedule as numbers that `from_frame_times` takes; exact for schedules that it made, else the nearest."""
+    """A schedule as numbers for `from_frame_times`; exact if it made the schedule and each frame falls at every row."""
     shown = set(given)
     steps = len(schedule) - 1
     found = []

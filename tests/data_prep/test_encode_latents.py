@@ -229,14 +229,14 @@ def test_a_plan_with_jobs_in_the_queue_stands(videos, vae, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_ends_the_command_and_its_children(vae, tmp_path, number, jobs):
     """The exit status says which signal, standard error says what to type, and the same command goes on."""
-    for video in range(12):
+    for video in range(30):
         write_video(tmp_path / "v" / f"{video}.mp4", cut(video, 60))
     command = [sys.executable, str(ROOT / "data_prep" / "encode_latents.py")]
     command += words(tmp_path / "v", tmp_path / "out", vae, "--jobs", str(jobs))
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not list((tmp_path / "out").glob(".work/*/*.tar")):
         assert process.poll() is None
-        time.sleep(0.05)
+        time.sleep(0.01)
     process.send_signal(number)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number, error

@@ -1,4 +1,4 @@
-"""The playground: the clip of the command line it shows, cancelling, limits, and a server that hands out no other file."""
+"""The playground: the clip of its command line, cancelling, limits, and a server that hands out no other file."""
 
 import shlex
 import threading

@@ -18,7 +18,7 @@ def drawn(draw):
     for _ in range(draw(st.integers(1, 12))):
         start = draw(st.integers(0, steps - 1))
         given = draw(st.booleans())
-        noise = draw(st.integers(0, 100)) if given else 100
+        noise = draw(st.integers(10, 100) | st.just(0)) if given else 100  # less is less than a timestep a row
         frames.append(FrameTimes(start, draw(st.integers(start + 1, steps)), noise, given))
     return steps, frames
 
@@ -41,8 +41,7 @@ def test_a_drawing_can_be_read_back(drawing):
     schedule = from_frame_times(frames, steps, T)
     given = [k for k, frame in enumerate(frames) if frame.given]
     again = from_frame_times(frame_times(schedule, given, T), steps, T)
-    assert torch.equal(again[0], schedule[0])
-    assert torch.equal(again == 0, schedule == 0)
+    assert torch.equal(again, schedule)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from tests.slurm.cluster import Cluster, can_cut, ranks
 
 NODES = 4
 EVERY = 10  # steps between checkpoints
-BETWEEN = 30  # steps from one event to the next, some five seconds
+BETWEEN = 60  # steps from one event to the next, some ten seconds
 AT_START = 0.25  # share of the events that come while the job starts again
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", ""}
 # What has no test of its own and does not take long, and the others.

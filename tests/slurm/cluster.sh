@@ -125,7 +125,7 @@ DefMemPerCPU=256
 # failures are noticed in seconds, not minutes
 SlurmdTimeout=10
 MessageTimeout=5
-KillWait=5
+KillWait=20
 UnkillableStepTimeout=20
 JobRequeue=1
 # no two clusters in a row number their jobs alike: submitit would take an older job's result file for this one's
