@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.acceptance.networks import DTYPES, free, network, seconds, synchronize
 from benchmarks.acceptance.record import LeftOutError, Outcome, Record
-from fvdm.models.attention import attention
+from fvdm.models.attention import AUTO, attention
 from fvdm.models.config import BACKENDS
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ KERNELS = {
 }
 HEADS = (16, 72)  # heads of XL, and their width
 SLOWER = 1.1  # `auto` may take so many times as long as the fastest before it counts as a wrong choice
+TIME = "forward + backward, ms"
 GRID = 65536  # batch x heads from which flash's launch grid is too small
 
 
@@ -48,6 +49,10 @@ def run(record: Record, config: "AcceptanceConfig") -> None:
                 )
                 record.check(f"{title}: {name}", measure)
             record.check(f"{title}: the choice of auto", functools.partial(judge_auto, record, title))
+            record.check(
+                f"{title}: line of the table of auto",
+                functools.partial(suggest_choice, record, title, precision, size[1]),
+            )
     rows = 64 if config.smoke else GRID // heads
     size = (rows, f, heads, width)
     record.check(
@@ -96,7 +101,7 @@ def time_backend(
         torch.autograd.grad(function(q, k, v), (q, k, v), gradient)
 
     values: dict[str, float] = {"forward, ms": 1e3 * seconds(forward, device, rounds)}
-    values["forward + backward, ms"] = 1e3 * seconds(backward, device, rounds)
+    values[TIME] = 1e3 * seconds(backward, device, rounds)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -115,12 +120,7 @@ def judge_auto(record: Record, title: str) -> Outcome:
     Raises:
         LeftOutError: if `auto` did not run.
     """
-    key = "forward + backward, ms"
-    times = {
-        name.removeprefix(f"{title}: "): check["values"][key]
-        for name, check in record.checks.items()
-        if name.startswith(f"{title}: ") and key in check["values"]
-    }
+    times = backend_times(record, title)
     if "auto" not in times:
         raise LeftOutError("auto has no time")
     own = times.pop("auto")
@@ -129,3 +129,27 @@ def judge_auto(record: Record, title: str) -> Outcome:
     # On a CPU a small network's times are noise: there, the choice is shown and not judged.
     good = own <= SLOWER * times[fastest] if record.device == "cuda" else None
     return Outcome(values | {"auto / fastest": own / times[fastest]}, good, f"{SLOWER:g} times the fastest")
+
+
+def backend_times(record: Record, title: str) -> dict[str, float]:
+    """Milliseconds forward and backward of each backend that ran, by name."""
+    return {
+        name.removeprefix(f"{title}: "): check["values"][TIME]
+        for name, check in record.checks.items()
+        if name.startswith(f"{title}: ") and TIME in check["values"]
+    }
+
+
+def suggest_choice(record: Record, title: str, precision: str, positions: int) -> Outcome:
+    """The line of `fvdm.models.attention.AUTO` that these times ask for, and the backend that it has now.
+
+    Raises:
+        LeftOutError: if none of the backends that `auto` may pick ran.
+    """
+    times = {name: ms for name, ms in backend_times(record, title).items() if name in BACKENDS and name != "auto"}
+    if not times:
+        raise LeftOutError("no backend has a time")
+    dtype = DTYPES[precision]
+    line = f"Choice({record.device!r}, ({dtype},), {positions}, {min(times, key=times.__getitem__)!r})"
+    held = [c.backend for c in AUTO if c.device == record.device and dtype in c.dtypes and positions <= c.positions]
+    return Outcome({"measured": line, "in the table": " or else ".join([*held, "sdpa"])})

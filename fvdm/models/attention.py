@@ -5,7 +5,9 @@ The only place that imports flash_attn.
 
 import functools
 import logging
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +15,35 @@ from torch import Tensor
 
 from fvdm.models.config import BACKENDS, Backend
 
-# Positions up to which plain products in bfloat16 beat PyTorch's fused attention on CPUs, 2 to 8 times.
-CPU_PRODUCTS = 512
-FLASH_PAYS = 200  # positions from which flash-attn pays: launches dominate below
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Choice(NamedTuple):
+    """A line of the table by which `auto` picks.
+
+    Attributes:
+        device: cuda or cpu.
+        dtypes: of the queries, keys and values.
+        positions: length of the longest sequence for which the line holds.
+        backend: what is picked, where it is installed and takes such tensors; else the next line that holds decides.
+    """
+
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    positions: float
+    backend: str
+
+
+# The first line that holds decides; where none does, PyTorch's own attention. `benchmarks/gpu_acceptance.py --part
+# attention` prints the lines that its measurements suggest.
+AUTO = (
+    # Plain products in bfloat16 beat PyTorch's fused attention on CPUs up to here, 2 to 8 times.
+    Choice("cpu", (torch.bfloat16,), 512, "math"),
+    # Launches dominate below this length. Not measured yet.
+    Choice("cuda", HALF, 199, "sdpa"),
+    Choice("cuda", HALF, math.inf, "flash"),
+)
+BOUNDS = sorted({choice.positions for choice in AUTO})
 LAUNCH_LIMIT = 65535  # batch x heads of one CUDA launch: the second and third dimension of a grid end there
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -105,25 +133,23 @@ def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 _FUNCTIONS: dict[str, Function] = {"sdpa": _sdpa, "math": _math}
 
 
-def _reach(positions: int) -> str:
-    """How long a sequence is: words, so that a graph is not compiled again for every number of frames."""
-    if positions < FLASH_PAYS:
-        return f"fewer than {FLASH_PAYS}"
-    return f"up to {CPU_PRODUCTS}" if positions <= CPU_PRODUCTS else f"more than {CPU_PRODUCTS}"
+def _reach(positions: int) -> float:
+    """The bound of the table for a length: a graph is not compiled again for every number of frames."""
+    return min(bound for bound in BOUNDS if positions <= bound)
 
 
 @torch.compiler.assume_constant_result
-def _choose(device: str, dtype: torch.dtype, reach: str, width: int, backend: Backend) -> str:
+def _choose(device: str, dtype: torch.dtype, reach: float, width: int, backend: Backend) -> str:
     """The backend for such tensors. A compiler evaluates this once while it traces: no break in its graph."""
     return _chosen(device, dtype, reach, width, backend)
 
 
 @functools.cache
-def _chosen(device: str, dtype: torch.dtype, reach: str, width: int, backend: Backend) -> str:
+def _chosen(device: str, dtype: torch.dtype, reach: float, width: int, backend: Backend) -> str:
     """Cached, so that each choice is made, and logged, once."""
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
-    fits = device == "cuda" and dtype in (torch.bfloat16, torch.float16) and width <= 256 and width % 8 == 0
+    fits = device == "cuda" and dtype in HALF and width <= 256 and width % 8 == 0
     installed = FLASH is not None
     if backend == "flash" and not (fits and installed):
         reason = (
@@ -133,10 +159,9 @@ def _chosen(device: str, dtype: torch.dtype, reach: str, width: int, backend: Ba
             else "it is not installed"
         )
         raise ValueError(f"flash-attn cannot be used: {reason}; set attention to auto or sdpa")
-    chosen = backend
+    chosen: str = backend
     if backend == "auto":
-        chosen = "flash" if fits and installed and reach != _reach(0) else "sdpa"
-        if device == "cpu" and dtype == torch.bfloat16 and reach != _reach(CPU_PRODUCTS + 1):
-            chosen = "math"
-    logger.info("attention over %s positions on %s in %s: %s", reach, device, dtype, chosen)
+        lines = [c.backend for c in AUTO if c.device == device and dtype in c.dtypes and reach <= c.positions]
+        chosen = next((name for name in lines if name != "flash" or (fits and installed)), "sdpa")
+    logger.info("attention over up to %s positions on %s in %s: %s", reach, device, dtype, chosen)
     return chosen

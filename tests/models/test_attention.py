@@ -4,6 +4,7 @@ import sys
 import pytest
 import torch
 
+from fvdm.models import attention as module
 from fvdm.models.attention import attention, in_launches
 
 
@@ -49,3 +50,30 @@ def test_flash_attn_is_found_by_importing_its_function(tmp_path, files, expected
     line = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {words}"]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.stdout.strip() == expected, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "positions", "installed", "expected"),
+    [
+        ("cpu", torch.bfloat16, 512, True, "math"),
+        ("cpu", torch.bfloat16, 513, True, "sdpa"),
+        ("cpu", torch.float32, 16, True, "sdpa"),
+        ("cuda", torch.bfloat16, 199, True, "sdpa"),
+        ("cuda", torch.bfloat16, 200, True, "flash"),
+        ("cuda", torch.bfloat16, 100_000, True, "flash"),
+        ("cuda", torch.bfloat16, 200, False, "sdpa"),
+        ("cuda", torch.float32, 200, True, "sdpa"),
+    ],
+)
+def test_auto_picks_by_the_table(monkeypatch, device, dtype, positions, installed, expected):
+    """What would be picked on a GPU is asked of the table alone: no GPU is needed."""
+    monkeypatch.setattr(module, "FLASH", (lambda q, k, v: q) if installed else None)
+    assert module._chosen.__wrapped__(device, dtype, module._reach(positions), 72, "auto") == expected
+
+
+def test_a_choice_depends_on_the_table_alone(monkeypatch):
+    line = module.Choice("cpu", (torch.float32,), 100, "math")
+    monkeypatch.setattr(module, "AUTO", (line, *module.AUTO))
+    monkeypatch.setattr(module, "BOUNDS", sorted({choice.positions for choice in module.AUTO}))
+    chosen = [module._chosen.__wrapped__("cpu", torch.float32, module._reach(n), 8, "auto") for n in (100, 101)]
+    assert chosen == ["math", "sdpa"]
