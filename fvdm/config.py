@@ -28,6 +28,7 @@ FORMER_NAMES = {
     "engine.bucket": "engine.reduce_bucket_size",
     "show_matrix": "show_schedule",
     "keep_damaged": "keep_corrupt",
+    "class_dropout": "condition_dropout",
 }
 
 

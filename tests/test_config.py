@@ -221,7 +221,7 @@ def test_a_flat_configuration_has_every_setting_by_its_dotted_name():
     [
         ("p", "2", "p is 2.0: it must be between 0 and 1"),
         ("ema_decay", "2", "ema_decay is 2.0"),
-        ("class_dropout", ".nan", "class_dropout is nan"),
+        ("condition_dropout", ".nan", "condition_dropout is nan"),
         ("steps", "-5", "steps is -5: it must be at least 1"),
         ("seed", "-1", "seed is -1"),
         ("log_every", "0", "log_every is 0"),

@@ -17,10 +17,12 @@ class Backbone(Pretrained, nn.Module):
     Attributes:
         config: its settings.
         blocks: what is compiled, and whose activations are checkpointed.
+        empty_prompt: `(l e)`, of a backbone that takes text: what `null` says; whoever has the text encoder sets it.
     """
 
     config: BackboneConfig
     blocks: nn.ModuleList
+    empty_prompt: Tensor | None
 
     def null(self, count: int) -> Tensor | None:
         """The condition that says nothing, for `count` clips: `(count ...)`; None if the network takes no condition."""

@@ -13,6 +13,7 @@ class BackboneConfig:
 
     Attributes:
         backbone: name of the backbone, as `fvdm.models.build` knows it.
+        objective: the one objective that it can be trained with; empty where it can with any.
         depth: number of blocks.
         frames: latent frames f of the longest clip.
         learned_variance: predict the reverse variance too, as c more channels.
@@ -22,6 +23,7 @@ class BackboneConfig:
     """
 
     backbone: ClassVar[str]
+    objective: ClassVar[str] = ""
 
     depth: int = 28
     frames: int = 16
@@ -43,6 +45,16 @@ class BackboneConfig:
     def classes(self) -> int:
         """Number of class labels; 0 where the condition is another, or there is none."""
         return 0
+
+    @property
+    def text_width(self) -> int:
+        """Channels e of the text embeddings `y (b l e)` that it takes; 0 where it takes no text."""
+        return 0
+
+    @property
+    def source(self) -> str:
+        """Folder or hub name of its pretrained weights; empty without."""
+        return ""
 
     @property
     def conditional(self) -> bool:
@@ -86,6 +98,18 @@ class BackboneConfig:
             ValueError: if the backbone cannot take such clips.
         """
         raise NotImplementedError
+
+    def fit_text(self, width: int, length: int) -> Self:
+        """The same network for texts of this shape.
+
+        Args:
+            width: channels e of the embeddings `(b l e)`.
+            length: tokens l to which they are padded.
+
+        Raises:
+            ValueError: if the backbone takes no such texts.
+        """
+        raise ValueError(f"the backbone {self.backbone} takes no text")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from fvdm.models.latte import Latte
 from fvdm.models.official import from_official, load_torch
 from fvdm.models.wan import Wan
 from fvdm.models.wan_config import WanConfig
-from fvdm.models.wan_files import is_wan, load_wan, read_config
+from fvdm.models.wan_files import check_files, is_wan, load_wan, read_config
 
 BACKBONES: dict[str, type[Backbone]] = {"latte": Latte, "wan": Wan}
 CONFIGS: dict[str, type[BackboneConfig]] = {"latte": LatteConfig, "wan": WanConfig}
@@ -52,6 +52,26 @@ def config_from(values: Mapping[str, Any]) -> BackboneConfig:
 def build(config: BackboneConfig) -> Backbone:
     """A backbone with new weights, in float32 on the default device."""
     return BACKBONES[config.backbone](config)
+
+
+def load_pretrained(config: BackboneConfig) -> Backbone:
+    """The network of these settings with the weights of its `source`, in float32 on the CPU.
+
+    Raises:
+        ValueError: if they are missing or corrupt, or do not fit the settings.
+    """
+    assert isinstance(config, WanConfig), "only Wan has a source"
+    return load_wan(config.source, config)
+
+
+def check_source(name: str) -> None:
+    """Find what is missing of a `wan:` model's weights before a job waits in a queue; those on the hub are fetched.
+
+    Raises:
+        ValueError: names what is missing.
+    """
+    if name.startswith(WAN):
+        check_files(name.removeprefix(WAN))
 
 
 def resolve(path_or_name: str | Path) -> Path:
@@ -109,6 +129,8 @@ def load_weights(path_or_name: str | Path, weights: str = "ema", checksum: bool 
         weights: see `load_backbone`.
         checksum: compare the SHA-256 of a checkpoint's weights; of several processes on a node one is enough.
     """
+    if str(path_or_name).startswith(WAN):
+        return dict(load_backbone(path_or_name).state_dict())
     path = resolve(path_or_name)
     if path.is_file() or (path / "config.json").is_file():
         return dict(read_backbone(path).state_dict())

@@ -130,7 +130,6 @@ class Wan(Backbone):
 
     Config = WanConfig
     config: WanConfig
-    empty_prompt: Tensor | None
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()

@@ -53,6 +53,7 @@ class WanConfig(BackboneConfig):
     """
 
     backbone: ClassVar[str] = "wan"
+    objective: ClassVar[str] = "flow"
 
     depth: int = 30
     frames: int = 21
@@ -140,6 +141,15 @@ class WanConfig(BackboneConfig):
         if classes:
             raise ValueError("Wan takes texts, not class labels: leave conditional out")
         return replace(self, size=(height, width), frames=frames, learned_variance=learned_variance)
+
+    def fit_text(self, width: int, length: int) -> "WanConfig":
+        """The same network for texts of this shape; see `BackboneConfig.fit_text`."""
+        if width != self.text_width:
+            raise ValueError(
+                f"the model takes text embeddings of {self.text_width} numbers a token, those here have {width}: use "
+                f"the model's own text encoder"
+            )
+        return replace(self, text_length=length)
 
 
 def from_diffusers(values: Mapping[str, Any], source: str = "") -> WanConfig:

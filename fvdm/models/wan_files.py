@@ -66,18 +66,19 @@ def read_config(path_or_name: str | Path) -> WanConfig:
     return from_diffusers(values, str(path_or_name))
 
 
-def load_wan(path_or_name: str | Path) -> Wan:
+def load_wan(path_or_name: str | Path, config: WanConfig | None = None) -> Wan:
     """The network with its weights in float32 on the CPU: those of float32 files are mapped into memory, not copied.
 
     Args:
         path_or_name: see `locate`.
+        config: settings in place of those of the folder's `config.json`.
 
     Raises:
-        ValueError: if files are missing or corrupt, or do not fit `config.json`.
+        ValueError: if files are missing or corrupt, or do not fit the settings.
     """
     folder = locate(path_or_name)
     with torch.device("meta"):
-        model = Wan(read_config(folder))
+        model = Wan(config or read_config(folder))
     weights = dict(_read(folder))
     expected = model.state_dict()
     mismatched = sorted(
@@ -92,6 +93,15 @@ def load_wan(path_or_name: str | Path) -> Wan:
     require_finite(weights, folder)
     model.load_state_dict(weights, assign=True)
     return model
+
+
+def check_files(path_or_name: str | Path) -> None:
+    """Find missing weights before they are needed; those of a hub name are fetched.
+
+    Raises:
+        ValueError: names what is missing.
+    """
+    _files(locate(path_or_name))
 
 
 def _read(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -121,13 +121,15 @@ class TrainConfig:
         name: the run; its folder, and its name in MLflow. Run the same name again to resume.
         data: what is trained on.
         runs: folder of all runs.
-        model: size and patch: S/2, B/2, L/2, XL/2 (or T, XS; patches /1, /4, /8).
-        init: initial weights: a run, a folder of `fvdm convert`, or a checkpoint file of Latte or FVDM; a run that
-            resumes has its own.
+        model: size and patch: S/2, B/2, L/2, XL/2 (or T, XS; patches /1, /4, /8); or `wan:` and a folder or hub name
+            of diffusers' Wan transformer, such as wan:Wan-AI/Wan2.1-T2V-1.3B-Diffusers.
+        init: initial weights: a run, a folder of `fvdm convert`, or a checkpoint file of Latte or FVDM; empty is those
+            of a `wan:` model, and random ones for other models; none is random ones. A run that resumes has its own.
         from_scratch: where all checkpoints of the run are corrupt, train it again from step 0 instead of refusing to; a
             complete checkpoint is resumed from all the same.
         conditional: use the class labels of the data.
-        class_dropout: probability that a clip's label is hidden, for guidance.
+        condition_dropout: probability that a clip's label is hidden, or its text replaced by the empty prompt, for
+            guidance.
         attention: attention backend: auto, flash, sdpa or math.
         activation_checkpointing: recompute the activations of every k-th block to save memory; 0 is none.
         compile: make the blocks faster with torch.compile; needs a C++ compiler, and a minute at the start.
@@ -157,7 +159,7 @@ class TrainConfig:
     init: str = ""
     from_scratch: bool = False
     conditional: bool = False
-    class_dropout: float = 0.1
+    condition_dropout: float = 0.1
     attention: Backend = "auto"
     activation_checkpointing: int = 0
     compile: bool = False
@@ -182,7 +184,7 @@ class TrainConfig:
         if not self.name:
             raise ValueError("name is empty: it is the name of the run's folder.")
         some, share = (1, math.inf), (0, 1)
-        in_range(self, class_dropout=share, p=share, ema_decay=share, activation_checkpointing=(0, math.inf))
+        in_range(self, condition_dropout=share, p=share, ema_decay=share, activation_checkpointing=(0, math.inf))
         in_range(self, steps=some, log_every=some, stop_every=some, max_skipped=some, seed=(0, math.inf))
 
     @property

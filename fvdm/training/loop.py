@@ -22,7 +22,6 @@ from fvdm.data.shards import LatentShards
 from fvdm.distributed import Stop, StopFlag, from_environment, seed_everything
 from fvdm.models.backbone import Backbone
 from fvdm.models.compilation import compile_blocks
-from fvdm.models.loading import build
 from fvdm.serving.registry import log_model
 from fvdm.tracking.config import check_uri, tracking_uri
 from fvdm.tracking.tracker import Tracker
@@ -33,7 +32,7 @@ from fvdm.training.meter import Meter
 from fvdm.training.noise import NoiseSampler
 from fvdm.training.previews import Previews
 from fvdm.training.run import Run, find_checkpoint, run_lock
-from fvdm.training.setup import initial_weights, model_config
+from fvdm.training.setup import initial_model, model_config
 from fvdm.training.validation import HeldOutLoss, held_out_shards
 
 logger = logging.getLogger(__name__)
@@ -63,11 +62,9 @@ def train(config: TrainConfig) -> Stop:
     device = initialise(config.engine.timeout)
     with run_lock(config.folder, 0.8 * config.engine.timeout) if ranks.is_main else nullcontext():
         checkpoint = find_checkpoint(config, ranks)
-        model = build(network).to(device)
+        model = initial_model(config, network, shards, checkpoint is not None, ranks.local_rank == 0).to(device)
         if config.compile:
             compile_blocks(model)
-        if config.init and checkpoint is None:
-            initial_weights(config.init, model, checksum=ranks.local_rank == 0)
         engine = Engine(model, config.engine, config.data.batch_size, ranks)
         run = Run(config, network, engine, EMA(engine.masters, config.ema_decay), ranks, shards)
         if checkpoint:

@@ -47,7 +47,7 @@ class NoiseSampler:
         if null is None:
             return t, noise, None
         assert batch.y is not None
-        dropped = (hide < config.class_dropout).view(-1, *[1] * (batch.y.ndim - 1))
+        dropped = (hide < config.condition_dropout).view(-1, *[1] * (batch.y.ndim - 1))
         return t, noise, torch.where(dropped, null, batch.y)
 
 

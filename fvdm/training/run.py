@@ -4,7 +4,6 @@ Resume is `find_checkpoint`, then `Run.resume`: every rank reads its slices of t
 them to the engine (`Engine.load_state`).
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -30,11 +29,11 @@ from fvdm.diffusion.process import Diffusion
 from fvdm.distributed import HangDetector, Ranks, Watchdog, first_error
 from fvdm.files import LockHeldError, lock, write_text
 from fvdm.models.config import BackboneConfig, to_dict
-from fvdm.models.loading import config_from
 from fvdm.tracking.description import training_description
 from fvdm.tracking.provenance import command_line, environment, git_patch
 from fvdm.tracking.tracker import Tracker
 from fvdm.training.config import TrainConfig
+from fvdm.training.data_identity import data_identity, data_mismatch, text_encoder
 from fvdm.training.ema import EMA
 from fvdm.training.engine import Engine
 from fvdm.training.meter import ReadMeter
@@ -42,8 +41,6 @@ from fvdm.training.meter import ReadMeter
 logger = logging.getLogger(__name__)
 
 LOCK_TIMEOUT = 10.0  # seconds
-# With the videos, these settings decide what a sample is.
-SAMPLE_SETTINGS = ("seed", "data.batch_size", "data.frames", "data.stride", "data.flip", "data.shuffle_window")
 
 
 @dataclass
@@ -161,41 +158,6 @@ def refuse_corrupt(config: TrainConfig) -> None:
         )
 
 
-def data_identity(shards: LatentShards) -> dict[str, Any]:
-    """What a checkpoint says of the data it was trained on."""
-    listed = "".join(shard.sha256 for shard in shards.shards)
-    return {
-        "vae_identity": shards.manifest.vae_identity,
-        "latent_shape": list(shards.latent_shape),
-        "shards": hashlib.sha256(listed.encode()).hexdigest(),
-    }
-
-
-def data_mismatch(state: dict[str, Any], flat: dict[str, Any], shards: LatentShards) -> list[str]:
-    """How the samples differ from those of the run so far, a few words each; empty where they are the same.
-
-    Args:
-        state: of a checkpoint; an early one holds less.
-        flat: the settings of this start, by dotted name.
-        shards: its data.
-
-    Raises:
-        ValueError: if the latents are of another VAE or size than those the model was trained on.
-    """
-    now = data_identity(shards)
-    shape = state.get("latent_shape") or config_from(state["network"]).latent_shape
-    shards.require(vae_identity=state.get("vae_identity"), latent_shape=tuple(shape))
-    mismatched = []
-    for name in SAMPLE_SETTINGS:
-        section, _, key = name.rpartition(".")
-        before = (state["settings"][section] if section else state["settings"]).get(key, flat[name])
-        if before != flat[name]:
-            mismatched.append(f"{name} was {before} and is {flat[name]}")
-    if state.get("shards", now["shards"]) != now["shards"]:
-        mismatched.append(f"the videos in {Path(shards.location.path).name} are others")
-    return mismatched
-
-
 class Run:
     """The parts of a training run, and what it keeps in its folder."""
 
@@ -275,6 +237,7 @@ class Run:
             "vae": self.shards.manifest.vae,
             "normalisation": self.shards.manifest.normalisation,
             "classes": list(self.shards.classes),
+            "text": text_encoder(self.shards),
             "size": self.shards.manifest.size,
             "lanes": self.lanes,
         } | data_identity(self.shards)

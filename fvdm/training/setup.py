@@ -3,6 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+
 from fvdm import config as settings
 from fvdm.checkpoints.find import newest
 from fvdm.checkpoints.read import read_state
@@ -10,29 +13,74 @@ from fvdm.data.loader import batches
 from fvdm.data.shards import LatentShards
 from fvdm.models.backbone import Backbone
 from fvdm.models.config import BackboneConfig
-from fvdm.models.loading import load_weights, preset
+from fvdm.models.loading import WAN, build, check_source, load_pretrained, load_weights, preset
 from fvdm.tracking.server import check as check_tracking
 from fvdm.training.config import TrainConfig
+from fvdm.training.data_identity import data_mismatch
 from fvdm.training.engine import accumulation
-from fvdm.training.run import data_mismatch, refuse_corrupt
+from fvdm.training.run import refuse_corrupt
 from fvdm.training.validation import held_out_shards
+
+RANDOM = "none"  # the setting `init` for new weights
 
 
 def model_config(config: TrainConfig, shards: LatentShards) -> BackboneConfig:
     """The network that fits the settings and the data.
 
     Raises:
-        ValueError: if the run is conditional and the data has no labels, or the network cannot take its latents.
+        ValueError: if the run is conditional and the data has no labels, or the network cannot take its latents, its
+            texts or the objective.
     """
-    if config.conditional and not shards.classes:
-        raise ValueError(f"conditional is set, but the shards in {config.data.path} have no class labels")
-    network = preset(config.model).fit(
-        shards.latent_shape,
-        config.data.frames,
-        len(shards.classes) if config.conditional else 0,
-        config.diffusion.learned_variance,
-    )
+    manifest = shards.manifest
+    if config.conditional and (not shards.classes or manifest.text is not None):
+        found = "texts in place of" if shards.classes else "no"
+        raise ValueError(f"conditional is set, but the shards in {config.data.path} have {found} class labels")
+    shapes = [(shards.latent_shape[0], bucket.height, bucket.width) for bucket in manifest.buckets]
+    classes = len(shards.classes) if config.conditional else 0
+    fitted = [
+        preset(config.model).fit(shape, config.data.frames, classes, config.diffusion.learned_variance)
+        for shape in shapes
+    ]
+    network = fitted[0]
+    if network.objective and config.diffusion.objective != network.objective:
+        raise ValueError(
+            f"{config.model} is trained with the objective {network.objective}, not {config.diffusion.objective}: set "
+            f"diffusion.objective to {network.objective}"
+        )
+    if network.text_width:
+        if manifest.text is None:
+            raise ValueError(
+                f"{config.model} takes texts, and the shards in {config.data.path} have none: encode the videos again, "
+                f"with captions and a text encoder"
+            )
+        network = network.fit_text(manifest.text.width, manifest.text.max_tokens)
     return replace(network, attention=config.attention, activation_checkpointing=config.activation_checkpointing)
+
+
+def initial_model(
+    config: TrainConfig, network: BackboneConfig, shards: LatentShards, resumed: bool, checksum: bool = True
+) -> Backbone:
+    """The network that training begins with, in float32 on the CPU.
+
+    Args:
+        config: `init`, `model` and `seed`, from which new weights are drawn by the default generator.
+        network: from `model_config`.
+        shards: the empty prompt's embedding is theirs.
+        resumed: leave the weights to the checkpoint.
+        checksum: see `initial_weights`.
+
+    Raises:
+        ValueError: if initial weights are missing, corrupt, or of another network.
+    """
+    pretrained = bool(network.source) and not config.init and not resumed
+    model = load_pretrained(network) if pretrained else build(network)
+    if config.init not in ("", RANDOM) and not resumed:
+        initial_weights(config.init, model, checksum)
+    text = shards.manifest.text
+    if network.text_width and text is not None:
+        empty = torch.from_numpy(shards.empty_prompt)
+        model.empty_prompt = F.pad(empty, (0, 0, 0, text.max_tokens - len(empty)))  # as the loader pads captions
+    return model
 
 
 def initial_weights(init: str, model: Backbone, checksum: bool = True) -> None:
@@ -77,7 +125,11 @@ def check(config: TrainConfig, world_size: int) -> None:
         lanes = state.get("lanes", 0)
     else:
         refuse_corrupt(config)
-    if config.init and not Path(config.init).exists():
+    if config.init.startswith(WAN):
+        check_source(config.init)
+    elif config.init not in ("", RANDOM) and not Path(config.init).exists():
         raise ValueError(f"init {config.init}: there is no such file or folder")
+    elif not config.init and not checkpoint:
+        check_source(config.model)
     accumulation(config.data.batch_size, config.engine.micro_batch, world_size)
     batches(shards, replace(config.data, lanes=lanes), world_size=world_size)  # reads nothing before the first batch

@@ -14,9 +14,9 @@ from fvdm.data.shards import LatentShards
 from fvdm.diffusion.process import Diffusion
 from fvdm.models import build
 from fvdm.training.config import TrainConfig
+from fvdm.training.data_identity import data_identity, data_mismatch
 from fvdm.training.engine import accumulation
 from fvdm.training.noise import NoiseSampler
-from fvdm.training.run import data_identity, data_mismatch
 from fvdm.training.setup import check, model_config
 from tests.data_fixtures import make_shards
 from tests.runs import losses, state, train, words
