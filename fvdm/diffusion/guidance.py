@@ -114,7 +114,7 @@ def _rescaled(pushed: Tensor, plain: Tensor, rescale: float) -> Tensor:
     return pushed * (1 + rescale * (ratio - 1))[..., None, None, None]
 
 
-def noisy_given(model: Denoiser, diffusion: Diffusion, level: int, noise: Callable[[], Tensor]) -> Denoiser:
+def noisy_given(model: Denoiser, diffusion: Diffusion, level: int | Tensor, noise: Callable[[], Tensor]) -> Denoiser:
     """A model that sees clean frames with a little noise, at the timestep of that noise: it forgives their flaws.
 
     Diffusion forcing (Chen et al. 2024, section 3.3) so steadies long videos, whose conditions are the model's own
@@ -123,22 +123,26 @@ def noisy_given(model: Denoiser, diffusion: Diffusion, level: int, noise: Callab
     Args:
         model: denoiser.
         diffusion: its noise process.
-        level: timestep that frames at t = 0 are shown at; 0 is none.
+        level: timestep that frames at t = 0 are shown at, one for all or int `(f)` for each; 0 is none.
         noise: draws standard normal `(b f c h w)`.
 
     Raises:
         ValueError: unless 0 <= level <= T.
     """
-    if not 0 <= level <= diffusion.num_timesteps:
-        raise ValueError(f"noise of level {level} on given frames: choose 0 (none) to {diffusion.num_timesteps}")
-    if not level:
+    levels = torch.as_tensor(level)
+    for found in (int(levels.min()), int(levels.max())):
+        if not 0 <= found <= diffusion.num_timesteps:
+            raise ValueError(f"noise of level {found} on given frames: choose 0 (none) to {diffusion.num_timesteps}")
+    if not levels.any():
         return model
     noise_once = noise()
+    levels = levels.to(noise_once.device)
 
     def evaluate(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        shown = torch.where(t == 0, level, t)
+        own = levels.expand_as(t)
+        shown = torch.where(t == 0, own, t)
         copies = len(x) // len(noise_once)  # Guidance evaluates several copies of a clip.
-        noised = diffusion.q_sample(x, torch.full_like(t, level), noise_once.repeat(copies, 1, 1, 1, 1).to(x.dtype))
+        noised = diffusion.q_sample(x, own, noise_once.repeat(copies, 1, 1, 1, 1).to(x.dtype))
         return model(torch.where((t == 0)[..., None, None, None], noised, x), shown, y)
 
     return evaluate

@@ -7,7 +7,7 @@ model's window has a wide schedule: `windows` cuts it into blocks, and `stream` 
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,14 +31,15 @@ class SamplerConfig:
     Attributes:
         solver: takes the steps; DDIM with eta 0 unless another is given.
         guidance: what the estimate is pushed towards.
-        given_noise: timestep that clean frames are shown to the network at; 0 is none.
+        given_noise: timestep that clean frames are shown to the network at, one for all or int `(frames)` for each frame
+            of the video; 0 is none.
         progress: wraps the sequence of steps, such as `tqdm`.
         on_step: called with the window `(b f c h w)` after each step; an exception that it raises ends the sampling.
     """
 
     solver: Solver = field(default_factory=ddim)
     guidance: Guidance = field(default_factory=Guidance)
-    given_noise: int = 0
+    given_noise: int | Tensor = 0
     progress: Progress = iter
     on_step: OnStep | None = None
 
@@ -203,10 +204,19 @@ def stream(
         shared = max(0, width - (first - first_before))
         if reached is not None and not torch.equal(reached[width - shared :], schedule[0, :shared]):
             raise ValueError(f"the window at frame {first} begins at other timesteps than the one before ended at")
-        state = _denoise_block(model, state, schedule, diffusion, sampler, y, negative, generator)
+        own = replace(sampler, given_noise=_in_window(sampler.given_noise, first, width))
+        state = _denoise_block(model, state, schedule, diffusion, own, y, negative, generator)
         first_before, reached = first, schedule[-1]
     if state is not None:
         yield state.x
+
+
+def _in_window(given_noise: int | Tensor, first: int, width: int) -> int | Tensor:
+    """The part of `SamplerConfig.given_noise` that belongs to a window; 0 right of its end."""
+    if isinstance(given_noise, int):
+        return given_noise
+    part = given_noise[first : first + width]
+    return torch.nn.functional.pad(part, (0, width - len(part)))
 
 
 def _denoise_block(

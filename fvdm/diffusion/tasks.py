@@ -91,6 +91,35 @@ class TaskPlan(NamedTuple):
         return tuple(k for k in self.given if self.schedule[0, k] == 0)
 
 
+def noise_given(plan: TaskPlan, window: int, multiples: Sequence[float]) -> TaskPlan:
+    """Given frames that are not held, but begin at and follow a multiple of the row's t (Pusa, 2025).
+
+    The row's t is the highest in the window in which they are given. Such a frame starts with a little noise and is
+    sampled with the others, so that what the VAE or the user got wrong can be corrected.
+
+    Args:
+        plan: its held frames are changed; frames that move stay as they are.
+        window: frames that the model sees at once.
+        multiples: of each given frame, 0 (held) to below 1; in the order of `plan.given`.
+
+    Raises:
+        ValueError: if there is not one multiple per given frame, or one is out of range.
+    """
+    if len(multiples) != len(plan.given):
+        raise ValueError(
+            f"{len(multiples)} values of noise for {len(plan.given)} given frames: give one, or one for each"
+        )
+    schedule = plan.schedule.clone()
+    for frame, multiple in zip(plan.given, multiples, strict=True):
+        if not 0.0 <= multiple < 1.0:
+            raise ValueError(f"{multiple:g}t as noise of a given frame: choose 0 (held) to less than 1")
+        if frame in plan.held:
+            first = max(0, frame + 1 - window)
+            highest = plan.schedule[:, first : first + window].max(1).values
+            schedule[:, frame] = (multiple * highest.double()).round().long()
+    return plan._replace(schedule=schedule)
+
+
 def _holding(spec: TaskSpec, given: Sequence[int]) -> TaskPlan:
     """The frames `given` are held; the others go together."""
     return TaskPlan(hold_clean(together(spec.levels, spec.length), given), tuple(given))
@@ -316,14 +345,3 @@ def given_frames(task: str, frames: int) -> tuple[int, ...]:
         ValueError: if there is no such task; lists those there are.
     """
     return on_window(task, evenly_spaced(1), frames).given
-
-
-def format_schedule(schedule: Tensor, rows: int = 60) -> str:
-    """A schedule as lines of text: every row where it has up to `rows`, else as many spread over its length."""
-    count = len(schedule)
-    chosen = range(count) if count <= rows else torch.linspace(0, count - 1, rows).round().long().tolist()
-    width = len(str(int(schedule.max())))
-    label = len(str(count - 1))
-    return "\n".join(
-        f"row {k:>{label}}  " + " ".join(f"{value:>{width}}" for value in schedule[k].tolist()) for k in chosen
-    )

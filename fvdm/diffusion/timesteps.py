@@ -131,6 +131,28 @@ def log_snr(steps: int, noise: Tensor) -> Tensor:
     return _nearest(steps, _finite(noise).log())
 
 
+def shifted(steps: int, num_timesteps: int = NUM_TIMESTEPS, shift: float = 3.0) -> Tensor:
+    """`trailing`, moved towards noise: u = t / T becomes `shift u / (1 + (shift - 1) u)` (Esser et al. 2024, eq. 23).
+
+    The larger a frame, the more noise it takes to hide its large shapes; Wan samples with a shift of 3 (480p) or 5
+    (720p). A shift of 1 is `trailing`.
+
+    Returns:
+        int64 `(steps + 1,)`: T first, 0 last, all distinct.
+
+    Raises:
+        ValueError: unless 1 <= steps <= T and shift > 0.
+    """
+    _check_steps(steps, num_timesteps)
+    if not shift > 0:
+        raise ValueError(f"a shift of {shift}: choose more than 0 (Wan's are 3 and 5; 1 is none)")
+    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    levels = (num_timesteps * shift * u / (1 + (shift - 1) * u)).round().long().tolist()
+    for k in range(1, steps + 1):  # neighbours that round to one t are spread: downwards, then up again from 0
+        levels[k] = min(levels[k], levels[k - 1] - 1)
+    return torch.tensor([max(level, steps - k) for k, level in enumerate(levels)])
+
+
 def _finite(noise: Tensor) -> Tensor:
     """`sigma / alpha` with an end that can be divided: infinity counts as twice the level before."""
     noise = noise.double().clone()
@@ -153,23 +175,25 @@ def _nearest(steps: int, scale: Tensor) -> Tensor:
     return torch.tensor([0, *rising]).flip(0)
 
 
-SPACINGS: dict[str, Callable[[int, Tensor], Tensor]] = {
-    "even": lambda steps, noise: evenly_spaced(steps, len(noise) - 1),
-    "trailing": lambda steps, noise: trailing(steps, len(noise) - 1),
-    "leading": lambda steps, noise: leading(steps, len(noise) - 1),
-    "karras": karras,
-    "log-snr": log_snr,
+SPACINGS: dict[str, Callable[[int, Tensor, float], Tensor]] = {
+    "even": lambda steps, noise, shift: evenly_spaced(steps, len(noise) - 1),
+    "trailing": lambda steps, noise, shift: trailing(steps, len(noise) - 1),
+    "leading": lambda steps, noise, shift: leading(steps, len(noise) - 1),
+    "karras": lambda steps, noise, shift: karras(steps, noise),
+    "log-snr": lambda steps, noise, shift: log_snr(steps, noise),
+    "shift": lambda steps, noise, shift: shifted(steps, len(noise) - 1, shift),
 }
-"""Name -> `(steps, sigma / alpha of t = 0..T) -> falling levels (steps + 1,)`. `even` is the paper's."""
+"""Name -> `(steps, sigma / alpha of t = 0..T, shift) -> falling levels (steps + 1,)`. `even` is the paper's."""
 
 
-def spaced(spacing: str, steps: int, noise: Tensor) -> Tensor:
+def spaced(spacing: str, steps: int, noise: Tensor, shift: float = 3.0) -> Tensor:
     """The falling timesteps of one frame under a named spacing.
 
     Args:
         spacing: a name of `SPACINGS`.
         steps: sampling steps, 1 to T.
         noise: `sigma / alpha` of t = 0..T.
+        shift: of the spacing `shift`.
 
     Returns:
         int64 `(steps + 1,)` that ends with 0.
@@ -179,7 +203,7 @@ def spaced(spacing: str, steps: int, noise: Tensor) -> Tensor:
     """
     if spacing not in SPACINGS:
         raise ValueError(f"spacing {spacing!r} is unknown; choose one of {', '.join(SPACINGS)}")
-    return SPACINGS[spacing](steps, noise)
+    return SPACINGS[spacing](steps, noise, shift)
 
 
 def _check_steps(steps: int, num_timesteps: int) -> None:
@@ -258,3 +282,14 @@ def check_schedule(schedule: Tensor, num_timesteps: int = NUM_TIMESTEPS) -> None
         raise ValueError(f"the schedule leaves the timesteps 0 to {num_timesteps}")
     if (schedule[1:] > schedule[:-1]).any():
         raise ValueError("the schedule rises: a frame's timestep may only fall or stay")
+
+
+def format_schedule(schedule: Tensor, rows: int = 60) -> str:
+    """A schedule as lines of text: every row where it has up to `rows`, else as many spread over its length."""
+    count = len(schedule)
+    chosen = range(count) if count <= rows else torch.linspace(0, count - 1, rows).round().long().tolist()
+    width = len(str(int(schedule.max())))
+    label = len(str(count - 1))
+    return "\n".join(
+        f"row {k:>{label}}  " + " ".join(f"{value:>{width}}" for value in schedule[k].tolist()) for k in chosen
+    )

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fvdm import config as settings
-from fvdm.diffusion.tasks import TaskPlan, format_schedule
+from fvdm.diffusion.tasks import TaskPlan
+from fvdm.diffusion.timesteps import format_schedule
 from fvdm.distributed import Ranks
 from fvdm.files import write_text
 from fvdm.generation.config import GenerateCommand

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from fvdm.diffusion.tasks import TaskSpec, find, format_schedule
-from fvdm.diffusion.timesteps import evenly_spaced
+from fvdm.diffusion.tasks import TaskSpec, find
+from fvdm.diffusion.timesteps import evenly_spaced, format_schedule
 from fvdm.distributed import Ranks
 from fvdm.generation import videos as command_line
 from fvdm.generation.config import GenerateCommand

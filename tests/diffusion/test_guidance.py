@@ -108,6 +108,12 @@ def test_given_noise_is_seen_by_the_network_alone():
     expected = DIFFUSION.q_sample(clean(), torch.full((3, 8), 30), noise())
     assert torch.equal(x[:, 5], expected[:, 5])
     assert not torch.equal(x[:, 5], clean()[:, 5])
+    several = torch.tensor([30, 0, 9, 9, 9, 200, 9, 9])
+    noisy_given(recorder, DIFFUSION, several, noise)(clean(), t.expand(3, 8), None)
+    x, asked_t, _ = recorder.asked[1]
+    assert asked_t[1].tolist() == [30, 0, 400, 1000, 5, 200, 7, 8]
+    assert torch.equal(x[:, 0], expected[:, 0])
+    assert torch.equal(x[:, 1:5], clean()[:, 1:5])
 
 
 def test_bad_settings_are_refused():

@@ -13,7 +13,17 @@ from fvdm.diffusion.guidance import Guidance
 from fvdm.diffusion.process import Diffusion
 from fvdm.diffusion.sampling import SamplerConfig, generators, windows
 from fvdm.diffusion.solvers import SOLVERS, ddim
-from fvdm.diffusion.tasks import TASKS, TaskPlan, TaskSpec, find, given_frames, on_window, rolling, rolling_blocks
+from fvdm.diffusion.tasks import (
+    TASKS,
+    TaskPlan,
+    TaskSpec,
+    find,
+    given_frames,
+    noise_given,
+    on_window,
+    rolling,
+    rolling_blocks,
+)
 from fvdm.diffusion.timesteps import SPACINGS, check_schedule, evenly_spaced, full_sequence, hold_clean, spaced
 from fvdm.diffusion.video import place, sample_video, stream_video
 from tests.denoisers import DIFFUSION, clean, disturbed, oracle
@@ -292,3 +302,33 @@ def test_custom_takes_a_schedule_and_wants_its_given_frames_named():
         find("custom").plan(replace(spec, frames=()))
     with pytest.raises(ValueError, match="custom needs a schedule"):
         find("custom").plan(replace(spec, schedule=None))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(sorted(NAMED)), st.floats(0, 0.99), st.integers(1, 30))
+def test_noise_on_given_frames_is_a_multiple_of_the_highest_t_of_their_row(task, multiple, steps):
+    before = plan(task, evenly_spaced(steps))
+    after = noise_given(before, FRAMES, [multiple] * len(before.given))
+    check_schedule(after.schedule)
+    assert (after.schedule[-1] == 0).all()
+    free = [k for k in range(before.schedule.shape[1]) if k not in before.held]
+    assert torch.equal(after.schedule[:, free], before.schedule[:, free])
+    for frame in before.held:
+        highest = before.schedule[:, max(0, frame + 1 - FRAMES) :][:, :FRAMES].max(1).values
+        assert (after.schedule[:, frame] - multiple * highest).abs().max() <= 0.5
+    if multiple == 0:
+        assert torch.equal(after.schedule, before.schedule)
+
+
+def test_a_given_frame_with_noise_follows_the_others_and_comes_out_of_the_network():
+    x_0 = clean((1, FRAMES, 4, 4, 4))
+    before = plan("interpolate", evenly_spaced(9))
+    after = noise_given(before, FRAMES, [0.0, 0.4])
+    assert after.held == (0,)
+    assert after.schedule[0, -1] == 400
+    out = sample_video(oracle(x_0), DIFFUSION, x_0, after.schedule, [0])
+    assert (out - x_0).abs().max() < 1e-4
+    assert torch.equal(out[:, 0], x_0[:, 0])
+    for wrong, sentence in (([0.2], "1 values of noise for 2 given"), ([0.2, 1.0], "choose 0")):
+        with pytest.raises(ValueError, match=sentence):
+            noise_given(before, FRAMES, wrong)

@@ -13,6 +13,7 @@ from fvdm.diffusion.timesteps import (
     hold_clean,
     leading,
     sample_timesteps,
+    shifted,
     spaced,
     staggered,
     trailing,
@@ -89,6 +90,10 @@ def test_the_spacings_by_example():
     assert torch.allclose(roots.diff(), roots.diff().mean(), rtol=0.1)
     steps = noise[spaced("log-snr", 8, noise)[:-1]].log().diff()
     assert torch.allclose(steps, steps.mean(), rtol=0.25)
+    assert shifted(4, shift=1.0).tolist() == trailing(4).tolist()
+    assert shifted(4, shift=3.0).tolist() == [1000, 900, 750, 500, 0]
+    with pytest.raises(ValueError, match="more than 0"):
+        shifted(4, shift=0.0)
     with pytest.raises(ValueError, match="even, trailing, leading, karras"):
         spaced("cosine", 5, noise)
 
