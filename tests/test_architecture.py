@@ -42,6 +42,7 @@ DOORS = {
         "benchmarks/train_speed.py",
         "benchmarks/encode_speed.py",
     },
+    "transformers": {"fvdm/media/text.py"},
     "webdataset": {"fvdm/data/location.py", "data_prep/samples.py"},
     "fsspec": {"fvdm/data/location.py"},
     "gradio": {"fvdm/playground/app.py"},
