@@ -32,7 +32,7 @@ test-fast: lint
 	$(PYTEST) -m "not slow"
 
 chaos: install
-	$(BIN)/python -m tests.slurm.chaos --events $(or $(EVENTS),30)
+	$(BIN)/python -m tests.slurm.chaos --events $(or $(EVENTS),30) $(if $(SEED),--seed $(SEED))
 
 lint: install
 	$(BIN)/ruff check .

@@ -2,10 +2,10 @@
 
 Events hit a training run: a rank killed -9 or hung, or killed while its node is cut off, a node's slurmd killed,
 Slurm's controller away, the signals of time limits and of preemption, a requeue, a full disk, a corrupt newest
-checkpoint, a node cut off. It must end by itself at
-the planned step with the losses, to the last bit, of a run that nothing hit; as one MLflow run; with no process
-and no partial file left. A seed fixes which events come when; only those that have happened count.
-A full disk needs root, to mount a small one; a node is cut off where root may make network namespaces.
+checkpoint, a node cut off. It must end by itself at the planned step with the losses, to the last bit, of a run that
+nothing hit; as one MLflow run; with no process and no partial file left. A seed fixes which events come when; only
+those that have happened count. A full disk needs root, to mount a small one; a node is cut off where root may make
+network namespaces.
 """
 
 import argparse
@@ -77,8 +77,9 @@ def schedule(kinds: Sequence[str], events: int, seed: int) -> list[Event]:
 class Chaos:
     """A training run under attack."""
 
-    def __init__(self, cluster: Cluster, folder: Path, events: list[Event]) -> None:
+    def __init__(self, cluster: Cluster, folder: Path, events: list[Event], undisturbed: Path) -> None:
         self.cluster, self.folder, self.events = cluster, folder.resolve(), events
+        self.undisturbed = undisturbed.resolve()
         self.steps = (len(events) + 1) * BETWEEN
         self.run = self.folder / "runs" / "run"
         self.job = ""
@@ -92,12 +93,11 @@ class Chaos:
         options = ["--nodes", NODES, "--cpus-per-task", 1, "--time", 60, "--max-restarts", 50, "--config", "c.yaml"]
         (self.folder / "c.yaml").write_text("name: run\n")
         arguments = [*options, *words(latents, self.folder, "run", *more)]
-        reference = [*options, *words(latents, self.folder / "undisturbed", "run", *more)]
-        (self.folder / "undisturbed").mkdir()
-        done = self.cluster.run(
-            "launchers/slurm_train.py", "--cluster", "local", *reference, cwd=self.folder, timeout=600
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        if not self.undisturbed.exists():
+            self.undisturbed.mkdir()
+            reference = ["--cluster", "local", *options, *words(latents, self.undisturbed, "run", *more)]
+            done = self.cluster.run("launchers/slurm_train.py", *reference, cwd=self.folder, timeout=1800)
+            assert done.returncode == 0, done.stdout + done.stderr
         done = self.cluster.run("launchers/slurm_train.py", "--cluster", "slurm", *arguments, cwd=self.folder)
         assert done.returncode == 0, done.stdout + done.stderr
         self.job = re.findall(r"^job (\d+)", done.stdout, re.MULTILINE)[0]
@@ -265,7 +265,7 @@ class Chaos:
         checkpoint = newest(self.run / "checkpoints")
         assert checkpoint is not None
         assert read_state(checkpoint)["step"] == self.steps, log
-        wanted = losses(self.folder / "undisturbed", "run")
+        wanted = losses(self.undisturbed, "run")
         for line in (self.run / "events.jsonl").read_text().splitlines():
             with contextlib.suppress(json.JSONDecodeError):  # of a line that a kill cut short
                 event = json.loads(line)
@@ -284,8 +284,11 @@ class Chaos:
         assert {m.step: m.value for m in history} == wanted
 
 
-def chaos(folder: Path, events: int, seed: int, kinds: Sequence[str] = KINDS) -> None:
-    """Train under `events` events (0: one of each kind) in `folder`, on a cluster of its own, and check the end."""
+def chaos(folder: Path, events: int, seed: int, kinds: Sequence[str] = KINDS, undisturbed: Path | None = None) -> None:
+    """Train under `events` events (0: one of each kind) in `folder`, on a cluster of its own, and check the end.
+
+    The run that nothing hits is trained in `undisturbed`, unless it is there.
+    """
     latents = make_shards(folder / "latents", [12, 9, 10, 30, 8, 11, 6], labels=True)
     (folder / "runs").mkdir()
     # Before the nodes start: they have mounts of their own, copied from the machine's.
@@ -298,7 +301,7 @@ def chaos(folder: Path, events: int, seed: int, kinds: Sequence[str] = KINDS) ->
     drawn = schedule(possible, events or len(possible), seed)
     cluster = Cluster(NODES + 1, "chaos", 18000, "net" if cut else "")
     try:
-        training = Chaos(cluster, folder, drawn)
+        training = Chaos(cluster, folder, drawn, undisturbed or folder / "undisturbed")
         began = time.monotonic()
         training.start(latents)
         training.check(training.attack())
@@ -314,11 +317,13 @@ def main() -> None:
     """`python -m tests.slurm.chaos --events 30`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--events", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--seed", type=int, nargs="+", default=[int(time.time())], help="one run for each")
     options = parser.parse_args()
-    print(f"{options.events} events, --seed {options.seed}")
     with tempfile.TemporaryDirectory() as folder:
-        chaos(Path(folder), options.events, options.seed)
+        for seed in options.seed:
+            print(f"{options.events} events, --seed {seed}", flush=True)
+            (Path(folder) / str(seed)).mkdir()
+            chaos(Path(folder) / str(seed), options.events, seed, undisturbed=Path(folder) / "undisturbed")
 
 
 if __name__ == "__main__":
