@@ -24,7 +24,8 @@ from fvdm.evaluation import fvd
 from fvdm.evaluation.distances import quiet
 from fvdm.evaluation.protocols import protocol, select_real
 from fvdm.evaluation.sources import device, open_source
-from fvdm.generation.pipeline import Trained, class_numbers
+from fvdm.generation.frames import class_numbers
+from fvdm.generation.pipeline import Trained
 from fvdm.models.compilation import compile_blocks
 from fvdm.models.config import Backend
 

@@ -31,8 +31,8 @@ class SamplerConfig:
     Attributes:
         solver: takes the steps; DDIM with eta 0 unless another is given.
         guidance: what the estimate is pushed towards.
-        given_noise: timestep that clean frames are shown to the network at, one for all or int `(frames)` for each frame
-            of the video; 0 is none.
+        given_noise: timestep that clean frames are shown to the network at, one for all or int `(frames)` for each
+            frame of the video; 0 is none.
         progress: wraps the sequence of steps, such as `tqdm`.
         on_step: called with the window `(b f c h w)` after each step; an exception that it raises ends the sampling.
     """

@@ -3,8 +3,9 @@
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from fvdm.diffusion.config import NUM_TIMESTEPS
 from fvdm.tracking.config import TrackingConfig
 
 if TYPE_CHECKING:
@@ -31,18 +32,29 @@ class GenerationConfig:
         num: number of samples.
         seed: seed of the first sample; the k-th has seed + k, whatever the batch size.
         batch_size: samples made at once.
+        prompt: text of a text-conditional model; empty is the empty prompt.
+        negative_prompt: text that guidance pushes away from; empty is the empty prompt.
         class_: class of a class-conditional model, by name or number; empty picks one for each sample at random, from
             its seed.
         steps: sampling steps of a frame.
         solver: ddim, ddpm, dpm++ or unipc.
-        spacing: where the steps lie: even (the paper's), trailing, leading, karras or log-snr; empty is even for ddim
-            and ddpm, karras for dpm++ and unipc.
+        spacing: where the steps lie: even (the paper's), trailing, leading, karras, log-snr or shift; empty is shift
+            for Wan; for other models even for ddim and ddpm, karras for dpm++ and unipc.
+        shift: of the spacing shift, as 3 (Wan at 480p) or 5 (720p); 0 is that of training.
         eta: noise of ddim, 0 to 1.
-        guidance: classifier-free guidance scale of a class-conditional model; 1 is none.
+        guidance: classifier-free guidance scale towards class or prompt; 1 is none.
         guidance_interval: lowest and highest timestep that is guided; empty is all.
         guidance_rescale: 0 to 1: how far a guided estimate gets its standard deviation back.
         history_guidance: guidance scale towards the clean frames that are seen; 1 is none.
-        given_noise: timestep that clean frames are shown to the network at; 0 is none.
+        given_noise: noise on given frames: a timestep such as 50, a share of T such as 0.2, or a multiple of the t of
+            the other frames such as 0.2t; one for all, or one for each given latent frame with commas. A timestep or a
+            share is what the network is shown, and the frames stay bit-identical (one value is for all clean frames in
+            view); a multiple is sampled with the other frames, and changes. Empty is none.
+        given_encoding: how given frames after the first become latent frames of a video VAE: clip, as the group of
+            frames that they are in a clip (an image stands for the whole group); single, each run of them as if a clip
+            began there, an image alone (Pusa).
+        overlap: what a window of long takes over from the one before, with a video VAE: encode, its frames, encoded
+            again as the beginning of a clip of its own; keep, its latent frames as they are.
     """
 
     task: str = "generate"
@@ -56,16 +68,21 @@ class GenerationConfig:
     num: int = 1
     seed: int = 0
     batch_size: int = 4
+    prompt: str = ""
+    negative_prompt: str = ""
     class_: str = ""
     steps: int = 50
     solver: str = "ddim"
     spacing: str = ""
+    shift: float = 0.0
     eta: float = 0.0
     guidance: float = 1.0
     guidance_interval: tuple[int, int] | None = None
     guidance_rescale: float = 0.0
     history_guidance: float = 1.0
-    given_noise: int = 0
+    given_noise: str = ""
+    given_encoding: Literal["clip", "single"] = "clip"
+    overlap: Literal["encode", "keep"] = "encode"
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before a model is loaded."""
@@ -81,6 +98,11 @@ class GenerationConfig:
         if bool(self.schedule) != (self.task == "custom"):
             raise ValueError("the task custom needs --schedule FILE, and no other task takes one")
         solver(self.solver, self.eta)
+        for name, choices in (("given_encoding", ("clip", "single")), ("overlap", ("encode", "keep"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose {' or '.join(choices)}")
+        object.__setattr__(self, "given_noise", str(self.given_noise))  # a number from Python
+        given_noise(self.given_noise)
 
 
 @dataclass(frozen=True)
@@ -89,7 +111,9 @@ class GenerateCommand(GenerationConfig):
 
     Attributes:
         checkpoint: a run's folder (its newest checkpoint is taken) or a checkpoint; a folder of `fvdm convert`; a
-            checkpoint file of Latte or of the official FVDM code; or `example`, a small model that ships with this.
+            checkpoint file of Latte or of the official FVDM code; `example`, a small model that ships with this; or
+            `wan:` and a folder or hub name of diffusers.
+        prompts: file of prompts, one a line; `num` videos are made of each.
         given: an image, a video, a folder of frames, or a list of them, [a.png,b.png]. One video gives the frames that
             the task needs, at the model's stride; two give the end of the first and the beginning of the second.
         out: folder for the videos.
@@ -99,6 +123,7 @@ class GenerateCommand(GenerationConfig):
         show_schedule: print the timestep schedule, and generate nothing.
         weights: ema (the average) or model (the weights themselves).
         vae: VAE by name or path; empty takes the one the model was trained with.
+        text_encoder: text encoder by name or path; empty takes the one the model was trained with.
         device: where to run, such as cuda or cpu; empty takes a GPU if there is one.
         precision: bf16 or fp32; empty takes bf16 on a GPU, fp32 on the CPU.
         compile: make the model faster with torch.compile; needs a C++ compiler, and a minute at the start.
@@ -106,6 +131,7 @@ class GenerateCommand(GenerationConfig):
     """
 
     checkpoint: str
+    prompts: str = ""
     given: str | list[str] = ""
     out: str = "out"
     formats: str = "mp4,gif"
@@ -114,6 +140,7 @@ class GenerateCommand(GenerationConfig):
     show_schedule: bool = False
     weights: Literal["ema", "model"] = "ema"
     vae: str = ""
+    text_encoder: str = ""
     device: str = ""
     precision: Literal["", "bf16", "fp32"] = ""
     compile: bool = False
@@ -122,6 +149,8 @@ class GenerateCommand(GenerationConfig):
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
         super().__post_init__()
+        if self.prompt and self.prompts:
+            raise ValueError("prompt and prompts: give one prompt, or a file of prompts")
         if not 0 <= self.fps <= 240:
             raise ValueError(f"fps is {self.fps}: choose up to 240, or 0 for that of the given video")
         from fvdm.media.writing import FORMATS
@@ -152,6 +181,39 @@ def generation_config(task: str, settings: dict[str, Any]) -> GenerationConfig:
         if name not in names:
             raise ValueError(f"there is no setting {name}; choose among {', '.join(names)}")
     return GenerationConfig(task=task, **settings)
+
+
+class GivenNoise(NamedTuple):
+    """Noise on a given frame: a timestep that it is shown at, or a multiple of the t of the frames that are sampled."""
+
+    level: int = 0
+    multiple: float = 0.0
+
+
+def given_noise(words: str, num_timesteps: int = NUM_TIMESTEPS) -> list[GivenNoise]:
+    """The noise of given frames, as `GenerationConfig.given_noise` writes it; empty for none.
+
+    Args:
+        words: such as `50`, `0.2,0.4` or `0.2t`.
+        num_timesteps: T.
+
+    Raises:
+        ValueError: if it cannot be read, or is out of range.
+    """
+    found = []
+    for word in filter(None, (word.strip() for word in words.split(","))):
+        match = re.fullmatch(r"(\d+)(\.\d+)?(t?)", word)
+        value = float(match[1] + (match[2] or "")) if match else -1.0
+        if match and match[3] and value < 1:
+            found.append(GivenNoise(multiple=value))
+        elif match and not match[3] and value <= (1 if match[2] else num_timesteps):
+            found.append(GivenNoise(level=round(value * num_timesteps) if match[2] else int(value)))
+        else:
+            raise ValueError(
+                f"given_noise {words!r}: write timesteps up to {num_timesteps} (50), shares of them up to 1.0 (0.2), "
+                f"or multiples below 1 of the others' t (0.2t), separated by commas"
+            )
+    return found if any(found_one != GivenNoise() for found_one in found) else []
 
 
 def indices(words: str) -> tuple[int, ...]:

@@ -21,8 +21,12 @@ from fvdm.diffusion.timesteps import format_schedule
 from fvdm.distributed import Ranks
 from fvdm.files import write_text
 from fvdm.generation.config import GenerateCommand
-from fvdm.generation.inputs import choose, read_source
-from fvdm.generation.pipeline import Trained, encode_given, length_of, load, make_frames, make_plan
+from fvdm.generation.frames import make_frames
+from fvdm.generation.grid import choose_frames
+from fvdm.generation.inputs import read_source
+from fvdm.generation.pipeline import Trained, load
+from fvdm.generation.plan import encode_given, length_of, make_plan, with_noise
+from fvdm.generation.prompts import read_prompts
 from fvdm.media.writing import FORMATS, GIF_RATE, gif_stride, spread, tile, write, write_strips
 from fvdm.tracking.config import check_uri, tracking_uri
 from fvdm.tracking.pages import where_to_look
@@ -44,6 +48,7 @@ class PreparedTask:
         length: frames of a video.
         fps: of the files.
         messages: what was done to the given files, a line each.
+        prompts: of each sample, in place of the one of the settings.
     """
 
     plan: TaskPlan
@@ -51,6 +56,7 @@ class PreparedTask:
     length: int
     fps: float
     messages: tuple[str, ...]
+    prompts: tuple[str, ...] = ()
 
 
 class Overview(NamedTuple):
@@ -76,7 +82,8 @@ def prepare(trained: Trained, config: GenerateCommand) -> PreparedTask:
     plan = make_plan(trained, config, clips, complete=config.show_schedule)
     messages = [str(source) for source in sources]
     if clips:
-        messages.append("given: " + "; ".join(choose(clips, plan, trained.stride)[1]))
+        chosen = choose_frames(clips, plan, trained.stride, trained.frame_map, config.given_encoding)
+        messages.append("given: " + "; ".join(chosen[1]))
     rates = [source.fps for source in sources if source.fps]
     fps = config.fps or (rates[0] / trained.stride if rates else STEP_IN_TIME)
     if rates and not config.fps:
@@ -87,7 +94,15 @@ def prepare(trained: Trained, config: GenerateCommand) -> PreparedTask:
         )
     if "gif" in config.forms and gif_stride(fps) > 1:
         messages.append(f"gif: at a stride of {gif_stride(fps)} frames, as a gif shows at most {GIF_RATE} a second")
-    return PreparedTask(plan, encode_given(trained, plan, clips), length_of(trained, config), fps, tuple(messages))
+    prompts = (
+        tuple(prompt for prompt in read_prompts(config.prompts) for _ in range(config.num)) if config.prompts else ()
+    )
+    clip = encode_given(trained, config, plan, clips)
+    if trained.text is not None and not config.show_schedule:
+        # All at once, so that the text encoder's memory is free for sampling.
+        trained.text.encode([*(prompts or [config.prompt]), config.negative_prompt])
+        trained.text.release()
+    return PreparedTask(plan, clip, length_of(trained, config), fps, tuple(messages), prompts)
 
 
 def batches(config: GenerateCommand, ranks: Ranks) -> list[range]:
@@ -109,7 +124,8 @@ def make(
     overviews: dict[int, Overview] = {}
     files: list[Path] = []
     for seeds in batches(config, ranks):
-        frames = make_frames(trained, config, prepared.plan, prepared.clip, seeds, _progress)
+        prompts = [prepared.prompts[seed - config.seed] for seed in seeds] if prepared.prompts else []
+        frames = make_frames(trained, config, prepared.plan, prepared.clip, seeds, _progress, prompts=prompts)
         videos, written = write_samples(islice(frames, prepared.length), seeds, config, prepared)
         overviews |= videos
         files += written
@@ -211,13 +227,23 @@ def run(config: GenerateCommand, ranks: Ranks) -> None:
     check_uri(tracking_uri(config.tracking.uri))
     if ranks.world_size > 1 and torch.cuda.is_available() and not config.device:
         config = replace(config, device=f"cuda:{ranks.local_rank}")
-    trained = load(config.checkpoint, config.weights, config.vae, config.device, config.precision, config.compile)
+    trained = load(
+        config.checkpoint,
+        config.weights,
+        config.vae,
+        config.device,
+        config.precision,
+        config.compile,
+        config.text_encoder,
+    )
     prepared = prepare(trained, config)
+    if prepared.prompts:
+        config = replace(config, num=len(prepared.prompts))
     if ranks.is_main:
         print("\n".join(prepared.messages), end="\n" if prepared.messages else "", flush=True)
     if config.show_schedule:
         if ranks.is_main:
-            print(format_schedule(prepared.plan.schedule))
+            print(format_schedule(with_noise(trained, config, prepared.plan)[0].schedule))
         return
     try:
         Path(config.out).mkdir(parents=True, exist_ok=True)

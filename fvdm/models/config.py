@@ -14,6 +14,7 @@ class BackboneConfig:
     Attributes:
         backbone: name of the backbone, as `fvdm.models.build` knows it.
         objective: the one objective that it can be trained with; empty where it can with any.
+        spacing: of the timesteps that suits it in sampling; empty where the solver's own does.
         depth: number of blocks.
         frames: latent frames f of the longest clip.
         learned_variance: predict the reverse variance too, as c more channels.
@@ -24,6 +25,7 @@ class BackboneConfig:
 
     backbone: ClassVar[str]
     objective: ClassVar[str] = ""
+    spacing: ClassVar[str] = ""
 
     depth: int = 28
     frames: int = 16
@@ -49,6 +51,11 @@ class BackboneConfig:
     @property
     def text_width(self) -> int:
         """Channels e of the text embeddings `y (b l e)` that it takes; 0 where it takes no text."""
+        return 0
+
+    @property
+    def text_length(self) -> int:
+        """Tokens l to which texts are padded; 0 where it takes no text."""
         return 0
 
     @property

@@ -24,6 +24,9 @@ class InferenceConfig:
         classes: names of its classes.
         stride: the clips it was trained on take every stride-th frame.
         step: optimizer steps it was trained for; 0 where that is not known.
+        text_encoder: text encoder of its texts; empty without, or where that is not known.
+        text_length: tokens to which its texts are padded; 0 where that is not known.
+        shift: of the spacing `shift`.
     """
 
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -31,6 +34,9 @@ class InferenceConfig:
     classes: tuple[str, ...] = ()
     stride: int = 3
     step: int = 0
+    text_encoder: str = ""
+    text_length: int = 0
+    shift: float = 3.0
 
 
 def read_inference_config(path: Path, model: BackboneConfig) -> InferenceConfig:
@@ -46,6 +52,8 @@ def read_inference_config(path: Path, model: BackboneConfig) -> InferenceConfig:
     if (path / "state.json").is_file():
         return _of_checkpoint(path, model)
     found = next((path / name for name in (INFERENCE, FORMER) if (path / name).exists()), None)
+    if found is None and model.source:
+        return _of_pipeline(path, model)
     if found is None:
         return InferenceConfig(
             DiffusionConfig(learned_variance=model.learned_variance), classes=tuple(map(str, range(model.classes)))
@@ -60,15 +68,30 @@ def read_inference_config(path: Path, model: BackboneConfig) -> InferenceConfig:
         raise ValueError(f"{found} cannot be read: {error}") from None
 
 
+def _of_pipeline(folder: Path, model: BackboneConfig) -> InferenceConfig:
+    """The settings of a pretrained transformer, whose VAE and text encoder lie beside it in a pipeline of diffusers."""
+    pipeline = folder.parent
+    return InferenceConfig(
+        DiffusionConfig(objective="flow", learned_variance=False),
+        vae=str(pipeline / "vae") if (pipeline / "vae").is_dir() else f"{model.source}/vae",
+        stride=1,
+        text_encoder=str(pipeline) if (pipeline / "text_encoder").is_dir() else f"{model.source}/text_encoder",
+        text_length=model.text_length,
+    )
+
+
 def _of_checkpoint(folder: Path, model: BackboneConfig) -> InferenceConfig:
     state = read_state(folder)
-    trained = state["settings"]
+    trained, text = state["settings"], state.get("text") or {}
     return InferenceConfig(
         DiffusionConfig(**trained["diffusion"]),
         state["vae"],
         tuple(state["classes"]) if model.classes else (),
         trained["data"]["stride"],
         state["step"],
+        text.get("name", ""),
+        text.get("max_tokens", 0),
+        trained.get("timesteps", {}).get("shift", 3.0),
     )
 
 

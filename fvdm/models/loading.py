@@ -14,7 +14,7 @@ from fvdm.models.latte import Latte
 from fvdm.models.official import from_official, load_torch
 from fvdm.models.wan import Wan
 from fvdm.models.wan_config import WanConfig
-from fvdm.models.wan_files import check_files, is_wan, load_wan, read_config
+from fvdm.models.wan_files import check_files, is_wan, load_wan, locate, read_config
 
 BACKBONES: dict[str, type[Backbone]] = {"latte": Latte, "wan": Wan}
 CONFIGS: dict[str, type[BackboneConfig]] = {"latte": LatteConfig, "wan": WanConfig}
@@ -87,6 +87,16 @@ def resolve(path_or_name: str | Path) -> Path:
     if str(path_or_name) == "example" and not path.exists():
         path = EXAMPLE
     return path if path.is_file() or (path / "config.json").is_file() else find.resolve(path)
+
+
+def find_model(path_or_name: str | Path) -> Path:
+    """As `resolve`; of a `wan:` model the folder of its transformer, which is fetched from the hub if need be.
+
+    Raises:
+        ValueError: see `resolve`.
+    """
+    name = str(path_or_name)
+    return locate(name.removeprefix(WAN)) if name.startswith(WAN) else resolve(path_or_name)
 
 
 def load_backbone(path_or_name: str | Path, weights: str = "ema", num_heads: int | None = None) -> Backbone:

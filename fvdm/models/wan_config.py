@@ -54,6 +54,7 @@ class WanConfig(BackboneConfig):
 
     backbone: ClassVar[str] = "wan"
     objective: ClassVar[str] = "flow"
+    spacing: ClassVar[str] = "shift"
 
     depth: int = 30
     frames: int = 21

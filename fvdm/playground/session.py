@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from fvdm.generation.config import GenerationConfig
-from fvdm.generation.pipeline import Trained, encode_given, length_of, make_frames, make_plan
+from fvdm.generation.frames import make_frames
+from fvdm.generation.pipeline import Trained
+from fvdm.generation.plan import encode_given, length_of, make_plan, with_noise
 
 
 class CancelledError(Exception):
@@ -71,7 +73,7 @@ def plan_of(model: Trained, request: Request) -> tuple[Tensor, tuple[int, ...]]:
         ValueError: if the task and the given frames do not fit each other.
     """
     plan = make_plan(model, request.config, request.clips, complete=True)
-    return plan.schedule, plan.given
+    return with_noise(model, request.config, plan)[0].schedule, plan.given
 
 
 def run(model: Trained, request: Request, cancel: threading.Event) -> Iterator[Snapshot]:
@@ -114,7 +116,7 @@ def _work(
     try:
         config = request.config
         plan = make_plan(model, config, request.clips)
-        latents = encode_given(model, plan, request.clips)
+        latents = encode_given(model, config, plan, request.clips)
         frames = make_frames(model, config, plan, latents, [config.seed], on_step=on_step)
         clip = torch.cat(list(islice(frames, length_of(model, config))))
         found.put(Snapshot(step, clip, done=True))

@@ -16,7 +16,8 @@ from fvdm.diffusion.timesteps import full_sequence, hold_clean
 from fvdm.distributed import Ranks
 from fvdm.generation.config import GenerateCommand, generation_config, indices
 from fvdm.generation.inputs import as_frames, choose, read_frames, read_source
-from fvdm.generation.pipeline import load, make_plan
+from fvdm.generation.pipeline import load
+from fvdm.generation.plan import make_plan
 from fvdm.generation.videos import batches, prepare
 from fvdm.media.vae import load_vae
 from fvdm.models import build, preset
