@@ -21,6 +21,7 @@ from fvdm.playground.session import Request, Snapshot, command_line, plan_of, re
 
 FPS = 8.0
 COLUMNS = 8  # frames side by side in the image of a clip
+SHARED = 9  # controls that both schedules share
 HAND = "custom"  # the task whose schedule is drawn by hand
 HEADERS = ["frame", "given", "start", "stop", "noise %"]
 CSS = """
@@ -76,7 +77,7 @@ class Page:
         return page
 
     def _shared(self) -> list[Any]:
-        """Controls that both schedules share: given files, steps, solver, spacing, seed, class and guidance."""
+        """Controls that both schedules share: given files, steps, solver, spacing, seed, class, guidance, prompts."""
         files = gr.File(
             file_count="multiple",
             file_types=["image", "video"],
@@ -93,12 +94,19 @@ class Page:
             spacing = gr.Dropdown(
                 [("the solver's own", ""), *((name, name) for name in SPACINGS)], value="", label="spacing"
             )
-        with gr.Row(visible=bool(self.model.classes)):
+        has_text = self.model.text is not None
+        with gr.Row(visible=has_text):
+            prompt = gr.Textbox("", label="prompt", lines=2, elem_id="prompt")
+            negative = gr.Textbox("", label="negative prompt (needs guidance)", lines=2, elem_id="negative-prompt")
+        with gr.Row(visible=has_text or bool(self.model.classes)):
             class_ = gr.Dropdown(
-                [("one drawn from the seed", ""), *((c, c) for c in self.model.classes)], value="", label="class"
+                [("one drawn from the seed", ""), *((c, c) for c in self.model.classes)],
+                value="",
+                label="class",
+                visible=bool(self.model.classes),
             )
             guidance = gr.Slider(1, 15, 1, step=0.5, label="guidance")
-        return [files, steps, seed, solver, spacing, class_, guidance]
+        return [files, steps, seed, solver, spacing, class_, guidance, prompt, negative]
 
     def _schedule(self, name: str, task: str) -> list[Any]:
         """Controls of one schedule: its task and settings, and the table for drawing by hand."""
@@ -149,7 +157,7 @@ class Page:
     def redraw(self, *values: Any) -> tuple[Any, Any]:
         """The image of the schedule, and the table that draws the same."""
         try:
-            request = self.request(values[:7], values[7:12])
+            request = self.request(values[:SHARED], values[SHARED : SHARED + 5])
             schedule, given = plan_of(self.model, request)
         except ValueError as error:
             return gr.update(value=None, label=str(error), show_label=True), gr.skip()
@@ -161,7 +169,7 @@ class Page:
 
     def edit(self, *values: Any) -> tuple[Any, Any]:
         """After an edit of the table: the task is `custom`, and its image."""
-        values = (*values[:7], HAND, *values[8:])
+        values = (*values[:SHARED], HAND, *values[SHARED + 1 :])
         return HAND, self.redraw(*values)[0]
 
     def generate(self, *values: Any) -> Iterator[list[Any]]:
@@ -170,7 +178,8 @@ class Page:
         Raises:
             gr.Error: with the sentence of a user's mistake.
         """
-        shared, first, compare, second = values[:7], values[7:12], values[13], values[14:19]
+        shared, schedules = values[:SHARED], values[SHARED:]
+        first, compare, second = schedules[:5], schedules[6], schedules[7:12]
         shown: list[Any] = ["", *[None] * 8]
         try:
             for place, controls in enumerate((first, second) if compare else (first,)):
@@ -204,7 +213,7 @@ class Page:
         Raises:
             ValueError: if a value is out of range.
         """
-        files, steps, seed, solver, spacing, class_, guidance = shared
+        files, steps, seed, solver, spacing, class_, guidance, prompt, negative = shared
         task, length, frames, strength, table = controls
         if not 1 <= int(steps or 0) <= self.config.max_steps:
             raise ValueError(f"steps is {steps}: choose 1 to {self.config.max_steps}")
@@ -225,6 +234,8 @@ class Page:
             spacing=spacing or "",
             class_=class_ or "",
             guidance=float(guidance or 1),
+            prompt=prompt or "",
+            negative_prompt=negative or "",
             **settings,
         )
         return Request(config, read_given(paths, self.model.size), tuple(Path(path).name for path in paths))

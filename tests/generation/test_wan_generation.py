@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fvdm import config as settings
+from fvdm.checkpoints import find
 from fvdm.checkpoints.layout import SLICES, group_key
 from fvdm.checkpoints.save import save
 from fvdm.diffusion.tasks import TASKS, TaskPlan
@@ -21,6 +22,8 @@ from fvdm.media.frames import FrameMap
 from fvdm.media.text import load_text_encoder
 from fvdm.models import build, preset
 from fvdm.models.config import to_dict
+from fvdm.models.export import export_model
+from fvdm.serving.registry import predict
 from fvdm.training.config import TrainConfig
 from tests.data_fixtures import real_frames
 from tests.latte import randomised
@@ -289,6 +292,14 @@ def test_wrong_texts_are_refused_in_one_sentence(trained, run, tmp_path):
     refused("give one prompt, or a file", lambda: GenerateCommand("r", prompt="a", prompts="b"))
     refused("trained without texts", lambda: load("example", text_encoder="t5"))
     refused("trained without texts", lambda: made(load("example"), prompt="a dog"))
+
+
+def test_an_exported_model_makes_the_same_videos(trained, run, tmp_path):
+    export_model(find.resolve(run), tmp_path / "model")
+    again = load(tmp_path / "model")
+    assert torch.equal(made(again, shift=5.0), made(trained, shift=5.0))
+    rows = [{"task": "generate", "prompt": "a dog", "steps": 3, "seed": 1}]
+    assert torch.equal(torch.from_numpy(predict(again, rows))[0], made(trained)[1])
 
 
 def test_a_pipeline_of_diffusers_generates_as_it_is(pipeline):

@@ -103,7 +103,7 @@ def test_limits_are_sentences(model):
     from fvdm.playground.app import Page
 
     page = Page(model, PlayConfig(max_steps=10, max_frames=32))
-    shared = (None, 3, 0, "ddim", "", "", 1)
+    shared = (None, 3, 0, "ddim", "", "", 1, "", "")
     with pytest.raises(ValueError, match="steps is 11: choose 1 to 10"):
         page.request((None, 11, *shared[2:]), ("generate", 0, "", 0.6, []))
     with pytest.raises(ValueError, match="a video of 33 frames: choose at most 32"):
@@ -112,3 +112,13 @@ def test_limits_are_sentences(model):
         page.request(shared, ("custom", 0, "", 0.6, [[0, False, None, 3, 100]]))
     with pytest.raises(ValueError, match="draw at most 32"):
         page.request(shared, ("custom", 0, "", 0.6, [[k, False, 0, 3, 100] for k in range(33)]))
+
+
+def test_the_prompts_of_the_page_are_in_the_command(model):
+    from fvdm.playground.app import Page
+
+    shared = (None, 3, 0, "ddim", "", "", 5, "a dog's day", "snow")
+    request = Page(model, PlayConfig()).request(shared, ("generate", 0, "", 0.6, []))
+    words = shlex.split(command_line("runs/wan", request))
+    config = settings.parse(GenerateCommand, words[2:])
+    assert (config.prompt, config.negative_prompt, config.guidance) == ("a dog's day", "snow", 5)
