@@ -45,6 +45,7 @@ DOORS = {
     "transformers": {"fvdm/media/text.py"},
     "webdataset": {"fvdm/data/location.py", "data_prep/samples.py"},
     "fsspec": {"fvdm/data/location.py"},
+    "peft": {"fvdm/models/lora.py"},
     "gradio": {"fvdm/playground/app.py"},
     "pyarrow": {f"fvdm/data/{name}.py" for name in ("index", "opening", "former")},
     "submitit": {f"launchers/{name}.py" for name in ("job", "local", "submission")} | {"data_prep/jobs.py"},

@@ -1,7 +1,8 @@
 """`fvdm checkpoint list|verify|export RUN`: look at, check, or export what a run has saved.
 
 list prints step, ranks, size and whether a checkpoint is complete, by the sizes of its files; verify does the same by
-every checksum, with exit code 2 if one is corrupt; export writes a model folder for use, with the averaged weights.
+every checksum, with exit code 2 if one is corrupt; export writes a model folder for use, with the averaged weights; of
+a LoRA the folder that diffusers' load_lora_weights takes, or with --merge that of its base model with the LoRA in it.
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ class CheckpointCommand:
         out: folder to write; for export only.
         weights: ema (the average) or model (the last step's); for export only.
         dtype: numbers of the exported weights: float16 and bfloat16 halve the file; for export only.
+        merge: add a LoRA to its base model, and write a complete model; for export only.
+        base: base model of a LoRA that is merged; empty is where it was in training; for export only.
     """
 
     action: Literal["list", "verify", "export"]
@@ -29,6 +32,8 @@ class CheckpointCommand:
     out: str = ""
     weights: Literal["ema", "model"] = "ema"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    merge: bool = False
+    base: str = ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,14 +54,7 @@ def run(config: CheckpointCommand) -> None:
         ValueError: if there is no such checkpoint, or one is corrupt.
     """
     if config.action == "export":
-        import torch
-
-        from fvdm.checkpoints.find import resolve
-        from fvdm.models.export import export_model
-
-        folder = resolve(Path(config.run))
-        export_model(folder, Path(config.out), config.weights, getattr(torch, config.dtype))
-        print(f"{folder} exported to {config.out}; use it with: fvdm generate --checkpoint {config.out}")
+        export(config)
         return
     corrupt = print_table(Path(config.run), checksums=config.action == "verify")
     if corrupt and config.action == "verify":
@@ -64,6 +62,30 @@ def run(config: CheckpointCommand) -> None:
             f"{config.run} holds {corrupt} corrupt checkpoint(s); a run that resumes moves them aside and uses the "
             f"newest complete one"
         )
+
+
+def export(config: CheckpointCommand) -> None:
+    """Write the folder of a model or of a LoRA.
+
+    Raises:
+        ValueError: if there is no such checkpoint, it or its base model cannot be read, or the folder is there.
+    """
+    import torch
+
+    from fvdm.checkpoints.find import resolve
+    from fvdm.models.export import export_lora, export_model
+    from fvdm.models.lora_files import is_lora
+
+    folder, out, dtype = resolve(Path(config.run)), Path(config.out), getattr(torch, config.dtype)
+    if (config.merge or config.base) and not is_lora(folder):
+        raise ValueError(f"{folder} is a complete model, no LoRA: leave out --merge and --base")
+    if config.base and not config.merge:
+        raise ValueError("the exported LoRA holds no base model: leave out --base, or add --merge")
+    if is_lora(folder) and not config.merge:
+        export_lora(folder, out, config.weights, dtype)
+    else:
+        export_model(folder, out, config.weights, dtype, base=config.base)
+    print(f"{folder} exported to {out}; use it with: fvdm generate --checkpoint {out}")
 
 
 def print_table(run: Path, checksums: bool) -> int:

@@ -122,6 +122,7 @@ class GenerateCommand(GenerationConfig):
         num: number of samples.
         show_schedule: print the timestep schedule, and generate nothing.
         weights: ema (the average) or model (the weights themselves).
+        base: base model of a LoRA, where it is no longer where it was in training; a path, or wan: and a hub name.
         vae: VAE by name or path; empty takes the one the model was trained with.
         text_encoder: text encoder by name or path; empty takes the one the model was trained with.
         device: where to run, such as cuda or cpu; empty takes a GPU if there is one.
@@ -139,6 +140,7 @@ class GenerateCommand(GenerationConfig):
     num: int = field(default=4, kw_only=True)
     show_schedule: bool = False
     weights: Literal["ema", "model"] = "ema"
+    base: str = ""
     vae: str = ""
     text_encoder: str = ""
     device: str = ""

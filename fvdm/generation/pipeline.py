@@ -93,6 +93,7 @@ def load(
     precision: str = "",
     compile: bool = False,
     text_encoder: str = "",
+    base: str = "",
 ) -> Trained:
     """Load a model for use.
 
@@ -106,6 +107,7 @@ def load(
         precision: `bf16`, `fp32`; empty takes bf16 on a GPU.
         compile: make the blocks faster with `torch.compile`; the first clip then takes a minute longer.
         text_encoder: by name or path, as for `vae`; it is loaded when the first prompt is encoded.
+        base: base model of a LoRA; empty is where it was in training.
 
     Raises:
         ValueError: if there is no complete checkpoint, its VAE cannot be found, this machine cannot compile, or a text
@@ -114,7 +116,7 @@ def load(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.bfloat16 if (precision or ("bf16" if place.type == "cuda" else "fp32")) == "bf16" else torch.float32
     path = find_model(checkpoint)
-    model = read_backbone(path, weights)
+    model = read_backbone(path, weights, base=base)
     inference = read_inference_config(path, model.config)
     decoder = load_vae(vae or inference.vae, place)
     channels, height, width = model.config.latent_shape

@@ -235,6 +235,7 @@ def run(config: GenerateCommand, ranks: Ranks) -> None:
         config.precision,
         config.compile,
         config.text_encoder,
+        config.base,
     )
     prepared = prepare(trained, config)
     if prepared.prompts:

@@ -1,7 +1,10 @@
 """Settings of the backbones, and what can be counted from them alone. No torch here, so that `--help` is instant."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self, get_args
+
+from fvdm.config import in_range
 
 Backend = Literal["auto", "flash", "sdpa", "math"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -254,3 +257,30 @@ def to_dict(config: BackboneConfig) -> dict[str, Any]:
     from fvdm.config import plain
 
     return {"backbone": config.backbone} | plain(config)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA (Hu et al. 2021): train low-rank updates of linear layers, and leave the network itself as it is.
+
+    Attributes:
+        rank: rank r of the updates B A; 0 trains the whole network.
+        alpha: the updates are multiplied by alpha / rank; 0 is the rank, so by 1.
+        targets: names, or ends of names, of the linear layers that get one, such as to_q to_v ffn.net.2; empty is all
+            linear layers of the blocks.
+        dropout: probability that a number that goes into an update is set to zero in training.
+    """
+
+    rank: int = 0
+    alpha: float = 0.0
+    targets: tuple[str, ...] = ()
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting out of its range."""
+        in_range(self, "lora", rank=(0, math.inf), alpha=(0, math.inf), dropout=(0, 1))
+
+    @property
+    def scale(self) -> float:
+        """What the updates are multiplied by."""
+        return (self.alpha or self.rank) / self.rank

@@ -9,7 +9,7 @@ from fvdm.checkpoints.config import CheckpointConfig
 from fvdm.config import in_range
 from fvdm.data.config import DataConfig
 from fvdm.diffusion.config import DiffusionConfig, TimestepsConfig
-from fvdm.models.config import Backend
+from fvdm.models.config import Backend, LoraConfig
 from fvdm.tracking.config import TrackingConfig
 
 
@@ -145,6 +145,7 @@ class TrainConfig:
             run is complete; auto is the run's name, none leaves it out.
         diffusion: noise process and objective.
         timesteps: how the timesteps of a clip are sampled.
+        lora: train low-rank updates of a pretrained model in place of all its weights.
         engine: optimizer and ZeRO-2.
         checkpoint: when checkpoints are written, and which are kept.
         previews: videos made while training.
@@ -173,6 +174,7 @@ class TrainConfig:
     register_as: str = "auto"
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     timesteps: TimestepsConfig = field(default_factory=TimestepsConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     previews: PreviewConfig = field(default_factory=PreviewConfig)

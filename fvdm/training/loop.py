@@ -28,6 +28,7 @@ from fvdm.tracking.tracker import Tracker
 from fvdm.training.config import TrainConfig
 from fvdm.training.ema import EMA
 from fvdm.training.engine import Engine, initialise
+from fvdm.training.finetuning import base_of, place
 from fvdm.training.meter import Meter
 from fvdm.training.noise import NoiseSampler
 from fvdm.training.previews import Previews
@@ -62,11 +63,13 @@ def train(config: TrainConfig) -> Stop:
     device = initialise(config.engine.timeout)
     with run_lock(config.folder, 0.8 * config.engine.timeout) if ranks.is_main else nullcontext():
         checkpoint = find_checkpoint(config, ranks)
-        model = initial_model(config, network, shards, checkpoint is not None, ranks.local_rank == 0).to(device)
+        model = initial_model(config, network, shards, checkpoint is not None, ranks.local_rank == 0)
+        base = base_of(config, network, model) if config.lora.rank and ranks.local_rank == 0 else None
+        place(model, device, config.engine.precision)
         if config.compile:
             compile_blocks(model)
         engine = Engine(model, config.engine, config.data.batch_size, ranks)
-        run = Run(config, network, engine, EMA(engine.masters, config.ema_decay), ranks, shards)
+        run = Run(config, network, engine, EMA(engine.masters, config.ema_decay), ranks, shards, base)
         if checkpoint:
             run.resume(checkpoint)
         tracker = run.begin_tracking() if ranks.is_main else None

@@ -9,6 +9,8 @@ from fvdm.diffusion.training_timesteps import sample_training_timesteps
 from fvdm.models.backbone import Backbone
 from fvdm.training.config import TrainConfig
 
+DROPOUT = 2**62  # added to the number of a sample, for randomness that is independent of its noise
+
 
 class NoiseSampler:
     """Samples timesteps, noise and which conditions are dropped, from (seed, number of the sample) alone.
@@ -42,6 +44,9 @@ class NoiseSampler:
             )
             noise[i].normal_(generator=self.generator)
             hide[i].uniform_(generator=self.generator)
+        if config.lora.dropout:
+            # Of the network's own generator, so a resumed run has the same; exact on any ranks for one clip at a time.
+            torch.manual_seed(sample_seed(config.seed, DROPOUT + batch.positions[0]))
         t, noise, hide = (tensor.to(self.device, non_blocking=True) for tensor in (t, noise, hide))
         null = self.model.null(b)
         if null is None:

@@ -29,6 +29,7 @@ from fvdm.diffusion.process import Diffusion
 from fvdm.distributed import HangDetector, Ranks, Watchdog, first_error
 from fvdm.files import LockHeldError, lock, write_text
 from fvdm.models.config import BackboneConfig, to_dict
+from fvdm.models.lora_files import Base
 from fvdm.tracking.description import training_description
 from fvdm.tracking.provenance import command_line, environment, git_patch
 from fvdm.tracking.tracker import Tracker
@@ -36,6 +37,7 @@ from fvdm.training.config import TrainConfig
 from fvdm.training.data_identity import data_identity, data_mismatch, text_encoder
 from fvdm.training.ema import EMA
 from fvdm.training.engine import Engine
+from fvdm.training.finetuning import check_resumed_lora
 from fvdm.training.meter import ReadMeter
 
 logger = logging.getLogger(__name__)
@@ -169,8 +171,10 @@ class Run:
         ema: EMA,
         ranks: Ranks,
         shards: LatentShards,
+        base: Base | None = None,
     ) -> None:
         """Collective: opens process groups."""
+        self.base = base
         self.config, self.network, self.engine, self.ema = config, network, engine, ema
         self.ranks, self.shards = ranks, shards
         self.diffusion = Diffusion(config.diffusion)
@@ -189,10 +193,18 @@ class Run:
         """Continue from a checkpoint.
 
         Raises:
-            ValueError: if it is of another model, or of other latents.
+            ValueError: if it is of another model, another base of a LoRA, or of other latents.
         """
         state = read_state(folder)
         mismatched = data_mismatch(state, settings.flatten(self.config), self.shards)
+        reason = ""
+        try:
+            check_resumed_lora(state, self.config, self.base)
+        except ValueError as error:
+            reason = str(error)
+        reason = first_error(reason)  # One rank of a node knows the base model.
+        if reason:
+            raise ValueError(reason.partition(": ")[2])
         if state["names"] != {name: list(shape) for name, shape in self.engine.names.items()}:
             raise ValueError(
                 f"{folder} holds a model of another shape ({state['settings']['model']}) than {self.config.model} on "
@@ -241,6 +253,8 @@ class Run:
             "size": self.shards.manifest.size,
             "lanes": self.lanes,
         } | data_identity(self.shards)
+        if self.base:
+            state |= {"base": settings.plain(self.base), "lora": settings.plain(self.config.lora)}
 
         def write(slices: dict[str, Tensor]) -> None:
             ranks = self.ranks

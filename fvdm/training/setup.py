@@ -18,10 +18,9 @@ from fvdm.tracking.server import check as check_tracking
 from fvdm.training.config import TrainConfig
 from fvdm.training.data_identity import data_mismatch
 from fvdm.training.engine import accumulation
+from fvdm.training.finetuning import RANDOM, check_lora, check_resumed_lora, lora_model
 from fvdm.training.run import refuse_corrupt
 from fvdm.training.validation import held_out_shards
-
-RANDOM = "none"  # the setting `init` for new weights
 
 
 def model_config(config: TrainConfig, shards: LatentShards) -> BackboneConfig:
@@ -73,9 +72,12 @@ def initial_model(
         ValueError: if initial weights are missing, corrupt, or of another network.
     """
     pretrained = bool(network.source) and not config.init and not resumed
-    model = load_pretrained(network) if pretrained else build(network)
-    if config.init not in ("", RANDOM) and not resumed:
-        initial_weights(config.init, model, checksum)
+    if config.lora.rank:  # its checkpoints leave the base model out
+        model = lora_model(config, network)
+    else:
+        model = load_pretrained(network) if pretrained else build(network)
+        if config.init not in ("", RANDOM) and not resumed:
+            initial_weights(config.init, model, checksum)
     text = shards.manifest.text
     if network.text_width and text is not None:
         empty = torch.from_numpy(shards.empty_prompt)
@@ -114,7 +116,7 @@ def check(config: TrainConfig, world_size: int) -> None:
     """
     check_tracking(config.tracking.uri)
     shards = LatentShards(config.data.path, config.data.split, config.data.cache, config.data.cache_gb)
-    model_config(config, shards)
+    network = model_config(config, shards)
     if config.validation.every:
         held_out_shards(config.validation, config.data, shards)
     checkpoint = newest(config.checkpoints)
@@ -122,6 +124,7 @@ def check(config: TrainConfig, world_size: int) -> None:
     if checkpoint:
         state = read_state(checkpoint)
         data_mismatch(state, settings.flatten(config), shards)
+        check_resumed_lora(state, config)
         lanes = state.get("lanes", 0)
     else:
         refuse_corrupt(config)
@@ -129,7 +132,9 @@ def check(config: TrainConfig, world_size: int) -> None:
         check_source(config.init)
     elif config.init not in ("", RANDOM) and not Path(config.init).exists():
         raise ValueError(f"init {config.init}: there is no such file or folder")
-    elif not config.init and not checkpoint:
+    elif not config.init and (config.lora.rank or not checkpoint):
         check_source(config.model)
+    if config.lora.rank:
+        check_lora(config, network)
     accumulation(config.data.batch_size, config.engine.micro_batch, world_size)
     batches(shards, replace(config.data, lanes=lanes), world_size=world_size)  # reads nothing before the first batch
