@@ -52,13 +52,15 @@ def with_training_config(words: list[str]) -> list[str]:
         "micro_batch": config.engine.micro_batch,
         "activation_checkpointing": config.activation_checkpointing,
         "precision": config.engine.precision,
+        **{f"lora.{name}": value for name, value in vars(config.lora).items() if name != "targets"},
     }
     data = config.data.path
     if "://" in data or Path(data).exists():
         values["data.path"] = data
     elif data != "-":
-        print(f"note: {data} is not there yet, so channels and size are the defaults or your options", file=sys.stderr)
+        print(f"note: {data} is not there yet, so channels and size are the model's or your options", file=sys.stderr)
     rest = [
         word for k, word in enumerate(words) if not word.startswith("--config") and words[max(k - 1, 0)] != "--config"
     ]
-    return [*(f"--{name}={value}" for name, value in values.items()), *rest]
+    targets = ["--lora.targets", *config.lora.targets] if config.lora.targets else []
+    return [*(f"--{name}={value}" for name, value in values.items()), *targets, *rest]

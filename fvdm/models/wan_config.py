@@ -153,6 +153,14 @@ class WanConfig(BackboneConfig):
         return replace(self, text_length=length)
 
 
+# Published transformers by hub name; what their config.json says, so that a plan needs no network.
+PUBLISHED = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": WanConfig(),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": WanConfig(depth=40, heads=40, hidden=13824),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": WanConfig(heads=24, hidden=14336, channels=48, frames=31, size=(44, 80)),
+}
+
+
 def from_diffusers(values: Mapping[str, Any], source: str = "") -> WanConfig:
     """The settings of a `config.json` of diffusers.
 

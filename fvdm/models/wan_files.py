@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from fvdm.checkpoints.read import require_finite
 from fvdm.models.pretrained import CONFIG, WEIGHTS
 from fvdm.models.wan import Wan
-from fvdm.models.wan_config import DIFFUSERS_CLASS, WanConfig, from_diffusers
+from fvdm.models.wan_config import DIFFUSERS_CLASS, PUBLISHED, WanConfig, from_diffusers
 
 INDEX = f"{WEIGHTS}.index.json"
 SUBFOLDER = "transformer"  # of a pipeline's folder
@@ -58,6 +59,8 @@ def read_config(path_or_name: str | Path) -> WanConfig:
     Raises:
         ValueError: if there is none, or it is another network.
     """
+    if str(path_or_name) in PUBLISHED and not Path(path_or_name).exists():
+        return replace(PUBLISHED[str(path_or_name)], source=str(path_or_name))
     folder = locate(path_or_name, weights=False)
     try:
         values = json.loads((folder / CONFIG).read_text())

@@ -216,15 +216,16 @@ class PlanConfig:
     """The training run that `fvdm plan` estimates.
 
     Attributes:
-        model: size and patch, such as XL/2.
+        model: size and patch, such as XL/2; or `wan:` and a folder or hub name of diffusers.
         nodes: number of nodes.
         gpus_per_node: GPUs of a node; 0 is one CPU rank a node.
         batch_size: global batch in clips; 0 is one a rank.
         micro_batch: clips that a rank takes at once; 0 is its whole share.
-        frames: frames of a clip.
-        channels: latent channels; 0 takes those of the data, or 4 without data.
-        size: side of the latent frames; 0 takes that of the data, or 32 without data.
+        frames: latent frames of a clip; 0 is the model's own number.
+        channels: latent channels; 0 takes those of the data, or of the model without data.
+        size: side of the latent frames; 0 takes that of the data, or of the model without data.
         data: the data that channels and size are taken from.
+        lora: low-rank updates of a pretrained model in place of all its weights.
         activation_checkpointing: recompute the activations of every k-th block; 0 is none.
         precision: of the weights.
         gpu: whose data sheet the time and what fits are estimated from.
@@ -237,10 +238,11 @@ class PlanConfig:
     gpus_per_node: int = 8
     batch_size: int = 0
     micro_batch: int = 0
-    frames: int = 16
+    frames: int = 0
     channels: int = 0
     size: int = 0
     data: PlanDataConfig = field(default_factory=PlanDataConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     activation_checkpointing: int = 0
     precision: Literal["bf16", "fp32"] = "bf16"
     gpu: Literal["4090", "a100-40", "a100-80", "b200", "h100", "h200", "l40s"] = "h100"
@@ -250,8 +252,8 @@ class PlanConfig:
     def __post_init__(self) -> None:
         """Raises ValueError for a setting out of its range."""
         some = (1, math.inf)
-        in_range(self, nodes=some, frames=some, mfu=(0.01, 1), bandwidth=(0.01, math.inf))
-        in_range(self, channels=(0, math.inf), size=(0, math.inf))
+        in_range(self, nodes=some, mfu=(0.01, 1), bandwidth=(0.01, math.inf))
+        in_range(self, frames=(0, math.inf), channels=(0, math.inf), size=(0, math.inf))
 
     @property
     def world_size(self) -> int:

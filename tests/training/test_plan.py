@@ -11,9 +11,21 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fvdm.cli import plan as cli
 from fvdm.models import build, preset
+from fvdm.models.config import LoraConfig
+from fvdm.models.lora import add_lora
+from fvdm.models.wan_config import PUBLISHED, WanConfig
 from fvdm.training.config import EngineConfig
-from fvdm.training.plan import activation_bytes, flops, largest_micro_batch, memory, parameters, wire_bytes
+from fvdm.training.plan import (
+    activation_bytes,
+    flops,
+    largest_micro_batch,
+    memory,
+    parameters,
+    trained_parameters,
+    wire_bytes,
+)
 from tests.runs import ROOT
 
 ENGINE = EngineConfig()
@@ -74,6 +86,29 @@ def test_more_ranks_need_less_and_more_clips_need_more():
     assert memory(model, ENGINE, 32, rooms[0]).peak <= 70e9 < memory(model, ENGINE, 32, rooms[0] + 1).peak
 
 
+@pytest.mark.parametrize(("name", "millions"), zip(PUBLISHED, (1418.996, 14288.491, 4999.788), strict=True))
+def test_published_wans_have_their_parameters_without_a_network(name, millions):
+    assert parameters(preset(f"wan:{name}")) / 1e6 == pytest.approx(millions, abs=1e-3)
+
+
+def test_lora_is_counted_as_peft_makes_it_and_pytorch_runs_it():
+    config = WanConfig(depth=2, frames=5, size=(8, 12), heads=2, head_width=24, hidden=96, channels=4, text_width=16)
+    config = replace(config, text_length=7, attention="math")
+    lora = LoraConfig(rank=4, targets=("attn1.to_q", "attn1.to_v", "ffn.net.2"))
+    model = build(config)
+    add_lora(model, lora)
+    assert trained_parameters(config, lora) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    x, y, t = torch.randn(1, 5, 4, 8, 12), torch.randn(1, 7, 16), torch.full((1, 5), 500)
+    with FlopCounterMode(display=False) as counter:
+        model(x, t, y).sum().backward()
+    # What comes before the first update gets no gradient, and is counted by the plan.
+    assert flops(config, lora=lora) == pytest.approx(counter.get_total_flops(), rel=0.1)
+    engine = EngineConfig(precision="bf16")
+    full, small = memory(config, engine, 4, 1), memory(config, engine, 4, 1, lora=lora)
+    assert small.optimizer / full.optimizer == trained_parameters(config, lora) / parameters(config)
+    assert small.weights == 2 * sum(p.numel() for p in model.parameters())
+
+
 def test_bytes_on_the_wire():
     assert wire_bytes(100, 1, 1) == 0
     assert wire_bytes(100, 4, 1) == 0.75 * 1000  # float32 gradients all-reduced, bf16 weights gathered
@@ -117,6 +152,18 @@ def test_the_plan_takes_the_shape_from_the_data_or_from_the_config_of_a_run(late
     assert "nowhere is not there yet" in done.stderr
     config.write_text("name: run\nmodle: T/2\n")
     assert "did you mean model?" in plan("--config", str(config)).stderr
+
+
+def test_the_configs_of_wan_fit_the_gpus_that_they_name(capsys):
+    for config, peak, trained in (
+        ("wan_1_3b", "12.07", "1419.00M trainable parameters;"),
+        ("wan_14b_lora", "54.13", "613.42M trainable parameters of 14288.49M (LoRA of rank 128);"),
+    ):
+        cli.main(["--config", str(ROOT / f"configs/{config}.yaml"), "--nodes", "4", "--gpus-per-node", "8"])
+        printed = capsys.readouterr().out
+        assert re.search(rf"peak +{peak}\n", printed)
+        assert trained in printed
+        assert re.search(r"what fits on h100.*every block recomputed +[1-9]", printed, re.DOTALL)
 
 
 @pytest.mark.slow
