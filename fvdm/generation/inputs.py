@@ -11,6 +11,7 @@ from fvdm.diffusion.tasks import TaskPlan
 from fvdm.media.videos import Info, Preprocess, VideoError, read_video, to_square
 
 _FIT = Preprocess(min_frames=1)
+STEP_IN_TIME = 8.0  # frames per second of a file where nothing given has a rate
 _MAX_BYTES = 4 * 2**30  # of the frames of one file; a task takes some dozens
 
 
@@ -83,6 +84,12 @@ def read_frames(path: str, size: int) -> Tensor:
         ValueError: if it cannot be read.
     """
     return read_source(path, size).frames
+
+
+def file_rate(sources: Sequence[Source], stride: int) -> float:
+    """Frames per second of a generated file: the speed of the first given video at the model's stride, else 8."""
+    rates = [source.fps for source in sources if source.fps]
+    return rates[0] / stride if rates else STEP_IN_TIME
 
 
 def as_frames(given: Tensor, size: int, name: str = "given") -> Tensor:

@@ -23,7 +23,7 @@ from fvdm.files import write_text
 from fvdm.generation.config import GenerateCommand
 from fvdm.generation.frames import make_frames
 from fvdm.generation.grid import choose_frames
-from fvdm.generation.inputs import read_source
+from fvdm.generation.inputs import file_rate, read_source
 from fvdm.generation.pipeline import Trained, load
 from fvdm.generation.plan import encode_given, length_of, make_plan, with_noise
 from fvdm.generation.prompts import read_prompts
@@ -33,7 +33,6 @@ from fvdm.tracking.pages import where_to_look
 from fvdm.tracking.tracker import Tracker, run_of
 
 logger = logging.getLogger(__name__)
-STEP_IN_TIME = 8.0  # frames per second where nothing given has a rate
 GRID, ROWS, COLUMNS = 16, 8, 8  # videos side by side; rows, and frames of each, of the image: at most
 SHOWN = 256  # frames that are shown side by side, at most: they are held until all videos are made
 
@@ -84,9 +83,8 @@ def prepare(trained: Trained, config: GenerateCommand) -> PreparedTask:
     if clips:
         chosen = choose_frames(clips, plan, trained.stride, trained.frame_map, config.given_encoding)
         messages.append("given: " + "; ".join(chosen[1]))
-    rates = [source.fps for source in sources if source.fps]
-    fps = config.fps or (rates[0] / trained.stride if rates else STEP_IN_TIME)
-    if rates and not config.fps:
+    fps = config.fps or file_rate(sources, trained.stride)
+    if any(source.fps for source in sources) and not config.fps:
         messages.append(
             f"fps: {fps:g}, the given speed at a stride of {trained.stride} frames"
             if trained.stride > 1

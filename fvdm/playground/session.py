@@ -12,13 +12,18 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fvdm.diffusion.tasks import find
 from fvdm.generation.config import GenerationConfig
 from fvdm.generation.frames import make_frames
+from fvdm.generation.inputs import STEP_IN_TIME, file_rate, read_source
 from fvdm.generation.pipeline import Trained
-from fvdm.generation.plan import encode_given, length_of, make_plan, with_noise
+from fvdm.generation.plan import encode_given, length_of, make_plan, task_spec, with_noise
+
+COLUMNS = 8  # frames side by side in the image of a clip
 
 
 class CancelledError(Exception):
@@ -47,11 +52,13 @@ class Request:
         config: task and sampler; `num` is 1.
         clips: the given images and videos, uint8 `(n 3 h w)` each, of the model's size.
         names: their file names, for the command line.
+        fps: frames per second of the file, as `fvdm generate` chooses it.
     """
 
     config: GenerationConfig
     clips: tuple[Tensor, ...]
     names: tuple[str, ...]
+    fps: float = STEP_IN_TIME
 
 
 def command_line(checkpoint: str, request: Request) -> str:
@@ -62,18 +69,44 @@ def command_line(checkpoint: str, request: Request) -> str:
     for field in fields(GenerationConfig):
         value = getattr(request.config, field.name)
         if field.name not in ("task", "num", "batch_size") and value != field.default:
-            words += [f"--{field.name.rstrip('_').replace('_', '-')}", str(value)]
+            shown = Path(value).name if field.name == "schedule" else str(value)  # The page offers the file.
+            words += [f"--{field.name.rstrip('_').replace('_', '-')}", shown]
     return shlex.join(words)
 
 
+def request_of(model: Trained, config: GenerationConfig, paths: Sequence[str]) -> Request:
+    """The request for a task and given files; a task that takes no given frames goes without them.
+
+    Raises:
+        ValueError: if a file cannot be read, or the settings do not fit the task.
+    """
+    sources = [read_source(path, model.size) for path in paths]
+    clips = tuple(source.frames for source in sources)
+    if not find(config.task).plan(task_spec(model, config, clips)).given:
+        return Request(config, (), ())
+    names = tuple(Path(path).name for path in paths)
+    return Request(config, clips, names, file_rate(sources, model.stride))
+
+
 def plan_of(model: Trained, request: Request) -> tuple[Tensor, tuple[int, ...]]:
-    """The schedule `(s + 1, f)` of a request, and the frames that are given.
+    """The schedule `(s + 1, f)` of a request, and the frames that are given, whether or not they are at hand.
 
     Raises:
         ValueError: if the task and the given frames do not fit each other.
     """
-    plan = make_plan(model, request.config, request.clips, complete=True)
+    blank = torch.zeros(1, 3, model.size, model.size, dtype=torch.uint8)
+    clips = request.clips or ((blank,) if find(request.config.task).needs_given else ())
+    plan = make_plan(model, request.config, clips, complete=True)
     return with_noise(model, request.config, plan)[0].schedule, plan.given
+
+
+def missing_given(model: Trained, request: Request) -> str:
+    """What must be given before the request can be sampled, as a sentence; empty if nothing is missing."""
+    count = len(plan_of(model, request)[1])
+    if not count or request.clips:
+        return ""
+    frames = "a given frame: drop an image" if count == 1 else "given frames: drop images"
+    return f"{request.config.task} takes {frames} or a video on the field at the top"
 
 
 def run(model: Trained, request: Request, cancel: threading.Event) -> Iterator[Snapshot]:
@@ -84,7 +117,9 @@ def run(model: Trained, request: Request, cancel: threading.Event) -> Iterator[S
         CancelledError: once `cancel` is set.
     """
     found: queue.Queue[Snapshot | BaseException] = queue.Queue()
-    thread = threading.Thread(target=_work, args=(model, request, cancel, found), name="sampling", daemon=True)
+    closed = threading.Event()
+    args = (model, request, (cancel, closed), found)
+    thread = threading.Thread(target=_work, args=args, name="sampling", daemon=True)
     thread.start()
     try:
         while True:
@@ -95,19 +130,22 @@ def run(model: Trained, request: Request, cancel: threading.Event) -> Iterator[S
             if item.done:
                 return
     finally:
-        cancel.set()
+        closed.set()
         thread.join()
 
 
 @torch.no_grad()
 def _work(
-    model: Trained, request: Request, cancel: threading.Event, found: "queue.Queue[Snapshot | BaseException]"
+    model: Trained,
+    request: Request,
+    stops: tuple[threading.Event, ...],
+    found: "queue.Queue[Snapshot | BaseException]",
 ) -> None:
     step = 0
 
     def on_step(window: Tensor) -> None:
         nonlocal step
-        if cancel.is_set():
+        if any(stop.is_set() for stop in stops):
             raise CancelledError
         step += 1
         if found.empty():  # A slow page skips steps; it never holds up the sampling.
@@ -124,15 +162,13 @@ def _work(
         found.put(error)
 
 
-def read_given(paths: Sequence[str], size: int) -> tuple[Tensor, ...]:
-    """Given files as clips of the model's size, uint8 `(n 3 size size)` each.
-
-    Raises:
-        ValueError: if a file is neither an image nor a video.
-    """
-    from fvdm.generation.inputs import read_source
-
-    return tuple(read_source(path, size).frames for path in paths)
+def strip(snapshot: Snapshot) -> np.ndarray:
+    """A clip's frames in rows of eight, as one image: uint8 `(h w 3)`."""
+    frames = snapshot.frames
+    rest = -len(frames) % COLUMNS
+    padded = torch.cat([frames, frames.new_full((rest, *frames.shape[1:]), 255)])
+    rows = [torch.cat(list(row), dim=2) for row in padded.split(COLUMNS)]
+    return torch.cat(rows, dim=1).permute(1, 2, 0).numpy()
 
 
 def write_schedule(schedule: Tensor, path: Path) -> None:

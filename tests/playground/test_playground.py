@@ -12,8 +12,17 @@ from fvdm import config as settings
 from fvdm import load
 from fvdm.diffusion.timesteps import full_sequence, hold_clean
 from fvdm.generation.config import GenerateCommand, GenerationConfig, read_schedule
+from fvdm.generation.inputs import read_frames
 from fvdm.playground.config import PlayConfig
-from fvdm.playground.session import CancelledError, Request, command_line, plan_of, read_given, run, write_schedule
+from fvdm.playground.session import (
+    CancelledError,
+    command_line,
+    missing_given,
+    plan_of,
+    request_of,
+    run,
+    write_schedule,
+)
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("gradio", reason="the extra `play` is not installed")
@@ -33,20 +42,21 @@ def rabbit(tmp_path_factory):
 
 def request_for(model, rabbit, **changes):
     config = GenerationConfig(**{"task": "image-to-video", "steps": 3, "seed": 5} | changes)
-    return Request(config, read_given([str(rabbit)], model.size), (str(rabbit),))
+    return request_of(model, config, [str(rabbit)])
 
 
 def last(model, request):
     return list(run(model, request, threading.Event()))[-1]
 
 
-def test_the_clip_is_that_of_the_command_line_it_shows(model, rabbit):
+def test_the_clip_is_that_of_the_command_line_it_shows(model, rabbit, monkeypatch):
+    monkeypatch.chdir(rabbit.parent)
     request = request_for(model, rabbit)
     words = shlex.split(command_line("example", request))
     assert words[:2] == ["fvdm", "generate"]
     config = settings.parse(GenerateCommand, words[2:])
-    assert (config.task, config.num, config.paths) == ("image-to-video", 1, [str(rabbit)])
-    given = read_given(config.paths, model.size)[0]
+    assert (config.task, config.num, config.paths) == ("image-to-video", 1, [rabbit.name])
+    given = read_frames(rabbit.name, model.size)
     expected = model.generate(config.task, given=given, steps=config.steps, seed=config.seed)[0]
     shown = last(model, request)
     assert shown.done
@@ -60,6 +70,17 @@ def test_a_schedule_drawn_by_hand_is_read_back_and_sampled(model, rabbit, tmp_pa
     hand = request_for(model, rabbit, task="custom", schedule=str(tmp_path / "schedule.csv"), frames="0")
     assert plan_of(model, hand)[1] == (0,)
     assert torch.equal(last(model, hand).frames, last(model, request_for(model, rabbit)).frames)
+
+
+def test_what_is_missing_is_a_sentence_and_the_schedule_shows_all_the_same(model, rabbit):
+    config = GenerationConfig(task="interpolate", steps=3)
+    empty = request_of(model, config, [])
+    assert plan_of(model, empty)[1] == (0, 15)
+    assert missing_given(model, empty) == (
+        "interpolate takes given frames: drop images or a video on the field at the top"
+    )
+    assert missing_given(model, request_for(model, rabbit)) == ""
+    assert request_for(model, rabbit, task="generate").clips == (), "a task that takes no given frames leaves them out"
 
 
 def test_cancelling_ends_the_sampling(model, rabbit):

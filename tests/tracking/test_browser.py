@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,18 +12,13 @@ from fvdm.distributed import free_port
 from fvdm.tracking import close_run
 from fvdm.tracking.pages import run_page
 from fvdm.tracking.tracker import run_of
+from tests.browser import BROWSER, MISSING, SECONDS, open_browser
 from tests.data_fixtures import real_frames, write_video
 from tests.runs import ROOT
 from tests.tracking.conftest import Server
 
-sync = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]  # Root may have no sandbox.
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not BROWSER, reason="no Chromium: apt-get install -y --no-install-recommends chromium"),
-]
-SECONDS = 1000  # milliseconds, as playwright counts
+pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not BROWSER, reason=MISSING)]
 STEPS = 4
 SIDE = 32
 
@@ -63,12 +57,10 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def page():
     """A tab of a browser that has never seen MLflow."""
-    with sync.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=BROWSER, args=OPTIONS)
+    with open_browser() as browser:
         tab = browser.new_page(viewport={"width": 1500, "height": 1300})
         tab.set_default_timeout(90 * SECONDS)
         yield tab
-        browser.close()
 
 
 def close_panel(page):
