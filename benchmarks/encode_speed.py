@@ -69,12 +69,12 @@ def main(argv: list[str] | None = None) -> None:
     try:
         options = settings.parse(EncodeSpeedConfig, argv, __doc__)
         from data_prep.config import EncodeConfig, resolve
-        from data_prep.encoder import open_vae
+        from data_prep.encoder import open_models
 
         config = resolve(
             EncodeConfig(videos=options.videos, vae=options.vae, size=options.size, flip=False, timeout=60)
         )
-        vae = open_vae(config)
+        vae = open_models(config).vae
         print(f"{config.vae} at {config.size} px on {vae.device}, {vae.dtype}")
         results = measure(config, vae, options.repeats)
     except ValueError as error:
@@ -110,7 +110,7 @@ def measure(config: "EncodeConfig", vae: "VAE", repeats: int) -> dict[str, float
 
     names = [source.name for source in list_videos(config.videos, "ffs").sources]
     chunks = [
-        [torch.from_numpy(item) for item in read_video(Path(config.videos) / name, config.size or 256, PAPER["ffs"], 4)
+        [torch.from_numpy(item) for item in read_video(Path(config.videos) / name, config.sizes[0][0], PAPER["ffs"], 4)
          if not hasattr(item, "fps")]
         for name in names
     ]  # fmt: skip
@@ -177,7 +177,7 @@ def _plain(config: "EncodeConfig", names: list[str], batch: int) -> float:
             moments = []
             with av.open(str(Path(config.videos) / name)) as container:
                 frames = [
-                    torch.from_numpy(to_square(frame.to_ndarray(format="rgb24"), config.size or 256, PAPER["ffs"]))
+                    torch.from_numpy(to_square(frame.to_ndarray(format="rgb24"), config.sizes[0][0], PAPER["ffs"]))
                     for frame in container.decode(video=0)
                 ]
             for first in range(0, len(frames), batch):
@@ -205,18 +205,18 @@ def _decoding(config: "EncodeConfig", names: list[str]) -> None:
 
     from data_prep.config import processes
     from data_prep.decoding import Task, decode
+    from fvdm.media.clips import ClipSpec
     from fvdm.media.layouts import PAPER
 
-    tasks = (
-        Task(k, str(Path(config.videos) / name), config.size or 256, PAPER["ffs"], 4) for k, name in enumerate(names)
-    )
+    spec = ClipSpec(config.sizes, PAPER["ffs"], 4)
+    tasks = (Task(k, str(Path(config.videos) / name), spec) for k, name in enumerate(names))
     for _ in decode(tasks, workers=processes(config)[0]):
         pass
 
 
 def _command(config: "EncodeConfig", vae: "VAE") -> float:
     """What encode_latents.py does from its plan to its last shard; seconds."""
-    from data_prep.encoder import encode_shards
+    from data_prep.encoder import Models, encode_shards
     from data_prep.planning import make_plan
     from data_prep.shards import Work
 
@@ -224,7 +224,7 @@ def _command(config: "EncodeConfig", vae: "VAE") -> float:
         config = replace(config, out=folder, shard_mb=4)
         plan = make_plan(config, vae)
         begun = time.perf_counter()
-        encode_shards(config, Work(Path(folder), plan), plan.shards, vae)
+        encode_shards(config, Work(Path(folder), plan), plan.shards, Models(vae))
         return time.perf_counter() - begun
 
 

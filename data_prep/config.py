@@ -96,38 +96,97 @@ class ReadConfig:
 
 
 @dataclass(frozen=True)
-class EncodeConfig(RunConfig, WriteConfig, ReadConfig):
+class ClipConfig:
+    """Clips, shapes and captions (format 2; see docs/data.md).
+
+    Attributes:
+        format: 1, whole videos of square frames; 2, clips of any shape, with captions [2 where a setting needs it]
+        clip_frames: pixel frames of a clip, which is encoded from its own first frame [whole videos]
+        clip_every: pixel frames from the start of a clip to the start of the next [clip_frames]
+        fps: read videos at this rate [their own]
+        buckets: shapes of frames, such as 480x832,832x480; a video goes into the nearest [the one of --size]
+        images: still images are clips of one frame, not frames of their folder.
+        captions: txt for text files beside the videos, or a CSV or JSONL file [txt with a text encoder, else none]
+        text_encoder: folder of a T5 or UMT5 with its tokenizer, or its name on the hub; stores text embeddings.
+        max_tokens: captions are cut after so many tokens.
+        uncaptioned: what becomes of a video without a caption; empty takes the empty prompt.
+    """
+
+    format: Literal[1, 2] | None = None
+    clip_frames: int | None = None
+    clip_every: int | None = None
+    fps: float | None = None
+    buckets: tuple[str, ...] = field(default=(), metadata={"metavar": "HxW"})
+    images: bool = False
+    captions: str = field(default="", metadata={"metavar": "FILE"})
+    text_encoder: str = ""
+    max_tokens: int = 512
+    uncaptioned: Literal["refuse", "skip", "empty"] = "refuse"
+
+    @property
+    def captioned(self) -> bool:
+        """Captions are looked for."""
+        return bool(self.captions or self.text_encoder)
+
+
+@dataclass(frozen=True)
+class EncodeConfig(RunConfig, WriteConfig, ReadConfig, ClipConfig):
     """What is encoded.
 
     Attributes:
         videos: folder with the videos: files, or folders of frames [the clips of the demo]
         out: folder for the shards, made if it is missing [latents/NAME OF THE FOLDER OF THE VIDEOS]
-        vae: builtin, a folder of a diffusers AutoencoderKL, or its name on the hub.
-        size: side of the square frames that are encoded, in pixels [256; 64 for the clips of the demo]
+        vae: builtin, a folder of a diffusers AutoencoderKL or video VAE, or its name on the hub.
+        size: side of the square frames that are encoded, or HxW, in pixels [256; 64 for the clips of the demo]
     """
 
     videos: str = ""
     out: str = ""
     vae: str = "builtin"
-    size: int | None = None
+    size: int | str | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for a setting out of its range."""
-        counts = ("size", "min_frames", "chunk", "workers", "encoders", "jobs", "minutes")
+        counts = ["min_frames", "chunk", "workers", "encoders", "jobs", "minutes", "clip_frames", "clip_every"]
+        counts += ["size"] if isinstance(self.size, int) else []
         ranges: dict[str, Any] = {name: SOME for name in counts if getattr(self, name) is not None}
-        in_range(self, **ranges)
-        for name in ("shard_mb", "timeout"):
+        in_range(self, max_tokens=SOME, **ranges)
+        for name in ("shard_mb", "timeout", "fps"):
             value = getattr(self, name)
-            if not 0 < value < math.inf:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}: it must be a number above 0.")
         for word in self.slurm:
             if not word.partition("=")[0] or "=" not in word:
                 raise ValueError(f"--slurm {word!a}: it takes words of the form KEY=VALUE, such as partition=gpu.")
+        if self.size is not None and self.buckets:
+            raise ValueError("--size and --buckets both say which shapes the frames have: give one of them.")
+        if self.clip_every and not self.clip_frames:
+            raise ValueError("--clip-every says where clips begin: give --clip-frames, too, such as --clip-frames 81.")
+        _ = self.sizes
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of each bucket, in pixels; empty while `size` is left open.
+
+        Raises:
+            ValueError: one is not of the form HxW.
+        """
+        if not self.buckets and isinstance(self.size, int):
+            return ((self.size, self.size),)
+        words = [word for entry in (*self.buckets, str(self.size or "")) for word in entry.split(",") if word]
+        return tuple(dict.fromkeys(_shape(word) for word in words))
 
     @property
     def here(self) -> bool:
         """This process encodes, and no job does."""
         return self.jobs == 1 and self.cluster == "local"
+
+
+def _shape(word: str) -> tuple[int, int]:
+    numbers = word.strip().lower().split("x")
+    if len(numbers) != 2 or not all(number.isdecimal() and int(number) > 0 for number in numbers):
+        raise ValueError(f"{word!a} is no shape: write height x width in pixels, such as 480x832.")
+    return int(numbers[0]), int(numbers[1])
 
 
 def resolve(config: EncodeConfig) -> EncodeConfig:
@@ -141,7 +200,7 @@ def resolve(config: EncodeConfig) -> EncodeConfig:
         config,
         videos=config.videos or DEMO_CLIPS,
         out=config.out or (f"latents/{name}" if name else DEMO_LATENTS),
-        size=config.size or (256 if config.videos else DEMO_SIZE),
+        size=None if config.buckets else config.size or (256 if config.videos else DEMO_SIZE),
         device=config.device or ("cuda" if on_gpu else "cpu"),
         precision=config.precision or ("bfloat16" if on_gpu else "float32"),
         chunk=config.chunk or (32 if on_gpu else 4),

@@ -17,22 +17,19 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from fvdm.media.videos import Preprocess
+from fvdm.media.clips import ClipSpec, Piece
 
 MEMORY = 8 * 2**30  # bytes of private memory that one decoder may take
 
 
 @dataclass(frozen=True)
 class Task:
-    """A video to read. `key` is any number of the caller; `chunk` is in frames, 0 for an estimate only."""
+    """A video to read. `key` is any number of the caller; with `estimate`, its frames are only estimated."""
 
     key: int
     path: str
-    size: int
-    preprocess: Preprocess
-    chunk: int
+    spec: ClipSpec
+    estimate: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def decode(tasks: Iterable[Task], *, workers: int, timeout: float = 120.0) -> Ge
         timeout: seconds after which a decoder that has sent nothing is killed.
 
     Yields:
-        `(key, chunk)` with uint8 (n 3 size size), in order for each video, the videos interleaved;
+        `(key, Piece)`, in order for each video, the videos interleaved;
         for each video once at its end `(key, Info)`, `(key, Rejected)` or its estimate; and `(key,
         Restarted)` when its decoder died (perhaps because the machine ran out of memory) or the file could not
         be read. The second time, the video is rejected.
@@ -90,10 +87,10 @@ def decode(tasks: Iterable[Task], *, workers: int, timeout: float = 120.0) -> Ge
                 thread.join(0.05)
 
 
-def estimate(paths: list[str], *, workers: int, timeout: float = 60.0) -> list[int]:
-    """About how many frames each video has, from the headers; 0 if unknown."""
+def estimate(paths: list[str], spec: ClipSpec, *, workers: int, timeout: float = 60.0) -> list[int]:
+    """About how many frames are encoded of each video, from the headers; 0 if unknown."""
     frames = [0] * len(paths)
-    tasks = (Task(key, path, 0, Preprocess(), 0) for key, path in enumerate(paths))
+    tasks = (Task(key, path, spec, estimate=True) for key, path in enumerate(paths))
     for key, item in decode(tasks, workers=min(workers, max(1, len(paths))), timeout=timeout):
         frames[key] = item if isinstance(item, int) else 0
     return frames
@@ -138,7 +135,7 @@ class _Worker:
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["fvdm.media.videos"])
+        context.set_forkserver_preload(["fvdm.media.clips"])
         self.pipe, child = context.Pipe()
         self.process = context.Process(target=_work, args=(child,), daemon=True)
         self.process.start()
@@ -146,7 +143,7 @@ class _Worker:
         self.healthy = True
 
     def read(self, task: Task, timeout: float, stop: threading.Event) -> Iterator[Any]:
-        """Yields chunks, then Info or Rejected. After a failure `healthy` is False."""
+        """Yields pieces, then Info or Rejected. After a failure `healthy` is False."""
         try:
             self.pipe.send(task)
             while True:
@@ -157,7 +154,7 @@ class _Worker:
                     return
                 item = self.pipe.recv()
                 yield item
-                if not isinstance(item, np.ndarray):
+                if not isinstance(item, Piece):
                     return
         except (EOFError, OSError):
             self.healthy = False
@@ -189,7 +186,8 @@ def _work(pipe: Connection) -> None:
     """The worker process: reads tasks until the pipe closes. It ignores signals that are meant for the job."""
     import torch
 
-    from fvdm.media.videos import VideoError, estimate_frames, read_video
+    from fvdm.media.clips import estimate_clips, read_clips
+    from fvdm.media.videos import VideoError
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -199,11 +197,11 @@ def _work(pipe: Connection) -> None:
     with contextlib.suppress(EOFError, OSError):  # the parent is gone
         while True:
             task: Task = pipe.recv()
-            if not task.chunk:
-                pipe.send(estimate_frames(task.path))
+            if task.estimate:
+                pipe.send(estimate_clips(task.path, task.spec))
                 continue
             try:
-                for item in read_video(Path(task.path), task.size, task.preprocess, task.chunk):
+                for item in read_clips(Path(task.path), task.spec):
                     pipe.send(item)
             except VideoError as error:
                 pipe.send(Rejected(str(error), error.unread))

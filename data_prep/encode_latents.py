@@ -27,9 +27,9 @@ from fvdm.files import LockHeldError, lock
 from fvdm.tracking.config import check_uri, tracking_uri
 
 if TYPE_CHECKING:
+    from data_prep.encoder import Models
     from data_prep.planning import EncodePlan
     from data_prep.reporting import EncodeReport
-    from fvdm.media.vae import VAE
 
 PROG = "python data_prep/encode_latents.py"
 
@@ -41,7 +41,7 @@ def main(config: EncodeConfig) -> int:
         ValueError: wrong usage, or nothing usable.
         StrictError: a video cannot be used, and `config.strict`.
     """
-    from data_prep.encoder import check_device, open_vae
+    from data_prep.encoder import Models, check_device, open_models
     from data_prep.jobs import queued
     from data_prep.planning import make_plan
     from data_prep.reporting import EncodeReport
@@ -56,12 +56,14 @@ def main(config: EncodeConfig) -> int:
         jobs = queued(config)
         if config.cluster == "local":
             check_device(config)
-        vae = open_vae(config if config.here else replace(config, device="cpu", precision="float32"))
-        plan = make_plan(config, vae, replace_idle=not jobs)
+        models = open_models(config if config.here else replace(config, device="cpu", precision="float32"))
+        plan = make_plan(config, models.vae, models.text, replace_idle=not jobs)
+        if not config.here:
+            models = Models(models.vae)  # a text encoder may be large
         report = EncodeReport(config, plan)
         status = "FAILED"
         try:
-            code = _run(config, plan, vae, report, jobs)
+            code = _run(config, plan, models, report, jobs)
             status = "FINISHED"
             return code
         except KeyboardInterrupt:
@@ -84,10 +86,13 @@ def _make_demo_clips(config: EncodeConfig) -> None:
     )
 
 
-def _run(config: EncodeConfig, plan: "EncodePlan", vae: "VAE", report: "EncodeReport", jobs: Sequence[object]) -> int:
+def _run(
+    config: EncodeConfig, plan: "EncodePlan", models: "Models", report: "EncodeReport", jobs: Sequence[object]
+) -> int:
     """Makes the shards that are not complete yet, then the manifest; returns the exit status."""
     from data_prep.encoder import encode_shards
     from data_prep.jobs import run_jobs
+    from data_prep.manifest import finish, make_manifest
     from data_prep.shards import Work
 
     work = Work(Path(config.out), plan)
@@ -103,7 +108,7 @@ def _run(config: EncodeConfig, plan: "EncodePlan", vae: "VAE", report: "EncodeRe
         else:
             report.start(work, plan.shards)
             if config.here:
-                frames = encode_shards(config, work, plan.shards, vae, report).frames
+                frames = encode_shards(config, work, plan.shards, models, report).frames
             else:
                 frames = run_jobs(config, work, report, jobs)
     finally:
@@ -113,30 +118,8 @@ def _run(config: EncodeConfig, plan: "EncodePlan", vae: "VAE", report: "EncodeRe
         raise StrictError(rejected[0]["source"], rejected[0]["reason"])
     if not all(work.complete(shard) for shard in plan.shards):
         raise ValueError("Some shards are not made, though no job has failed: start the same command again.")
-    return _finish(config, work, vae, report, frames, len(rejected))
-
-
-def _finish(config: EncodeConfig, work: object, vae: "VAE", report: "EncodeReport", frames: int, rejected: int) -> int:
-    """Writes the manifest, prints the summary and returns the exit status."""
-    from data_prep.planning import latent_shape
-    from data_prep.shards import Work, finish
-    from fvdm.data.former import FORMAT
-
-    assert isinstance(work, Work)
-    plan = work.plan
-    metadata = {
-        "format": FORMAT,
-        "vae": config.vae,
-        "vae_identity": vae.identity,
-        "normalisation": vae.normalisation.to_dict(),
-        "latent_shape": latent_shape(config, vae),
-        "size": config.size,
-        "dtype": config.dtype,
-        "flip": plan.settings["preprocess"]["flip"],
-        "preprocess": plan.settings["preprocess"],
-        "rejected": rejected,
-    }
-    manifest = finish(work.out, plan, metadata)
+    manifest = make_manifest(config, work.out, plan, models.vae, len(rejected))
+    finish(work.out, plan, manifest)
     print(report.finish(manifest, frames))
     if not manifest.shards:
         raise ValueError(f"No video of {len(plan.sources)} could be used; {config.out}/rejected.jsonl says why.")

@@ -1,79 +1,73 @@
 """Encodes the videos of a plan: decoder processes feed one VAE, finished videos become parts, full shards are
 sealed.
 
-Each video is encoded in chunks of a fixed number of frames from its start, together with their flipped copies. What
-is written therefore does not depend on what else was in flight, nor on how often the run was interrupted. The moments
-of a video in flight are in a temporary file, so memory does not grow with its length.
+What is written does not depend on what else was in flight, nor on how often the run was interrupted; see
+`data_prep/in_flight.py`.
 """
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from data_prep.config import EncodeConfig, processes
 from data_prep.decoding import Rejected, Restarted, Task, decode
-from data_prep.planning import EncodePlan, ShardPlan
-from data_prep.samples import VideoMoments
+from data_prep.in_flight import Encoder, Moments, VideoInFlight
+from data_prep.manifest import write_empty_prompt
+from data_prep.planning import ShardPlan
 from data_prep.shards import Work, stamp_of
+from fvdm.media.clips import Piece
 from fvdm.media.memory import keep_freed_memory
-from fvdm.media.videos import Info, Preprocess
+from fvdm.media.videos import Info
 
 if TYPE_CHECKING:
+    from fvdm.media.text import TextEncoder
     from fvdm.media.vae import VAE
 
-
-DEPTH = 8  # chunks in flight per thread that encodes: its next ones are there while finished videos are written
-Chunk = Future["np.ndarray | None"]
+DEPTH = 8  # pieces in flight per thread that encodes: its next ones are there while finished videos are written
+TICK = 1.0  # seconds between two looks at the progress while all threads encode
 
 
 @dataclass
 class EncodeProgress:
-    """Counts of a run: videos encoded, frames encoded, and `(name, reason)` of the videos rejected."""
+    """Counts of a run: videos encoded, frames encoded; `(name, reason)` of the videos rejected, `(name, note)` of what
+    was done to others."""
 
     videos: int = 0
     frames: int = 0
     rejected: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
 
 
-class _Video:
-    """A video in flight: its chunks that are being encoded, in order, and the moments of those that are done."""
+@dataclass(frozen=True)
+class Models:
+    """The VAE and, where captions are embedded, the text encoder."""
 
-    def __init__(self, copies: int, folder: Path) -> None:
-        self.chunks: deque[Chunk] = deque()
-        self.moments = VideoMoments(copies, folder)
-        self.finite = True
-        self.end: Info | Rejected | None = None  # once it was read to its end
-
-    def collect(self, everything: bool = False) -> int:
-        """Takes in the chunks that are encoded, or waits for all; returns the number of their frames."""
-        frames = 0
-        while self.chunks and (everything or self.chunks[0].done()):
-            chunk = self.chunks.popleft().result()
-            if chunk is None:
-                self.finite = False
-            else:
-                self.moments.append(chunk)
-                frames += chunk.shape[1]
-        return frames
+    vae: "VAE"
+    text: "TextEncoder | None" = None
 
 
-def open_vae(config: EncodeConfig) -> "VAE":
-    """The VAE of the settings, on its device and in its precision.
+def open_models(config: EncodeConfig) -> Models:
+    """The models of the settings, on their device and in their precision.
 
     Raises:
-        ValueError: there is no such VAE, or this machine has no such device.
+        ValueError: there is no such model, or this machine has no such device.
     """
     from fvdm.media.vae import load_vae
 
     check_device(config)
-    return load_vae(config.vae, device=str(config.device), dtype=getattr(torch, str(config.precision)))
+    device, dtype = str(config.device), getattr(torch, str(config.precision))
+    vae = load_vae(config.vae, device=device, dtype=dtype)
+    if not config.text_encoder:
+        return Models(vae)
+    from fvdm.media.text import load_text_encoder
+
+    return Models(vae, load_text_encoder(config.text_encoder, device, dtype, config.max_tokens))
 
 
 def check_device(config: EncodeConfig) -> None:
@@ -95,7 +89,7 @@ def encode_shards(
     config: EncodeConfig,
     work: Work,
     shards: list[ShardPlan],
-    vae: "VAE",
+    models: Models,
     report: Callable[[EncodeProgress], None] = lambda progress: None,
 ) -> EncodeProgress:
     """Makes every shard of `shards` that is not complete yet; with `config.strict`, stops at a rejected video.
@@ -104,84 +98,119 @@ def encode_shards(
         config: the settings, resolved.
         work: where parts and shards go.
         shards: those this job has to make.
-        vae: the encoder, on its device.
-        report: called after every chunk and every video.
+        models: the encoders, on their device.
+        report: called after every piece and every video, and about once a second.
     """
     videos = Path(config.videos)
     shard_of = {video: shard for shard in shards for video in work.missing(shard)}
     left = Counter(shard.name for shard in shard_of.values())
+    work.folder.mkdir(exist_ok=True)
+    if models.text is not None:
+        write_empty_prompt(work.out, models.text, work.plan.spec)
     for shard in shards:
         if not left[shard.name]:
             work.assemble(shard)
-    work.folder.mkdir(exist_ok=True)
-    progress, in_flight = EncodeProgress(), _InFlight(vae, work.plan, work.folder)
-
-    def store(everything: bool) -> bool:
-        """Stores the videos whose chunks are encoded, or all that have ended; False to stop."""
-        progress.frames += in_flight.collect(everything)
-        report(progress)
-        for number, video in in_flight.take_ended():
-            shard = shard_of[number]
-            _store(work, videos, shard, number, video, progress)
-            report(progress)
-            if config.strict and progress.rejected:
-                return False
-            left[shard.name] -= 1
-            if not left[shard.name]:
-                work.assemble(shard)
-        return True
-
-    decoders, encoders = processes(config)
-    tasks = _tasks(videos, work.plan, list(shard_of))
+    decoders, threads = processes(config)
+    tasks = (Task(number, str(videos / work.plan.sources[number].name), work.plan.spec.read) for number in shard_of)
     items = decode(tasks, workers=max(1, min(decoders, len(shard_of))), timeout=config.timeout)
-    with _threads(encoders) as pool, closing(items):
-        for number, item in items:
-            in_flight.take(number, item, pool, DEPTH * encoders)
-            if not store(everything=False):
-                return progress
-        store(everything=True)
-    return progress
+    with _threads(threads) as pool, closing(items):
+        depth = threads + 1 if work.plan.spec.read.frames else DEPTH * threads
+        in_flight = _InFlight(models, work, pool, depth, report)
+        with closing(in_flight):
+            for number, item in items:
+                in_flight.take(number, item)
+                if not in_flight.store(shard_of, left, strict=config.strict):
+                    return in_flight.progress
+            in_flight.wait_for_all()
+            in_flight.store(shard_of, left, strict=config.strict)
+    return in_flight.progress
 
 
 class _InFlight:
     """The videos that are being decoded or encoded."""
 
-    def __init__(self, vae: "VAE", plan: EncodePlan, folder: Path) -> None:
-        self.vae, self.folder = vae, folder
-        self.flip, self.dtype = bool(plan.settings["preprocess"]["flip"]), str(plan.settings["dtype"])
-        self.videos: dict[int, _Video] = {}
-        self.queued: deque[Chunk] = deque()
+    def __init__(
+        self,
+        models: Models,
+        work: Work,
+        pool: ThreadPoolExecutor,
+        depth: int,
+        report: Callable[[EncodeProgress], None],
+    ) -> None:
+        self.work, self.pool, self.depth, self.report = work, pool, depth, report
+        self.encoder = Encoder(models.vae, models.text, work.plan)
+        self.progress = EncodeProgress()
+        self.videos: dict[int, VideoInFlight] = {}
+        self.queued: deque[Moments] = deque()
 
-    def take(self, number: int, item: object, pool: ThreadPoolExecutor, depth: int) -> None:
-        """Takes what a decoder says of a video; waits while `depth` chunks are in flight."""
+    def take(self, number: int, item: object) -> None:
+        """Takes what a decoder says of a video; waits while too many calls are in flight."""
         if isinstance(item, Restarted):
             if number in self.videos:
-                self.videos.pop(number).moments.close()
+                self.videos.pop(number).close()
             return
         if number not in self.videos:
-            self.videos[number] = _Video(2 if self.flip else 1, self.folder)
+            self.videos[number] = VideoInFlight(number, self.work.plan, self.encoder, self.pool, self.work.folder)
         video = self.videos[number]
-        if not isinstance(item, np.ndarray):
+        if not isinstance(item, Piece):
             assert isinstance(item, Info | Rejected)
-            video.end = item
+            video.end = video.end or item
             return
-        if len(self.queued) >= depth:
-            self.queued.popleft().result()
-        video.chunks.append(pool.submit(_encode, self.vae, item, self.flip, self.dtype))
-        self.queued.append(video.chunks[-1])
+        call = video.take(item)
+        if call is not None:
+            self.queued.append(call)
+            if len(self.queued) > self.depth:
+                self._wait(self.queued.popleft())
 
-    def collect(self, everything: bool) -> int:
-        """Takes in the chunks that are encoded, or waits for all; returns the number of their frames."""
-        return sum(video.collect(everything) for video in self.videos.values())
+    def _wait(self, call: Moments) -> None:
+        while wait([call], timeout=TICK).not_done:
+            self._report()
 
-    def take_ended(self) -> Iterator[tuple[int, _Video]]:
-        """The videos that were read to their end and are encoded."""
+    def _report(self) -> None:
+        self.progress.frames = self.encoder.frames
+        self.report(self.progress)
+
+    def wait_for_all(self) -> None:
+        """Until all is encoded."""
+        while self.queued:
+            self._wait(self.queued.popleft())
+
+    def store(self, shard_of: dict[int, ShardPlan], left: Counter[str], *, strict: bool) -> bool:
+        """Stores the videos that have ended and are encoded, and seals shards that are full; False to stop."""
+        for video in self.videos.values():
+            video.collect()
+        self._report()
         for number, video in list(self.videos.items()):
-            if video.end is not None and not video.chunks:
-                try:
-                    yield number, self.videos.pop(number)
-                finally:
-                    video.moments.close()
+            if not video.ended:
+                continue
+            try:
+                self._store(self.videos.pop(number), shard_of[number])
+            finally:
+                video.close()
+            self._report()
+            if strict and self.progress.rejected:
+                return False
+            left[shard_of[number].name] -= 1
+            if not left[shard_of[number].name]:
+                self.work.assemble(shard_of[number])
+        return True
+
+    def _store(self, video: VideoInFlight, shard: ShardPlan) -> None:
+        name, end = video.source.name, video.store(self.work, shard)
+        if isinstance(end, Rejected):
+            stamp = None if end.unread else stamp_of(Path(self.work.plan.videos) / name)
+            self.work.reject(shard, video.number, end.reason, stamp)
+            self.progress.rejected.append((name, end.reason))
+        else:
+            self.progress.videos += 1
+            self.progress.notes += [(name, note) for note in end.notes]
+
+    def close(self) -> None:
+        """Frees what is in flight."""
+        for call in self.queued:
+            call.cancel()
+        for video in self.videos.values():
+            video.close()
 
 
 @contextmanager
@@ -200,39 +229,3 @@ def _threads(encoders: int) -> Iterator[ThreadPoolExecutor]:
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)
-
-
-def _tasks(videos: Path, plan: EncodePlan, missing: list[int]) -> Iterator[Task]:
-    preprocess = Preprocess.from_dict(plan.settings["preprocess"])
-    for video in missing:
-        path = str(videos / plan.sources[video].name)
-        yield Task(video, path, plan.settings["size"], preprocess, plan.settings["chunk"])
-
-
-def _encode(vae: "VAE", frames: np.ndarray, flip: bool, dtype: str) -> np.ndarray | None:
-    """Moments of a chunk, as stored: uint8 (n 3 s s) -> (1 or 2, n, 2c, h, w), the second half flipped.
-
-    None where a number is not finite, or too large for the stored type.
-    """
-    pixels = torch.from_numpy(frames)
-    if flip:
-        pixels = torch.cat([pixels, pixels.flip(-1)])
-    moments = vae.encode(pixels).cpu()
-    stored = moments.to(getattr(torch, dtype))
-    if not torch.isfinite(stored).all():
-        return None
-    array = stored.view(torch.uint16).numpy() if dtype == "bfloat16" else stored.numpy()
-    return array.reshape(2 if flip else 1, -1, *moments.shape[1:])
-
-
-def _store(work: Work, videos: Path, shard: ShardPlan, number: int, video: _Video, progress: EncodeProgress) -> None:
-    """Keeps a video that was read to its end, or the reason why it cannot be used."""
-    source, end = work.plan.sources[number], video.end
-    if isinstance(end, Info) and not video.finite:
-        end = Rejected(f"the VAE's latents are not finite in {work.plan.settings['dtype']}")
-    if isinstance(end, Info):
-        work.keep(shard, number, video.moments.sample(number, source, end.fps))
-        progress.videos += 1
-    elif end is not None:
-        work.reject(shard, number, end.reason, None if end.unread else stamp_of(videos / source.name))
-        progress.rejected.append((source.name, end.reason))

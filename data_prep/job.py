@@ -26,7 +26,7 @@ def run_job(config: EncodeConfig, number: int) -> int:
     Returns:
         0 when the shards are made, 3 if `config.strict` and a video cannot be used.
     """
-    from data_prep.encoder import encode_shards, open_vae
+    from data_prep.encoder import encode_shards, open_models
     from data_prep.planning import read_plan
     from data_prep.reporting import FrameCount
     from data_prep.shards import Work
@@ -36,7 +36,7 @@ def run_job(config: EncodeConfig, number: int) -> int:
     config = replace(config, precision=plan.settings["precision"])
     work, count = Work(out, plan), FrameCount(out, number)
     shards = plan.shards[number :: config.jobs]
-    count(encode_shards(config, work, shards, open_vae(config), count), last=True)
+    count(encode_shards(config, work, shards, open_models(config), count), last=True)
     return 0 if all(work.complete(shard) for shard in shards) else 3
 
 

@@ -112,7 +112,7 @@ def _child() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     values, number = json.loads(sys.stdin.readline())
-    values |= {name: tuple(values[name]) for name in ("split_files", "slurm")}
+    values |= {name: tuple(values[name]) for name in ("split_files", "slurm", "buckets")}
 
     def watch() -> None:
         sys.stdin.read()

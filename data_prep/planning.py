@@ -3,16 +3,19 @@
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_prep.captions import Captions, find_captions
 from data_prep.config import EncodeConfig, StrictError, processes
+from data_prep.spec import EncodeSpec, make_spec
 from fvdm.files import write_text
-from fvdm.media.layouts import PAPER, Listing, Source, list_videos
-from fvdm.media.preprocess import Preprocess
+from fvdm.media.layouts import Listing, Source, list_videos
 
 if TYPE_CHECKING:
+    from fvdm.media.text import TextEncoder
     from fvdm.media.vae import VAE
 
 WORK = ".work"  # folder of the parts of shards, in the folder of the shards
@@ -34,13 +37,14 @@ class EncodePlan:
 
     Attributes:
         videos: the folder of the videos, absolute; the names of the sources are relative to it.
-        settings: all settings that change the bytes; a run with others is refused.
+        settings: all settings that change the bytes, see `spec`; a run with others is refused.
         layout: the recognised layout.
         classes: class names by label.
         sources: the videos, the splits one after the other.
         estimates: estimated number of frames of each.
         rejected: `(name, reason)` of what could not be opened when the plan was made.
         shards: the shards.
+        captions: those of each video, in the order of the sources; empty where captions are not stored.
     """
 
     videos: str
@@ -51,10 +55,19 @@ class EncodePlan:
     estimates: list[int]
     rejected: list[tuple[str, str]]
     shards: list[ShardPlan]
+    captions: list[tuple[str, ...]] = field(default_factory=list)
+
+    @cached_property
+    def spec(self) -> EncodeSpec:
+        """What decides the bytes."""
+        return EncodeSpec.from_dict(self.settings)
 
     def to_json(self) -> str:
         """JSON text, the same for the same plan."""
-        return json.dumps(asdict(self), sort_keys=True) + "\n"
+        values = asdict(self)
+        if not self.captions:
+            del values["captions"]
+        return json.dumps(values, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "EncodePlan":
@@ -63,24 +76,23 @@ class EncodePlan:
         data["sources"] = [Source(**source) for source in data["sources"]]
         data["rejected"] = [(name, reason) for name, reason in data["rejected"]]
         data["shards"] = [ShardPlan(**shard) for shard in data["shards"]]
+        data["captions"] = [tuple(texts) for texts in data.get("captions", [])]
         return cls(**data)
 
 
-def assign(sources: list[Source], estimates: list[int], frame_bytes: int, shard_bytes: int) -> list[ShardPlan]:
+def assign(sources: list[Source], sizes: list[int], shard_bytes: int) -> list[ShardPlan]:
     """Shares the videos out to shards of at most `shard_bytes`, in order; a longer video has a shard of its
     own.
 
     Args:
         sources: the videos, the splits one after the other.
-        estimates: frames of each.
-        frame_bytes: stored bytes per frame.
+        sizes: stored bytes of each.
         shard_bytes: bound, in bytes; it holds as far as the estimates do.
     """
     shards: list[ShardPlan] = []
     numbers: dict[str, int] = {}
     first, filled = 0, 0
-    for index, (source, frames) in enumerate(zip(sources, estimates, strict=True)):
-        size = frames * frame_bytes + 8192  # headers, checksums, padding
+    for index, (source, size) in enumerate(zip(sources, sizes, strict=True)):
         if index > first and (filled + size > shard_bytes or source.split != sources[first].split):
             shards.append(_shard_plan(sources[first].split, numbers, first, index))
             first, filled = index, 0
@@ -95,12 +107,15 @@ def _shard_plan(split: str, numbers: dict[str, int], first: int, end: int) -> Sh
     return ShardPlan(f"{split}-{number:06d}.tar", split, first, end)
 
 
-def make_plan(config: EncodeConfig, vae: "VAE", *, replace_idle: bool = True) -> EncodePlan:
+def make_plan(
+    config: EncodeConfig, vae: "VAE", text: "TextEncoder | None" = None, *, replace_idle: bool = True
+) -> EncodePlan:
     """Lists the videos and assigns them to shards; or reads the plan of an interrupted run and checks it.
 
     Args:
         config: the settings, resolved.
         vae: the encoder.
+        text: the text encoder, if there is one.
         replace_idle: a plan of which nothing was encoded may be made anew, with other settings or videos.
 
     Raises:
@@ -114,14 +129,16 @@ def make_plan(config: EncodeConfig, vae: "VAE", *, replace_idle: bool = True) ->
         split_files=config.split_files,
         class_file=config.class_file,
         exclude=config.out,
+        images=config.images,
     )
+    spec = make_spec(config, listing.layout, vae, text)
+    captions = find_captions(config, listing)
     print(f"{config.videos}: {listing.sentence()}")
-    settings = _settings(config, listing.layout, vae)
     if config.strict and listing.rejected:
         write_rejected(out, [{"source": name, "reason": reason} for name, reason in listing.rejected])
         raise StrictError(*listing.rejected[0])
     before = read_plan(out / "plan.json") if (out / "plan.json").exists() else None
-    mismatch = _mismatch(config, before, listing, settings) if before else ""
+    mismatch = _mismatch(config, before, listing, spec, captions) if before else ""
     if mismatch and not (replace_idle and _is_idle(out)):
         raise ValueError(mismatch)
     if before and not mismatch:
@@ -131,8 +148,10 @@ def make_plan(config: EncodeConfig, vae: "VAE", *, replace_idle: bool = True) ->
         if mismatch:
             print(f"{config.out}: nothing was encoded there yet; it is planned anew")
             shutil.rmtree(out / WORK, ignore_errors=True)
-        plan = _new_plan(config, listing, settings, vae)
+        plan = _new_plan(config, listing, spec, captions, vae)
     else:
+        if listing.rejected:
+            write_rejected(out, [{"source": name, "reason": reason} for name, reason in listing.rejected])
         raise ValueError(f"{config.videos!r} holds no videos: {listing.sentence()}.")
     if plan != before:
         write_text(out / "plan.json", plan.to_json())
@@ -151,7 +170,9 @@ def read_plan(path: Path) -> EncodePlan:
         ValueError: the file is corrupt, or of another version.
     """
     try:
-        return EncodePlan.from_json(path.read_text())
+        plan = EncodePlan.from_json(path.read_text())
+        _ = plan.spec
+        return plan
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{str(path)!r} is corrupt, or of another version: encode to another --out.") from None
 
@@ -161,52 +182,45 @@ def write_rejected(out: Path, rows: list[dict[str, str]]) -> None:
     write_text(out / "rejected.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def latent_shape(config: EncodeConfig, vae: "VAE") -> tuple[int, int, int]:
-    """(c, h, w) of a frame's latent."""
-    assert config.size is not None
-    return vae.channels, config.size // vae.factor, config.size // vae.factor
-
-
-def _new_plan(config: EncodeConfig, listing: Listing, settings: dict[str, Any], vae: "VAE") -> EncodePlan:
+def _new_plan(config: EncodeConfig, listing: Listing, spec: EncodeSpec, captions: Captions, vae: "VAE") -> EncodePlan:
     from data_prep.decoding import estimate
 
     sources = sorted(listing.sources, key=lambda source: (source.split, os.fsencode(source.name)))
     paths = [str(Path(config.videos) / source.name) for source in sources]
-    frames = estimate(paths, workers=processes(config)[0])
-    c, h, w = latent_shape(config, vae)
-    frame_bytes = 4 * c * h * w * (2 if settings["preprocess"]["flip"] else 1)
-    shards = assign(sources, frames, frame_bytes, int(config.shard_mb * 1e6))
-    videos = os.path.abspath(config.videos)
-    return EncodePlan(videos, settings, listing.layout, listing.classes, sources, frames, listing.rejected, shards)
+    frames = estimate(paths, spec.read, workers=processes(config)[0])
+    texts = [captions[source.name] for source in sources] if spec.captioned else []
+    sizes = _stored_bytes(spec, frames, vae)
+    if spec.text_identity:
+        sizes = [size + 2 * 4096 * sum(len(text) // 3 for text in of) for size, of in zip(sizes, texts, strict=True)]
+    return EncodePlan(
+        videos=os.path.abspath(config.videos),
+        settings=spec.to_dict(),
+        layout=listing.layout,
+        classes=listing.classes,
+        sources=sources,
+        estimates=frames,
+        rejected=listing.rejected,
+        shards=assign(sources, sizes, int(spec.shard_mb * 1e6)),
+        captions=texts,
+    )
 
 
-def _settings(config: EncodeConfig, layout: str, vae: "VAE") -> dict[str, Any]:
-    """All that decides which bytes are written."""
-    assert config.size is not None
-    given = {name: getattr(config, name) for name in ("resize", "antialias", "flip", "min_frames")}
-    preprocess = replace(PAPER[layout], **{name: value for name, value in given.items() if value is not None})
-    preprocess = replace(preprocess, keep_corrupt=config.keep_corrupt)
-    if config.size % vae.factor:
-        raise ValueError(
-            f"--size {config.size} is no multiple of {vae.factor}, by which the VAE {config.vae!r} shrinks."
-        )
-    return {
-        "vae_identity": vae.identity,
-        "size": config.size,
-        "preprocess": asdict(preprocess),
-        "dtype": config.dtype,
-        "precision": config.precision,
-        "chunk": config.chunk,
-        "shard_mb": config.shard_mb,
-    }
+def _stored_bytes(spec: EncodeSpec, frames: list[int], vae: "VAE") -> list[int]:
+    """About how many bytes are stored of each video, given the pixel frames that are encoded."""
+    pixels = max(h * w for h, w in spec.read.sizes)
+    latent = 4 * vae.channels * pixels // vae.factor**2 * (2 if spec.flip else 1)
+    if not spec.read.frames:
+        return [count * latent + 8192 for count in frames]  # headers, checksums, padding
+    each = vae.frame_map.latent_frames(spec.read.frames) * latent + 8192
+    return [-(-count // spec.read.frames) * each for count in frames]
 
 
-def _mismatch(config: EncodeConfig, plan: EncodePlan, listing: Listing, settings: dict[str, Any]) -> str:
+def _mismatch(config: EncodeConfig, plan: EncodePlan, listing: Listing, spec: EncodeSpec, captions: Captions) -> str:
     """Why a run cannot go on with these settings or videos, as a sentence; empty where it can."""
-    begun = plan.settings | {"preprocess": asdict(Preprocess.from_dict(plan.settings["preprocess"]))}
-    other = [name for name in settings if settings[name] != begun.get(name)]
+    now, begun = spec.to_dict(), plan.spec.to_dict()
+    other = [name for name in now if now[name] != begun.get(name)]
     if other:
-        was = ", ".join(f"{name} {plan.settings.get(name)!r} (now {settings[name]!r})" for name in other)
+        was = ", ".join(f"{name} {begun.get(name)!r} (now {now[name]!r})" for name in other)
         return f"{config.out!r} was begun with {was}: use the same settings, or another --out."
     new = set(listing.sources) - set(plan.sources)
     gone = set(plan.sources) - set(listing.sources)
@@ -215,5 +229,12 @@ def _mismatch(config: EncodeConfig, plan: EncodePlan, listing: Listing, settings
         return (
             f"The videos are not those that {config.out!r} was begun with ({len(new)} new, {len(gone)} gone, "
             f"for example {example.name!a}): put them back, or use another --out."
+        )
+    pairs = zip(plan.sources, plan.captions, strict=True) if spec.captioned else ()
+    changed = [source.name for source, texts in pairs if captions[source.name] != texts]
+    if changed:
+        return (
+            f"The captions are not those that {config.out!r} was begun with ({len(changed)} changed, for example of "
+            f"{changed[0]!a}): put them back, or use another --out."
         )
     return ""

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from data_prep.planning import WORK, EncodePlan, ShardPlan
 from data_prep.shards import Work, atomic
+from fvdm.data.format import ClipManifest
 
 if TYPE_CHECKING:
     from data_prep.config import EncodeConfig
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 JOURNAL = ".mlflow"  # folder of the tracker's journal, in the folder of the shards
 TRACK_EVERY = 10.0  # seconds between two points in MLflow
 COUNT_EVERY = 1.0  # seconds between two frame counts of a job
+NOTES = 20  # that are printed one by one
 LOG_EVERY = 30.0  # seconds between two lines of the bar in a log, after the first ones
 
 
@@ -32,6 +34,7 @@ class EncodeReport:
         self.tracker: Tracker | None = None
         self.bar: tqdm[Any] | None = None
         self.before = self.rejected = 0
+        self.notes = Notes()
         if config.mlflow != "none":
             from fvdm.tracking import tracker
             from fvdm.tracking.config import TrackingConfig
@@ -59,6 +62,7 @@ class EncodeReport:
         for name, reason in progress.rejected[self.rejected :]:
             self.bar.write(f"rejected {name!a}: {reason}", file=sys.stderr)
         self.rejected = len(progress.rejected)
+        self.notes(progress)
         ended = progress.videos + self.rejected
         self.update(ended, progress.frames, f"{progress.videos} videos", f", {self.rejected} rejected")
 
@@ -84,7 +88,7 @@ class EncodeReport:
             }
             self.tracker.metrics(values, self.before + videos)
 
-    def finish(self, manifest: "Manifest", frames: int) -> str:
+    def finish(self, manifest: "Manifest | ClipManifest", frames: int) -> str:
         """Reports the result; returns the summary, one line.
 
         Args:
@@ -92,8 +96,7 @@ class EncodeReport:
             frames: encoded since the beginning.
         """
         total = {
-            "videos": sum(shard.samples for shard in manifest.shards),
-            "frames": sum(shard.frames for shard in manifest.shards),
+            **_samples(manifest),
             "shards": len(manifest.shards),
             "megabytes": sum(shard.bytes for shard in manifest.shards) / 1e6,
             "rejected": manifest.rejected,
@@ -101,10 +104,14 @@ class EncodeReport:
         rate = frames / self.seconds
         if self.tracker:
             values = {f"encode/total_{name}": float(value) for name, value in total.items()}
-            self.tracker.metrics(values | {"encode/frames_per_second": rate}, int(total["videos"]))
+            samples = sum(shard.samples for shard in manifest.shards)
+            self.tracker.metrics(values | {"encode/frames_per_second": rate}, samples)
             self.tracker.artifact(self.out / "manifest.json")
             self.tracker.artifact(self.out / "rejected.jsonl")
-        text = "{videos} videos, {frames} frames, {shards} shards, {megabytes:.1f} MB".format(**total)
+        counted = ", ".join(
+            f"{total[name]} {name}" for name in ("videos", "clips", "frames", "shards") if name in total
+        )
+        text = f"{counted}, {total['megabytes']:.1f} MB"
         text += ", {rejected} videos rejected (rejected.jsonl)".format(**total) if manifest.rejected else ""
         text += f"; {self.seconds:.0f} s, {rate:.1f} frames/s" if frames else ""
         return f"{self.out}: {text}"
@@ -113,12 +120,42 @@ class EncodeReport:
         """Leaves the bar as it stands."""
         if self.bar is not None:
             self.bar.close()
+        self.notes.close()
 
     def close(self, status: str) -> None:
         """Ends the MLflow run as FINISHED, FAILED or KILLED."""
         self.end_bar()
         if self.tracker:
             self.tracker.close(status)
+
+
+def _samples(manifest: "Manifest | ClipManifest") -> dict[str, int]:
+    """Numbers of samples, by what they are called."""
+    samples = sum(shard.samples for shard in manifest.shards)
+    if isinstance(manifest, ClipManifest):
+        return {"clips": samples, "uncaptioned": manifest.uncaptioned}
+    return {"videos": samples, "frames": sum(shard.frames for shard in manifest.shards)}
+
+
+class Notes:
+    """Prints what was done to videos beyond scaling and cropping: the first notes, then their number."""
+
+    def __init__(self) -> None:
+        """Nothing is printed yet."""
+        self.printed = self.seen = 0
+
+    def __call__(self, progress: "EncodeProgress") -> None:
+        """Prints the new ones."""
+        for name, note in progress.notes[self.seen :][: NOTES - self.printed]:
+            tqdm.write(f"note {name!a}: {note}", file=sys.stderr)
+            self.printed += 1
+        self.seen = len(progress.notes)
+
+    def close(self) -> None:
+        """Prints how many more there were."""
+        if self.seen > self.printed:
+            tqdm.write(f"and {self.seen - self.printed} more notes of videos", file=sys.stderr)
+            self.printed = self.seen
 
 
 class FrameCount:
@@ -130,9 +167,13 @@ class FrameCount:
         self.before = int(self.path.read_text()) if self.path.exists() else 0
         self.last = float("-inf")
         self.frames = 0
+        self.notes = Notes()
 
     def __call__(self, progress: "EncodeProgress", *, last: bool = False) -> None:
         """Notes how many frames this start has encoded: at once for the first ones, then now and then."""
+        self.notes(progress)
+        if last:
+            self.notes.close()
         if progress.frames > self.frames and (last or time.monotonic() - self.last > COUNT_EVERY):
             self.last, self.frames = time.monotonic(), progress.frames
             self.path.parent.mkdir(exist_ok=True)

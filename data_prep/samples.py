@@ -3,15 +3,19 @@
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 
+from fvdm.data.clips import npy
+from fvdm.data.format import Clip
 from fvdm.media.layouts import Source
 
 SPOOL = 8 * 2**20  # bytes of a video's moments that stay in memory before they go to a file
@@ -30,15 +34,30 @@ def key_of(video: int) -> str:
     return f"{video:09d}"
 
 
+def clip_key(video: int, clip: int) -> str:
+    """Key of one clip of a video: that of the video, and the clip's number in it, six digits."""
+    return f"{key_of(video)}-{clip:06d}"
+
+
+def video_key(key: str) -> str:
+    """Key of the video of a sample, whose own key may be that of a clip."""
+    return key.partition("-")[0]
+
+
 class Array:
     """A `.npy` file of an array that grows in a temporary file: a long video takes no memory.
 
     It is read like a file, from the header to the last number.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        """An empty array; the file has no name, and ends with the process, however that ends."""
-        self.file: IO[bytes] = tempfile.SpooledTemporaryFile(SPOOL, dir=str(folder) if folder else None)  # noqa: SIM115
+    def __init__(self, folder: Path | None = None, spool: int | None = None) -> None:
+        """An empty array; the file has no name, and ends with the process, however that ends.
+
+        Args:
+            folder: where the file is.
+            spool: bytes that stay in memory before there is a file.
+        """
+        self.file = _temporary_file(folder, SPOOL if spool is None else spool)
         self.header: IO[bytes] = io.BytesIO()
         self.shape: tuple[int, ...] = (0,)
         self.dtype = np.dtype(np.float16)
@@ -47,6 +66,13 @@ class Array:
         """Adds to the first axis."""
         self.file.write(np.ascontiguousarray(array).data)
         self.shape, self.dtype = (self.shape[0] + len(array), *array.shape[1:]), array.dtype
+
+    def rows(self, begin: int, end: int) -> np.ndarray:
+        """A part of the first axis."""
+        size = int(np.prod(self.shape[1:])) * self.dtype.itemsize
+        self.file.seek(begin * size)
+        data = bytearray(self.file.read((end - begin) * size))
+        return np.frombuffer(data, self.dtype).reshape(-1, *self.shape[1:])
 
     def blocks(self) -> Iterator[bytes]:
         """The numbers, in blocks of bytes."""
@@ -59,7 +85,7 @@ class Array:
         header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": self.shape}
         self.header = io.BytesIO()
         np.lib.format.write_array_header_1_0(self.header, header)
-        size = self.header.tell() + self.file.tell()
+        size = self.header.tell() + self.file.seek(0, io.SEEK_END)
         self.header.seek(0)
         self.file.seek(0)
         return size
@@ -100,22 +126,43 @@ class VideoMoments:
             source: the video.
             fps: its frame rate, if known.
         """
-        digest = hashlib.sha256()
-        for array in self.arrays:
-            for block in array.blocks():
-                digest.update(block)
         metadata = {
             "source": source.name,
             "label": source.label,
             "fps": fps,
             "frames": len(self.sums),
-            "sha256": digest.hexdigest(),
+            "sha256": self._sha256(),
         }
-        names = ("moments.npy", "flip.npy")
+        return self._sample(key_of(video), metadata)
+
+    def clip(self, key: str, clip: Clip, embeddings: Sequence[np.ndarray]) -> dict[str, Any]:
+        """The sample of format 2, as `fvdm.data.clips.make_clip` makes it of arrays.
+
+        Args:
+            key: of the sample.
+            clip: what is known of it; `frames`, `tokens` and `sha256` are filled in here.
+            embeddings: (n e) of each caption, in 16 bits.
+        """
+        text = np.concatenate(embeddings) if len(embeddings) else None
+        digest = self._sha256(b"" if text is None else text.tobytes())
+        tokens = tuple(len(embedding) for embedding in embeddings)
+        clip = replace(clip, frames=len(self.sums), tokens=tokens, sha256=digest)
+        sample = self._sample(key, asdict(clip))
+        return sample if text is None else sample | {"embeddings.npy": npy(text)}
+
+    def _sha256(self, more: bytes = b"") -> str:
+        digest = hashlib.sha256()
+        for array in self.arrays:
+            for block in array.blocks():
+                digest.update(block)
+        digest.update(more)
+        return digest.hexdigest()
+
+    def _sample(self, key: str, metadata: dict[str, Any]) -> dict[str, Any]:
         return {
-            "__key__": key_of(video),
-            **dict(zip(names, self.arrays, strict=False)),
-            "crc.npy": _npy(np.array(self.sums, "<u4")),
+            "__key__": key,
+            **dict(zip(("moments.npy", "flip.npy"), self.arrays, strict=False)),
+            "crc.npy": npy(np.array(self.sums, "<u4")),
             "json": json.dumps(metadata, sort_keys=True).encode(),
         }
 
@@ -143,10 +190,31 @@ def make_sample(
     return stored.sample(video, source, fps)
 
 
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(array), allow_pickle=False)
-    return buffer.getvalue()
+class Part:
+    """The samples of one video, as a tar in a temporary file that grows: many clips take no memory."""
+
+    def __init__(self, folder: Path) -> None:
+        """An empty one; `folder` is where the file is."""
+        self.file = _temporary_file(folder, SPOOL)
+        self.writer = tar_writer(cast(BinaryIO, self.file))
+
+    def add(self, sample: dict[str, Any]) -> None:
+        """Adds a sample; `write_sample` takes it."""
+        write_sample(self.writer, sample)
+
+    def copy_to(self, file: BinaryIO) -> None:
+        """Writes the tar to a file. Nothing can be added afterwards."""
+        self.writer.close()
+        self.file.seek(0)
+        shutil.copyfileobj(self.file, file, BLOCK)
+
+    def close(self) -> None:
+        """Frees the temporary file."""
+        self.file.close()
+
+
+def _temporary_file(folder: Path | None, spool: int) -> IO[bytes]:
+    return cast(IO[bytes], tempfile.SpooledTemporaryFile(spool, dir=str(folder) if folder else None))
 
 
 def write_sample(writer: Any, sample: dict[str, Any]) -> None:

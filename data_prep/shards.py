@@ -8,7 +8,6 @@ and a name that exists is a complete file.
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -20,8 +19,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_prep.planning import WORK, EncodePlan, ShardPlan, write_rejected
-from data_prep.samples import copy_members, file_sha256, index_tar, key_of, tar_writer, write_sample
-from fvdm.data.former import Manifest, ShardInfo, index_name
+from data_prep.samples import Part, copy_members, file_sha256, index_tar, key_of, tar_writer, video_key, write_sample
+from fvdm.data.clips import index_shard
+from fvdm.data.former import index_name
 from fvdm.files import LockHeldError, atomic_write, lock
 
 LOCK_TIMEOUT = 600.0  # seconds to wait for another copy of the job; a lost machine may hold its lock for ever
@@ -76,10 +76,14 @@ class Work:
             return set()
         return {name.split(".")[0] for name in found if name.endswith((".tar", ".json")) and name[0] != "."}
 
-    def keep(self, shard: ShardPlan, video: int, sample: dict[str, Any]) -> None:
-        """Stores an encoded video, a WebDataset sample as `VideoMoments.sample` makes it."""
-        with self._unless_made(shard), self._new(shard, f"{key_of(video)}.tar") as file, tar_writer(file) as writer:
-            write_sample(writer, sample)
+    def keep(self, shard: ShardPlan, video: int, sample: dict[str, Any] | Part) -> None:
+        """Stores an encoded video: a WebDataset sample as `VideoMoments.sample` makes it, or those of its clips."""
+        with self._unless_made(shard), self._new(shard, f"{key_of(video)}.tar") as file:
+            if isinstance(sample, Part):
+                sample.copy_to(file)
+                return
+            with tar_writer(file) as writer:
+                write_sample(writer, sample)
 
     def reject(self, shard: ShardPlan, video: int, reason: str, stamp: list[int] | None) -> None:
         """Stores that a video cannot be used; `stamp` is that of its file, None to have it tried at the next start."""
@@ -120,10 +124,16 @@ class Work:
                         _copy(folder / f"{key}.tar", writer)
                 file.flush()
                 made = Path(file.name)
-                index |= {"samples": list(index_tar(made)), "sha256": file_sha256(made)}
+                index |= {"samples": self._rows(made), "sha256": file_sha256(made)}
                 self._refuse_made(shard)  # where the file system has no locks
         with atomic(self.out / index_name(shard.name)) as file:
             file.write((json.dumps(index, sort_keys=True) + "\n").encode())
+
+    def _rows(self, path: Path) -> list[dict[str, Any]]:
+        """One row per sample: what a later start and the manifest need of it."""
+        if self.plan.settings.get("format", 1) == 1:
+            return list(index_tar(path))
+        return [row | {"source": os.fsdecode(row["source"])} for row in index_shard(path)]
 
     @contextlib.contextmanager
     def _unless_made(self, shard: ShardPlan) -> Iterator[None]:
@@ -149,7 +159,7 @@ class Work:
         videos = range(shard.first, shard.end)
         if self.complete(shard):
             index = json.loads((self.out / index_name(shard.name)).read_bytes())
-            good = {row["key"] for row in index["samples"]}
+            good = {video_key(row["key"]) for row in index["samples"]}
             return dict(zip((v for v in videos if key_of(v) not in good), index["rejected"], strict=True))
         folder = self._folder(shard)
         names = set(os.listdir(folder)) if folder.exists() else set()
@@ -190,7 +200,7 @@ class Work:
         """Makes parts of a shard. Its index goes last: killed before, the shard is complete; after, its parts are."""
         if (self.out / shard.name).exists():
             with tarfile.open(self.out / shard.name) as tar:
-                for key, members in itertools.groupby(tar, lambda member: member.name.partition(".")[0]):
+                for key, members in itertools.groupby(tar, lambda member: video_key(member.name.partition(".")[0])):
                     with self._new(shard, f"{key}.tar") as file, tar_writer(file) as writer:
                         copy_members(tar, members, writer)
         for video, row in rejected.items():
@@ -226,31 +236,3 @@ def stamp_of(path: Path) -> list[int] | None:
     except OSError:
         return None
     return [sum(file.st_size for file in files), max((file.st_mtime_ns for file in files), default=0)]
-
-
-def finish(out: Path, plan: EncodePlan, metadata: dict[str, Any]) -> Manifest:
-    """Writes the manifest, when every shard is complete, and removes what is left of the work.
-
-    Args:
-        out: the folder of shards.
-        plan: what was made.
-        metadata: the manifest's fields that the plan does not know (VAE, shapes, rejected videos).
-    """
-    shards: list[ShardInfo] = []
-    for shard in plan.shards:
-        data = (out / index_name(shard.name)).read_bytes()
-        index = json.loads(data)
-        if index["samples"]:
-            frames = sum(row["frames"] for row in index["samples"])
-            size = (out / shard.name).stat().st_size
-            digest = hashlib.sha256(data).hexdigest()
-            shards.append(
-                ShardInfo(shard.name, shard.split, len(index["samples"]), frames, size, index["sha256"], digest)
-            )
-    manifest = Manifest(layout=plan.layout, classes=tuple(plan.classes), shards=tuple(shards), **metadata)
-    with atomic(out / "manifest.json") as file:
-        file.write(manifest.to_json().encode())
-    shutil.rmtree(out / WORK, ignore_errors=True)
-    for leftover in out.glob(".tmp-*"):  # of processes that were killed
-        leftover.unlink(missing_ok=True)
-    return manifest

@@ -55,6 +55,8 @@ VIDEO_SUFFIXES = frozenset(
     ]
 )
 
+Kind = Literal["file", "frames", "image"]
+
 PAPER: dict[str, Preprocess] = {
     "ffs": Preprocess(flip=True),
     "ucf101": Preprocess(flip=True),
@@ -66,17 +68,17 @@ PAPER: dict[str, Preprocess] = {
 
 @dataclass(frozen=True)
 class Source:
-    """One video: a file, or a folder of frames.
+    """One video: a file, or a folder of frames; or one still image.
 
     Attributes:
         name: its path below the videos folder; bytes that are not UTF-8 are represented by surrogates (os.fsdecode).
-        kind: `file` or `frames`.
+        kind: `file`, `frames` or `image`.
         label: class index, or None.
         split: `train`, or the split whose list names it.
     """
 
     name: str
-    kind: Literal["file", "frames"]
+    kind: Kind
     label: int | None = None
     split: str = "train"
 
@@ -101,10 +103,9 @@ class Listing:
 
     def sentence(self) -> str:
         """One line for people: layout, number of videos and classes, and what was left out."""
-        files = sum(source.kind == "file" for source in self.sources)
-        parts = [f"{files} video files"] if files else []
-        if files < len(self.sources):
-            parts.append(f"{len(self.sources) - files} frame folders")
+        kinds: Counter[str] = Counter(source.kind for source in self.sources)
+        names = {"file": "video files", "frames": "frame folders", "image": "images"}
+        parts = [f"{kinds[kind]} {name}" for kind, name in names.items() if kinds[kind]]
         text = f"layout {self.layout}: {' and '.join(parts) or 'no videos'}"
         text += f" in {len(self.classes)} classes" if self.classes else ""
         text += f", {len(self.rejected)} unreadable" if self.rejected else ""
@@ -120,6 +121,7 @@ def list_videos(
     split_files: tuple[str, ...] = (),
     class_file: str | None = None,
     exclude: str | Path | None = None,
+    images: bool = False,
 ) -> Listing:
     """Lists the videos under `root`.
 
@@ -130,6 +132,7 @@ def list_videos(
             the split that the file's name begins with (`train`, `test`).
         class_file: `classInd.txt`, lines `1 Name`; by default the sorted names of the class folders.
         exclude: a folder below root that is left out (the output).
+        images: still images are sources of their own, not frames of their folder.
 
     Raises:
         ValueError: root is no folder, or a list file is missing or malformed, or an unknown layout.
@@ -139,10 +142,10 @@ def list_videos(
     if not os.path.isdir(root):
         raise ValueError(f"{str(root)!r} is not a folder: --videos takes the folder that holds the videos.")
     listing = Listing(layout)
-    files, folders = _walk(os.fspath(root), listing, exclude)
+    files, folders, stills = _walk(os.fspath(root), listing, exclude, images)
     if layout == "auto":
-        listing.layout = recognise(files, folders)
-    names: list[tuple[str, Literal["file", "frames"]]] = []
+        listing.layout = recognise(files + stills, folders)
+    names: list[tuple[str, Kind]] = [(name, "image") for name in stills]
     if listing.layout in ("ffs", "ucf101", "mixed"):
         names += [(name, "file") for name in files]
     elif files:
@@ -181,10 +184,13 @@ def recognise(files: list[str], folders: list[str]) -> str:
     return "mixed" if folders else "ffs"
 
 
-def _walk(root: str, listing: Listing, exclude: str | Path | None) -> tuple[list[str], list[str]]:
-    """All video files, and all folders with at least two images, as paths below root."""
+def _walk(
+    root: str, listing: Listing, exclude: str | Path | None, stills: bool
+) -> tuple[list[str], list[str], list[str]]:
+    """All video files, and all folders with at least two images or, with `stills`, all images; paths below root."""
     files: list[str] = []
     folders: list[str] = []
+    singles: list[str] = []
     seen: set[tuple[int, int]] = set()
     if exclude is not None and os.path.isdir(exclude):
         status = os.stat(exclude)
@@ -212,15 +218,18 @@ def _walk(root: str, listing: Listing, exclude: str | Path | None) -> tuple[list
                 files.append(name)
                 videos.add(os.path.splitext(entry.name)[0])
             elif kind == "image":
-                images.append(os.path.splitext(entry.name)[0])
-        thumbnails = sum(image in videos for image in images)
+                images.append(entry.name)
+        own = [image for image in images if os.path.splitext(image)[0] not in videos]
+        thumbnails = len(images) - len(own)
         if thumbnails:
             listing.ignored["image beside a video of its name"] += thumbnails
-        if len(images) - thumbnails >= 2:
+        if stills:
+            singles += [os.path.normpath(os.path.join(folder, image)) for image in own]
+        elif len(own) >= 2:
             folders.append(folder)
-        elif len(images) > thumbnails:
+        elif own:
             listing.ignored["single image"] += 1
-    return files, folders
+    return files, folders, singles
 
 
 def _kind(entry: os.DirEntry[str], name: str, listing: Listing) -> str | None:
@@ -253,7 +262,7 @@ def _kind(entry: os.DirEntry[str], name: str, listing: Listing) -> str | None:
 
 def _label(
     listing: Listing,
-    names: list[tuple[str, Literal["file", "frames"]]],
+    names: list[tuple[str, Kind]],
     split_files: tuple[str, ...],
     class_file: str | None,
 ) -> None:

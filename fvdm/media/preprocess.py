@@ -1,4 +1,4 @@
-"""How one frame becomes a square, and the records that all readers share."""
+"""How one frame is scaled and cropped, and the records that all readers share."""
 
 import errno
 from collections.abc import Mapping
@@ -95,36 +95,47 @@ def frame_of(pixels: np.ndarray) -> Frame:
 
 
 def to_square(frame: np.ndarray, size: int, preprocess: Preprocess, side: tuple[int, int] | None = None) -> np.ndarray:
-    """Scales and crops one frame, bilinear.
+    """A frame as a square of `size` pixels, uint8 (3 size size); see `to_size`."""
+    return to_size(frame, (size, size), preprocess, side)
+
+
+def to_size(
+    frame: np.ndarray, size: tuple[int, int], preprocess: Preprocess, side: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Scales and crops one frame, bilinear, so that it fills a rectangle.
 
     Args:
         frame: uint8 (h w 3).
-        size: side of the square, in pixels.
-        preprocess: order of scaling and cropping, and the filter.
+        size: (height, width) of the result, in pixels.
+        preprocess: order of scaling and cropping, and the filter; its "shorter side" is the one that fits exactly.
         side: (width, height) of the frame in square pixels, if its own pixels are not square.
 
     Returns:
-        uint8 (3 size size).
+        uint8 (3 *size).
 
     Raises:
         VideoError: if one side is more than 16 times as long as the other.
     """
     rows, columns = frame.shape[:2]
     width, height = side or (columns, rows)
-    shorter = min(height, width)
-    if min(shorter, rows, columns) < 1 or max(height, width) > MAX_ASPECT * shorter:
+    h, w = size
+    if min(height, width, rows, columns) < 1 or max(height, width) > MAX_ASPECT * min(height, width):
         raise VideoError(f"a frame of {width}x{height}: sides must be within {MAX_ASPECT} to 1")
+    wider = width * h >= height * w
     if preprocess.resize == "centre-square":
-        square = max(1, round(rows * shorter / height)), max(1, round(columns * shorter / width))
-        top, left = (rows - square[0]) // 2, (columns - square[1]) // 2
-        frame = frame[top : top + square[0], left : left + square[1]]
-        target = (size, size)
+        region = (rows, columns * height * w / (width * h)) if wider else (rows * width * h / (height * w), columns)
+        crop_rows, crop_columns = max(1, round(region[0])), max(1, round(region[1]))
+        top, left = (rows - crop_rows) // 2, (columns - crop_columns) // 2
+        frame = frame[top : top + crop_rows, left : left + crop_columns]
+        target = (h, w)
+    elif wider:
+        target = (h, max(w, round(width * h / height)))
     else:
-        target = (max(size, round(height * size / shorter)), max(size, round(width * size / shorter)))
+        target = (max(h, round(height * w / width)), w)
     pixels = torch.from_numpy(np.array(frame, order="C")).permute(2, 0, 1)[None]
     if target != pixels.shape[2:]:
         pixels = torch.nn.functional.interpolate(
             pixels, target, mode="bilinear", align_corners=False, antialias=preprocess.antialias
         )
-    top, left = (target[0] - size) // 2, (target[1] - size) // 2
-    return pixels[0, :, top : top + size, left : left + size].contiguous().numpy()
+    top, left = (target[0] - h) // 2, (target[1] - w) // 2
+    return pixels[0, :, top : top + h, left : left + w].contiguous().numpy()

@@ -95,15 +95,32 @@ class VAE:
 
     def _encode_clip(self, clip: Tensor) -> Tensor:
         """uint8 `(f 3 h w)` -> `(f' 2c h' w')`."""
+        spans = map(self.frame_map.span, range(self.frame_map.latent_frames(len(clip))))
+        return torch.cat(list(self.encode_stream(clip[span.start : span.stop] for span in spans)))
+
+    @torch.no_grad()
+    def encode_stream(self, spans: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Moments of one clip, as early as the VAE has them; with a cache (Wan), in memory that does not grow with it.
+
+        Args:
+            spans: uint8 `(n 3 h w)`, the pixel frames of one latent frame after the other, see `FrameMap.span`; of an
+                image VAE any number of frames.
+
+        Yields:
+            float32 `(n 2c h/factor w/factor)`, as `encode` gives them: of a span, or of the whole clip at once.
+        """
 
         def pixels(part: Tensor) -> Tensor:
             return part.to(self.device).transpose(0, 1)[None].to(self.dtype).div_(127.5).sub_(1)
 
-        if not self.cached:
-            return _bounded(self.model.encode(pixels(clip)).latent_dist.parameters)[0].transpose(0, 1)
-        chunks = (clip[[*self.frame_map.span(k)]] for k in range(self.frame_map.latent_frames(len(clip))))
-        moments = [_bounded(part)[0].transpose(0, 1) for part in encode_chunks(self.model, map(pixels, chunks))]
-        return torch.cat(moments)
+        if not self.is_video:
+            yield from map(self.encode, spans)
+        elif self.cached:
+            for part in encode_chunks(self.model, map(pixels, spans)):
+                yield _bounded(part)[0].transpose(0, 1)
+        else:
+            clip = pixels(torch.cat(list(spans)))
+            yield _bounded(self.model.encode(clip).latent_dist.parameters)[0].transpose(0, 1)
 
     def encode_mean(self, frames: Tensor) -> Tensor:
         """Scaled latents `(... c h/factor w/factor)` of frames, uint8 `(... 3 h w)`, without noise; see `encode`."""

@@ -29,11 +29,11 @@ __all__ = [
 ]
 
 
-class _Reader(Protocol):
+class Reader(Protocol):
     """What reads one kind of source: its frames, then what is known of it."""
 
-    fps: float | None
-    notes: list[str]
+    fps: float | None  # known once the first frame came
+    notes: list[str]  # complete once the last frame came
 
     def frames(self) -> Iterator[Frame]: ...
 
@@ -67,7 +67,12 @@ class _Animation:
         return Grid(timing).even((time, frame_of(pixels)) for time, pixels in read_animation(self.path))
 
 
-def _reader(path: str | os.PathLike[str], preprocess: Preprocess) -> _Reader:
+def open_reader(path: str | os.PathLike[str], preprocess: Preprocess) -> Reader:
+    """What reads a source, by its content.
+
+    Raises:
+        VideoError: the file cannot be read.
+    """
     if os.path.isdir(path):
         return _Images(path, preprocess.frame_order)
     try:
@@ -79,6 +84,14 @@ def _reader(path: str | os.PathLike[str], preprocess: Preprocess) -> _Reader:
     if kind == "animation" and not _libav_reads(path):
         return _Animation(path)
     return VideoFile(path, keep_corrupt=preprocess.keep_corrupt)
+
+
+def is_still(path: str | os.PathLike[str]) -> bool:
+    """Whether it is one still image. False where it cannot be read."""
+    try:
+        return not os.path.isdir(path) and kind_of(path) == "image"
+    except OSError:
+        return False
 
 
 def _libav_reads(path: str | os.PathLike[str]) -> bool:
@@ -104,7 +117,7 @@ def read_video(
     Raises:
         VideoError: with the reason, at any point of the reading.
     """
-    reader = _reader(path, preprocess)
+    reader = open_reader(path, preprocess)
     buffer: list[np.ndarray] = []
     count, side = 0, (0, 0)
     for pixels, shown in reader.frames():
@@ -121,8 +134,13 @@ def read_video(
     yield Info(reader.fps, count, side, tuple(reader.notes))
 
 
-def estimate_frames(path: str | os.PathLike[str]) -> int:
-    """About how many frames a video has, from its header alone (0 where it does not say). Never raises."""
+def estimate_frames(path: str | os.PathLike[str], fps: float | None = None) -> int:
+    """About how many frames a video has, from its header alone (0 where it does not say). Never raises.
+
+    Args:
+        path: a video file, an image, or a folder of frames.
+        fps: count the frames that there are at this rate, where the header states the video's own.
+    """
     try:
         if os.path.isdir(path):
             return len(frame_files(path, "natural"))
@@ -132,11 +150,9 @@ def estimate_frames(path: str | os.PathLike[str]) -> int:
         if kind == "animation" and not _libav_reads(path):
             return sum(1 for _ in read_animation(path))
         with av.logging.Capture(), open_video(path) as (container, stream):
-            if stream.frames:
-                return stream.frames
-            rate = stream.average_rate or stream.guessed_rate
-            seconds = float(container.duration or 0) / 1e6
-            return max(0, min(int(seconds * float(rate or 0)), 100_000_000))
+            rate = float(stream.average_rate or stream.guessed_rate or 0)
+            frames = stream.frames or int(float(container.duration or 0) / 1e6 * rate)
+            return max(0, min(int(frames * fps / rate) if fps and rate else frames, 100_000_000))
     except (OSError, ValueError, VideoError):  # libav's errors are OSError or ValueError
         return 0
 
@@ -154,7 +170,7 @@ def count_frames(path: str | os.PathLike[str], order: str = "natural") -> int:
     if os.path.isdir(path):
         return len(frame_files(path, order))
     preprocess = Preprocess(min_frames=1)
-    if isinstance(_reader(path, preprocess), VideoFile):
+    if isinstance(open_reader(path, preprocess), VideoFile):
         try:
             with av.logging.Capture():
                 packets = packets_of(path)
@@ -190,7 +206,7 @@ def frame_rate_of(path: str | os.PathLike[str]) -> float | None:
     Raises:
         ValueError: if the file is no video.
     """
-    if os.path.isdir(path) or not isinstance(_reader(path, Preprocess()), VideoFile):
+    if os.path.isdir(path) or not isinstance(open_reader(path, Preprocess()), VideoFile):
         return None
     try:
         with av.logging.Capture():

@@ -15,7 +15,7 @@ import torch
 from data_prep import jobs
 from data_prep.config import EncodeConfig, resolve
 from data_prep.encode_latents import run
-from data_prep.encoder import EncodeProgress, open_vae
+from data_prep.encoder import EncodeProgress, open_models
 from data_prep.job import run_job
 from data_prep.planning import make_plan
 from data_prep.reporting import FrameCount
@@ -166,11 +166,11 @@ def test_a_job_takes_precision_and_chunk_from_the_plan(videos, vae, tmp_path, mo
 
     given = words(videos, tmp_path, vae, "--precision", "bfloat16", "--chunk", "5")
     config = resolve(parse(EncodeConfig, given))
-    make_plan(config, open_vae(config))
+    make_plan(config, open_models(config).vae)
     seen = {}
 
-    def encode_shards(config, work, shards, vae, report):
-        seen.update(vae=vae, plan=work.plan)
+    def encode_shards(config, work, shards, models, report):
+        seen.update(vae=models.vae, plan=work.plan)
         return encoder.EncodeProgress()
 
     monkeypatch.setattr(encoder, "encode_shards", encode_shards)
@@ -281,7 +281,7 @@ def test_two_copies_of_one_job(videos, vae, tmp_path):
     assert encode(videos, tmp_path / "good", vae) == 0
     config = resolve(parse(EncodeConfig, words(videos, tmp_path / "out", vae)))
     (tmp_path / "out").mkdir()
-    make_plan(config, open_vae(config))
+    make_plan(config, open_models(config).vae)
     line = json.dumps([vars(config), 0]) + "\n"
     command = [sys.executable, "-m", "data_prep.jobs"]
     copies = [subprocess.Popen(command, stdin=subprocess.PIPE, text=True) for _ in range(2)]

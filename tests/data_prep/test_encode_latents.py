@@ -19,7 +19,7 @@ import torch
 from data_prep import shards as shard_files
 from data_prep.config import EncodeConfig, resolve
 from data_prep.encode_latents import run
-from data_prep.encoder import open_vae
+from data_prep.encoder import open_models
 from data_prep.planning import EncodePlan, assign, make_plan
 from data_prep.samples import make_sample
 from data_prep.shards import Work
@@ -204,14 +204,14 @@ def test_a_plan_of_which_nothing_was_encoded_is_made_anew(videos, vae, undisturb
     out = tmp_path / "out"
     config = resolve(parse(EncodeConfig, words(videos, out, vae, "--shard-mb", "100")))
     out.mkdir()
-    plan = make_plan(config, open_vae(config))
+    plan = make_plan(config, open_models(config).vae)
     Work(out, plan).reject(plan.shards[0], 3, "of the former plan", [1, 2])
     assert encode(videos, out, vae) == 3
     assert "nothing was encoded there yet; it is planned anew" in capsys.readouterr().out
     assert contents(out) == contents(undisturbed)
     shutil.rmtree(out)
     out.mkdir()
-    plan = make_plan(config, open_vae(config))
+    plan = make_plan(config, open_models(config).vae)
     moments = np.zeros((16, 8, 4, 4), np.float16)
     Work(out, plan).keep(plan.shards[0], 0, make_sample(0, plan.sources[0], 25.0, moments, moments))
     assert encode(videos, out, vae) == 2
@@ -220,9 +220,9 @@ def test_a_plan_of_which_nothing_was_encoded_is_made_anew(videos, vae, undisturb
 
 def test_a_plan_with_jobs_in_the_queue_stands(videos, vae, tmp_path):
     config = resolve(parse(EncodeConfig, words(videos, tmp_path, vae)))
-    make_plan(config, open_vae(config))
+    make_plan(config, open_models(config).vae)
     with pytest.raises(ValueError, match="was begun with dtype"):
-        make_plan(replace(config, dtype="bfloat16"), open_vae(config), replace_idle=False)
+        make_plan(replace(config, dtype="bfloat16"), open_models(config).vae, replace_idle=False)
 
 
 @pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -344,7 +344,8 @@ def test_cost_of_rounding(videos, vae, tmp_path, dtype, least):
 
 def test_assign_bounds_the_shards():
     sources = [Source(f"{n}", "file", split="train" if n < 7 else "test") for n in range(10)]
-    plan = assign(sources, [100, 100, 100, 1000, 10, 10, 10, 10, 10, 10], 1000, 250_000)
+    frames = [100, 100, 100, 1000, 10, 10, 10, 10, 10, 10]
+    plan = assign(sources, [1000 * count + 8192 for count in frames], 250_000)
     assert [(shard.name, shard.first, shard.end) for shard in plan] == [
         ("train-000000.tar", 0, 2),
         ("train-000001.tar", 2, 3),
@@ -352,7 +353,7 @@ def test_assign_bounds_the_shards():
         ("train-000003.tar", 4, 7),
         ("test-000000.tar", 7, 10),
     ]
-    assert assign([], [], 1, 1) == []
+    assert assign([], [], 1) == []
 
 
 def test_plan_survives_json():

@@ -10,6 +10,7 @@ from data_prep import decoding
 from data_prep.decoding import Rejected, Restarted, Task, decode
 from data_prep.inspect_shards import verify
 from fvdm.data.shards import LatentShards
+from fvdm.media.clips import ClipSpec, read_clips
 from fvdm.media.videos import Info, Preprocess, VideoError, read_video
 from tests.data_fixtures import cut, make_vae, rejected, write_frames, write_video
 from tests.data_prep.test_encode_latents import contents, encode
@@ -105,16 +106,16 @@ def test_what_cannot_be_listed(videos, vae, tmp_path, capsys, strict):
 
 
 def test_rejected_is_written_at_every_exit(videos, vae, tmp_path, monkeypatch):
-    from data_prep import encoder
+    from data_prep import in_flight
 
-    sample = encoder.VideoMoments.sample
+    sample = in_flight.VideoMoments.sample
 
     def interrupted(moments, video, *args):
         if video == 5:
             raise KeyboardInterrupt
         return sample(moments, video, *args)
 
-    monkeypatch.setattr(encoder.VideoMoments, "sample", interrupted)
+    monkeypatch.setattr(in_flight.VideoMoments, "sample", interrupted)
     assert encode(videos, tmp_path / "out", vae, "--workers", "1") == 130
     assert set(rejected(tmp_path / "out")) == {"1.mp4", "4.mp4"}
 
@@ -125,13 +126,13 @@ class Disk:
     def __init__(self, folder, name, times):
         self.counts, self.name, self.times = folder, name, times
 
-    def __call__(self, path, size, how, chunk):
+    def __call__(self, path, spec):
         if os.path.basename(path) == self.name:
             tried = len(list(self.counts.iterdir()))
             (self.counts / str(tried)).touch()
             if tried < self.times:
                 raise VideoError("cannot be read: Input/output error", OSError(errno.EIO, "Input/output error"))
-        yield from read_video(path, size, how, chunk)
+        yield from read_clips(path, spec)
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ def disk(tmp_path, monkeypatch):
 
             def read(self, task, timeout, stop):
                 try:
-                    yield from failing(task.path, task.size, task.preprocess, task.chunk)
+                    yield from failing(task.path, task.spec)
                 except VideoError as error:
                     yield Rejected(str(error), error.unread)
 
@@ -155,7 +156,7 @@ def disk(tmp_path, monkeypatch):
                 pass
 
         monkeypatch.setattr(decoding, "_Worker", Worker)
-        monkeypatch.setattr("data_prep.decoding.estimate", lambda paths, workers: [20] * len(paths))
+        monkeypatch.setattr("data_prep.decoding.estimate", lambda paths, spec, workers: [20] * len(paths))
 
     return install
 
@@ -163,7 +164,7 @@ def disk(tmp_path, monkeypatch):
 def test_a_disk_that_fails_once_costs_nothing(tmp_path, disk):
     path = write_video(tmp_path / "a.mp4", cut(0))
     disk("a.mp4", 1)
-    items = [item for _, item in decode([Task(0, str(path), 32, Preprocess(), 100)], workers=1)]
+    items = [item for _, item in decode([Task(0, str(path), ClipSpec(((32, 32),), Preprocess(), 100))], workers=1)]
     assert isinstance(items[0], Restarted)
     assert items[-1] == Info(25.0, 20)
 

@@ -13,11 +13,13 @@ import psutil
 import pytest
 
 from data_prep.decoding import Rejected, Restarted, Task, decode
+from fvdm.media.clips import ClipSpec, Piece
 from fvdm.media.videos import Info, Preprocess, to_square
 from tests.data_fixtures import cut, write_frames, write_video
 
 HOW = Preprocess(min_frames=4)
 SIZE = 32
+SPEC = ClipSpec(((SIZE, SIZE),), HOW, 8)
 BASES = {
     "h264.mp4": ("libx264", "yuv420p"),
     "mpeg4.avi": ("mpeg4", "yuv420p"),
@@ -90,13 +92,13 @@ def make_damaged(folder: Path, count: int, seed: int) -> list[Path]:
 
 def decode_all(paths: list[Path], timeout: float = 30.0) -> dict[int, np.ndarray | Rejected]:
     """What the decoder pool makes of each path; every one must end exactly once."""
-    tasks = [Task(key, str(path), SIZE, HOW, 8) for key, path in enumerate(paths)]
+    tasks = [Task(key, str(path), SPEC) for key, path in enumerate(paths)]
     chunks: dict[int, list[np.ndarray]] = {key: [] for key in range(len(paths))}
     results: dict[int, np.ndarray | Rejected] = {}
     for key, item in decode(tasks, workers=2, timeout=timeout):
         assert key not in results
-        if isinstance(item, np.ndarray):
-            chunks[key].append(item)
+        if isinstance(item, Piece):
+            chunks[key].append(item.frames)
         elif isinstance(item, Restarted):
             chunks[key] = []
         elif isinstance(item, Info):
@@ -190,7 +192,7 @@ def test_hundreds_of_damaged_videos(tmp_path):
 def test_one_worker_does_not_grow(tmp_path):
     """The same damaged inputs again and again in one decoder process: its memory stays where it was."""
     paths = make_damaged(tmp_path, 18, seed=9)
-    tasks = (Task(key, str(path), SIZE, HOW, 8) for key, path in enumerate(paths * 8))
+    tasks = (Task(key, str(path), SPEC) for key, path in enumerate(paths * 8))
     sizes, ended = [], 0
     for _, item in decode(tasks, workers=1, timeout=30):
         if isinstance(item, Rejected | Info):
@@ -209,11 +211,11 @@ def _decoder_memory() -> int:
 def test_a_decoder_that_dies_costs_one_video(tmp_path):
     """A decoder killed in the middle of a video: the video begins again, and every other is untouched."""
     paths = [write_video(tmp_path / f"{n}.mkv", np.repeat(cut(n), 10, axis=0), "ffv1", "bgr0") for n in range(3)]
-    tasks = [Task(key, str(path), SIZE, HOW, 8) for key, path in enumerate(paths)]
+    tasks = [Task(key, str(path), SPEC) for key, path in enumerate(paths)]
     killed, restarted = False, 0
     counts = Counter()
     for key, item in decode(tasks, workers=1, timeout=30):
-        if isinstance(item, np.ndarray):
+        if isinstance(item, Piece):
             counts[key] += len(item)
             if key == 1 and not killed:
                 killed = True
