@@ -41,16 +41,20 @@ def convert(config: ConvertConfig) -> "Backbone":
     Raises:
         ValueError: if the checkpoint is another model's, or the folder holds something already.
     """
+    from fvdm.cli.progress import reading, writing
     from fvdm.models.inference import InferenceConfig, write_inference_config
     from fvdm.models.official import from_official, load_torch
 
     if Path(config.dst).exists() and (not Path(config.dst).is_dir() or any(Path(config.dst).iterdir())):
         raise ValueError(f"{config.dst} exists: name a new folder")
-    model = from_official(load_torch(config.src), config.heads or None, config.src)
+    with reading(Path(config.src)) as on_read:
+        weights = load_torch(config.src, on_read)
+    model = from_official(weights, config.heads or None, config.src)
     count = model.config.classes
     if config.classes and len(config.classes) != count:
         raise ValueError(f"{len(config.classes)} class names came, the checkpoint has {count} classes")
-    model.save_pretrained(config.dst)
+    with writing(Path(config.dst), sum(p.nbytes for p in model.parameters())):
+        model.save_pretrained(config.dst)
     diffusion = replace(config.diffusion, learned_variance=model.config.learned_variance)
     inference = InferenceConfig(diffusion, config.vae, config.classes or tuple(map(str, range(count))), config.stride)
     write_inference_config(Path(config.dst), inference)

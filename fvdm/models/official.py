@@ -4,10 +4,11 @@ The only place that knows their names. Their timestep index 0..999 is our t = 1.
 weights carry over as they are.
 """
 
+import io
 import math
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,8 +159,26 @@ def _rename(name: str, value: Tensor, config: LatteConfig) -> dict[str, Tensor]:
     return {f"blocks.{place}.{BLOCK.get(module, module)}.{kind}": value}
 
 
-def load_torch(path: str | Path) -> dict[str, Any]:
+class CountedFile(io.FileIO):
+    """A file that tells how many bytes are read of it, piece by piece."""
+
+    def __init__(self, path: str | Path, on_read: Callable[[int], Any]) -> None:
+        super().__init__(path)
+        self.on_read = on_read
+
+    def readinto(self, buffer: Any) -> int | None:
+        """Fill a buffer; returns the number of bytes."""
+        count = super().readinto(buffer)
+        self.on_read(count or 0)
+        return count
+
+
+def load_torch(path: str | Path, on_read: Callable[[int], Any] = lambda _: None) -> dict[str, Any]:
     """Read a `.pt` file without running any code of it, or a `.safetensors` file.
+
+    Args:
+        path: the file.
+        on_read: called with the number of bytes of each piece that is read.
 
     Raises:
         ValueError: if it is neither, or holds more than tensors and plain values.
@@ -173,8 +192,8 @@ def load_torch(path: str | Path) -> dict[str, Any]:
         if str(path).endswith(".safetensors"):
             return load_file(path)
         # Checkpoints of the DiT family carry the arguments of their training along: plain values in a Namespace.
-        with torch.serialization.safe_globals([Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([Namespace]), io.BufferedReader(CountedFile(path, on_read)) as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"cannot read weights from {path}: it is corrupt, or holds code, which was not run") from None
     except (OSError, RuntimeError, EOFError, SafetensorError, ValueError) as error:

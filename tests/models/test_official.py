@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import pickle
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from einops import rearrange, repeat
 from safetensors.torch import save_file
 from torch import nn
 
+from fvdm.cli import progress
 from fvdm.cli.convert import ConvertConfig, convert, main
 from fvdm.diffusion.config import DiffusionConfig
 from fvdm.models import load_backbone, preset
@@ -226,6 +228,22 @@ def test_the_command_converts_and_refuses(tmp_path, capsys):
             main(words)
         assert caught.value.code == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_reading_and_writing_a_large_file_shows_how_far_it_is(tmp_path, capsys, monkeypatch):
+    torch.save({"ema": latte_state()}, tmp_path / "a.pt")
+    size, pieces = (tmp_path / "a.pt").stat().st_size, []
+    load_torch(tmp_path / "a.pt", pieces.append)
+    assert 0.95 * size < sum(pieces) < 1.5 * size
+    words = [str(tmp_path / "a.pt"), "--heads", "4"]
+    main([words[0], str(tmp_path / "small"), *words[1:]])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "LARGE", 0)
+    monkeypatch.setattr(progress, "LOG_EVERY", 0)
+    main([words[0], str(tmp_path / "large"), *words[1:]])
+    printed = capsys.readouterr().err
+    assert re.search(r"reading a\.pt: +[1-9]\d*%", printed)
+    assert "writing large: " in printed
 
 
 def test_a_pretrained_folder_gives_the_same_model(tmp_path):
