@@ -2,15 +2,17 @@
 
     python benchmarks/train_speed.py --models S/2 B/2
     python benchmarks/train_speed.py --models S/2 --peer path/to/file.py:Class --memory
+    python benchmarks/train_speed.py --models wan:1.3B --depth 2 --clip 5x16x30x52 --memory
 
 Times forward, forward + backward, and a whole step (with AdamW and the EMA) on random latents. All subjects take turns,
 round after round, so that whatever else the machine does hits all alike; the figures are medians, the ratios medians of
 the rounds' ratios. Model-FLOPs utilisation is against the matrix rate measured in the same run.
 
 Subjects: `fvdm` in each precision (weights in that precision, as the engine trains), with `--compile` also `compiled`,
-the same network with the setting compile, `diffusers` (its LatteTransformer3DModel of the same width and depth, where
-diffusers has one), and `--peer FILE.py:CLASS`, built as `Class(width=, depth=, heads=, patch=, channels=, size=,
-frames=)` and called with `x (b f c h w), t (b f)`. Others than ours run in float32, and in bfloat16 under autocast.
+the same network with the setting compile, `diffusers` (its LatteTransformer3DModel of the same width and depth; or its
+WanTransformer3DModel with a timestep per token and weights in the same precision), and `--peer FILE.py:CLASS`, built as
+`Class(width=, depth=, heads=, patch=, channels=, size=, frames=)` and called with `x (b f c h w), t (b f)`. Latte's
+peers run in float32, and in bfloat16 under autocast.
 """
 
 import argparse
@@ -27,11 +29,11 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.peers import DiffusersLatte, DiffusersWan
 from fvdm.config import fail
 from fvdm.models.compilation import compile_blocks
 from fvdm.models.config import BackboneConfig, Backend
@@ -45,37 +47,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPE = ("width", "depth", "heads", "patch", "channels", "size", "frames")
 KINDS = ("forward", "forward+backward", "step")
 OURS = ("fvdm", "compiled")
-
-
-class Diffusers(nn.Module):
-    """diffusers' Latte transformer, called as ours is."""
-
-    def __init__(self, width: int, depth: int, heads: int, patch: int, channels: int, size: int, frames: int) -> None:
-        super().__init__()
-        from diffusers.models.transformers.latte_transformer_3d import LatteTransformer3DModel
-
-        self.net: Any = LatteTransformer3DModel(
-            num_attention_heads=heads,
-            attention_head_dim=width // heads,
-            in_channels=channels,
-            out_channels=2 * channels,
-            num_layers=depth // 2,
-            sample_size=size,
-            patch_size=patch,
-            norm_type="ada_norm_single",
-            caption_channels=8,
-            video_length=frames,
-            activation_fn="gelu-approximate",
-            attention_bias=True,
-            norm_elementwise_affine=False,
-            norm_eps=1e-6,
-        )
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """One timestep a clip: it has no more."""
-        nothing = torch.zeros(len(x), 1, 8, dtype=x.dtype, device=x.device)
-        out = self.net(x.transpose(1, 2), timestep=t[:, 0], encoder_hidden_states=nothing, return_dict=False)[0]
-        return out.transpose(1, 2)
 
 
 def peer_class(where: str) -> Callable[..., nn.Module]:
@@ -102,31 +73,34 @@ class Subject:
 
     def __init__(self, name: str, config: BackboneConfig, precision: str, batch: int, device: torch.device) -> None:
         torch.manual_seed(0)
-        shape = {
-            key: getattr(config, key) for key in ("width", "depth", "heads", "patch", "channels", "size", "frames")
-        }
         dtype = DTYPES[precision]
+        autocast = precision == "bf16" and name not in OURS and not config.text_width
         if name in OURS:
             ours = build(config).to(device, dtype)
             self.net: nn.Module = compile_blocks(ours) if name == "compiled" else ours
+        elif config.text_width:
+            self.net = DiffusersWan(config).to(device, dtype)
         else:
-            self.net = (Diffusers if name == "diffusers" else peer_class(name))(**shape).to(device)
-        autocast = name not in OURS and precision == "bf16"
+            shape = {key: getattr(config, key) for key in SHAPE}
+            self.net = (DiffusersLatte if name == "diffusers" else peer_class(name))(**shape).to(device)
         self.context = functools.partial(torch.autocast, device.type, dtype) if autocast else contextlib.nullcontext
-        self.x = torch.randn(batch, *config.clip_shape, device=device)
-        self.t = torch.randint(1, 1000, (batch, config.frames), device=device)
+        x = torch.randn(batch, *config.clip_shape, device=device)
+        t = torch.randint(1, 1000, (batch, config.frames), device=device)
+        self.inputs: tuple[Tensor, ...] = (x, t)
+        if config.text_width:
+            self.inputs = (x, t, torch.randn(batch, config.text_length, config.text_width, device=device))
         self.device = device
         self.optimizer: torch.optim.Optimizer | None = None
 
     def forward(self) -> None:
         """Without gradients."""
         with torch.no_grad(), self.context():
-            self.net(self.x, self.t)
+            self.net(*self.inputs)
 
     def backward(self) -> None:
         """Forward and backward."""
         with self.context():
-            loss = self.net(self.x, self.t).float().square().mean()
+            loss = self.net(*self.inputs).float().square().mean()
         loss.backward()
 
     def step(self) -> None:
@@ -255,6 +229,7 @@ def main() -> None:
     """Measure, print, and log to MLflow."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["S/2"], help="sizes and patches")
+    parser.add_argument("--depth", type=int, default=0, help="blocks, in place of the model's own number")
     parser.add_argument("--clip", default="16x4x32x32", help="frames x channels x height x width of the latents")
     parser.add_argument("--batch", type=int, default=1, help="clips at once")
     parser.add_argument("--precisions", nargs="+", choices=sorted(DTYPES), default=["fp32", "bf16"])
@@ -263,7 +238,7 @@ def main() -> None:
     parser.add_argument("--attention", default="auto", help="attention backend of ours")
     parser.add_argument("--compile", action="store_true", help="time ours with compiled blocks, too")
     parser.add_argument("--parity", action="store_true", help="compare the attention backends' results, too")
-    parser.add_argument("--no-diffusers", dest="diffusers", action="store_false", help="leave diffusers' Latte out")
+    parser.add_argument("--no-diffusers", dest="diffusers", action="store_false", help="leave diffusers out")
     parser.add_argument("--peer", action="append", default=[], metavar="FILE.py:CLASS", help="another network")
     parser.add_argument("--memory", action="store_true", help="measure the memory of a step, too")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/train_speed"), help="journal of the run")
@@ -271,10 +246,14 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         f, c, h, w = (int(part) for part in options.clip.split("x"))
-        if h != w:
-            raise ValueError(f"--clip {options.clip}: frames are square")
         for name in options.models:
-            config = replace(preset(name).fit((c, h, w), f), attention=options.attention)
+            config = preset(name)
+            config = config.fit((c, h, w), f, 0, learned_variance=not config.text_width)
+            if h != w and not config.text_width:
+                raise ValueError(f"--clip {options.clip}: frames are square")
+            if config.text_width and (options.peer or options.parity):
+                raise ValueError(f"{name} takes texts: leave out --peer and --parity, which give none")
+            config = replace(config, attention=options.attention, depth=options.depth or config.depth)
             figures = measure(config, options, device)
             print(f"{name}, {options.batch} x {options.clip}, {device}, {torch.get_num_threads()} threads")
             for label, value in figures.items():

@@ -39,7 +39,7 @@ DOORS = {
         "fvdm/media/fast_layers.py",
         "data_prep/train_vae.py",
         "data_prep/vae_training.py",
-        "benchmarks/train_speed.py",
+        "benchmarks/peers.py",
         "benchmarks/encode_speed.py",
     },
     "transformers": {"fvdm/media/text.py"},

@@ -17,7 +17,7 @@ from fvdm.models.lora_files import LORA, is_lora, read_lora, weights_hash
 from fvdm.models.official import from_official, load_torch
 from fvdm.models.pretrained import CONFIG
 from fvdm.models.wan import Wan
-from fvdm.models.wan_config import WanConfig
+from fvdm.models.wan_config import SIZES, WanConfig
 from fvdm.models.wan_files import check_files, is_wan, load_wan, locate, read_config
 
 BACKBONES: dict[str, type[Backbone]] = {"latte": Latte, "wan": Wan}
@@ -31,12 +31,15 @@ def preset(name: str) -> BackboneConfig:
 
     Args:
         name: such as `XL/2`, Latte of size XL with patches of 2; or `wan:` and a folder or hub name of diffusers, the
-            settings of that Wan transformer.
+            settings of that Wan transformer; or `wan:1.3B`, `wan:14B` (2.1) or `wan:5B` (2.2), with new weights.
 
     Raises:
         ValueError: if there is no such model; lists those there are.
     """
-    return read_config(name.removeprefix(WAN)) if name.startswith(WAN) else latte_preset(name)
+    if not name.startswith(WAN):
+        return latte_preset(name)
+    source = name.removeprefix(WAN)
+    return SIZES[source] if source in SIZES else read_config(source)
 
 
 def config_from(values: Mapping[str, Any]) -> BackboneConfig:
@@ -74,7 +77,7 @@ def check_source(name: str) -> None:
     Raises:
         ValueError: names what is missing.
     """
-    if name.startswith(WAN):
+    if name.startswith(WAN) and name.removeprefix(WAN) not in SIZES:
         check_files(name.removeprefix(WAN))
 
 

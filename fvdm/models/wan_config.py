@@ -159,6 +159,8 @@ PUBLISHED = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": WanConfig(depth=40, heads=40, hidden=13824),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": WanConfig(heads=24, hidden=14336, channels=48, frames=31, size=(44, 80)),
 }
+# The same by size, with new weights.
+SIZES = dict(zip(("1.3B", "14B", "5B"), PUBLISHED.values(), strict=True))
 
 
 def from_diffusers(values: Mapping[str, Any], source: str = "") -> WanConfig:

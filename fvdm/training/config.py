@@ -122,7 +122,8 @@ class TrainConfig:
         data: what is trained on.
         runs: folder of all runs.
         model: size and patch: S/2, B/2, L/2, XL/2 (or T, XS; patches /1, /4, /8); or `wan:` and a folder or hub name
-            of diffusers' Wan transformer, such as wan:Wan-AI/Wan2.1-T2V-1.3B-Diffusers.
+            of diffusers' Wan transformer, such as wan:Wan-AI/Wan2.1-T2V-1.3B-Diffusers, or wan:1.3B, wan:14B or wan:5B
+            for new weights.
         init: initial weights: a run, a folder of `fvdm convert`, or a checkpoint file of Latte or FVDM; empty is those
             of a `wan:` model, and random ones for other models; none is random ones. A run that resumes has its own.
         from_scratch: where all checkpoints of the run are corrupt, train it again from step 0 instead of refusing to; a

@@ -2,13 +2,16 @@
 
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from benchmarks import train_speed
+from fvdm.models import preset
 from fvdm.models.layers import GELU
+from tests.tiny_models import tiny_wan
 
 PEER = """
 from torch import nn
@@ -55,3 +58,34 @@ def test_both_forms_of_gelu_are_one_function():
     torch.testing.assert_close(compiled, plain, rtol=1e-12, atol=1e-12)
     slopes = [torch.autograd.grad(y.sum(), x)[0] for y in (compiled, plain)]
     torch.testing.assert_close(*slopes, rtol=1e-12, atol=1e-12)
+
+
+def test_wan_beside_diffusers_with_a_timestep_per_token(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = tiny_wan(tmp_path / "wan")
+    words = [
+        "--models",
+        f"wan:{folder}",
+        "--depth",
+        "1",
+        "--clip",
+        "3x4x4x6",
+        "--rounds",
+        "1",
+        "--kinds",
+        "forward+backward",
+    ]
+    monkeypatch.setattr(sys, "argv", ["train_speed.py", *words])
+    train_speed.main()
+    shown = dict(line.strip().rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[:2] == "  ")
+    for precision in ("fp32", "bf16"):
+        assert float(shown[f"diffusers {precision} forward+backward / fvdm"]) > 0
+    config = replace(preset(f"wan:{folder}").fit((4, 4, 6), 3, 0, False), depth=1)
+    ours, theirs = (train_speed.Subject(name, config, "fp32", 1, torch.device("cpu")) for name in ("fvdm", "diffusers"))
+    ours.net.load_state_dict(theirs.net.net.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(ours.net(*ours.inputs), theirs.net(*ours.inputs), rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(sys, "argv", ["train_speed.py", *words, "--parity"])
+    with pytest.raises(SystemExit):
+        train_speed.main()
+    assert "takes texts" in capsys.readouterr().err
