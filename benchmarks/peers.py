@@ -41,16 +41,16 @@ class DiffusersLatte(nn.Module):
 
 
 class DiffusersWan(nn.Module):
-    """diffusers' Wan transformer with the weights of ours: a timestep per frame in its form for one per token."""
+    """diffusers' Wan transformer: a timestep per frame in its form for one per token."""
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         from diffusers import WanTransformer3DModel
 
-        ours = build(config)
-        values = {name: value for name, value in ours.config_dict().items() if not name.startswith("_")}
+        with torch.device("meta"):
+            described = build(config).config_dict()
+        values = {name: value for name, value in described.items() if not name.startswith("_")}
         self.net: Any = WanTransformer3DModel(**values)
-        self.net.load_state_dict(ours.state_dict())
         self.patch = values["patch_size"][1]
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
