@@ -226,11 +226,17 @@ class Chaos:
         return state not in ENDED
 
     def resume_nodes(self) -> None:
-        """What an administrator does: Slurm drains nodes whose word of a job's end it missed while it was away."""
+        """What an administrator does.
+
+        Slurm drains nodes whose word of a job's end it missed while it was away, or that still have the job when it
+        starts there again after a cut; in the second case it also holds the job.
+        """
         for line in self.cluster.run("sinfo", "-h", "-N", "-o", "%n %T").stdout.splitlines():
             node, state = line.split()
             if state.startswith("drained"):
                 self.cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
+        if "held" in self.cluster.run("squeue", "-h", "-j", self.job, "-o", "%r").stdout:
+            self.cluster.run("scontrol", "release", self.job)
 
     def attack(self) -> list[str]:
         """Hit the training until it ends; the kinds of the events that have happened."""

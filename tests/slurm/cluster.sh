@@ -133,8 +133,8 @@ FirstJobId=$(($(date +%s) % 60000000 + 1))
 # finished jobs stay in scontrol show job for this long
 MinJobAge=3600
 SchedulerType=sched/backfill
-# start a submitted job within a second instead of three; and never hold one whose nodes failed to start it often
-SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,max_batch_requeue=1000
+# start a submitted job within a second instead of three
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 EOF
         for ((i = 1; i <= n; i++)); do
             echo "NodeName=node$i NodeHostname=$([ "$NET" = none ] && echo "$host" || echo "node$i") NodeAddr=${addrs[i - 1]} Port=$((PORT + i)) CPUs=$CPUS RealMemory=$MEM$([ "$GPUS" = 0 ] || echo " Gres=gpu:$GPUS") State=UNKNOWN"
