@@ -2,8 +2,8 @@
 
 import argparse
 import json
-import re
 import pickle
+import re
 from dataclasses import replace
 
 import pytest
