@@ -90,7 +90,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "auto") -> Ten
     Raises:
         ValueError: if the forced backend is unknown or cannot run on these tensors.
     """
-    chosen = _choose(q.device.type, q.dtype, _reach(max(q.shape[1], k.shape[1])), q.shape[3], backend)
+    chosen = choose(q.device.type, q.dtype, _reach(max(q.shape[1], k.shape[1])), q.shape[3], backend)
     function = FLASH if chosen == "flash" and FLASH is not None else _FUNCTIONS[chosen]
     if q.device.type == "cuda":
         return in_launches(function, q, k, v, LAUNCH_LIMIT)
@@ -138,9 +138,8 @@ def _reach(positions: int) -> float:
     return min(bound for bound in BOUNDS if positions <= bound)
 
 
-@torch.compiler.assume_constant_result
-def _choose(device: str, dtype: torch.dtype, reach: float, width: int, backend: Backend) -> str:
-    """The backend for such tensors. A compiler evaluates this once while it traces: no break in its graph."""
+def choose(device: str, dtype: torch.dtype, reach: float, width: int, backend: Backend) -> str:
+    """The backend for such tensors. `compile_blocks` marks it as constant: evaluated once while a graph is traced."""
     return _chosen(device, dtype, reach, width, backend)
 
 

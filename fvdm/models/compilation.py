@@ -1,8 +1,6 @@
 """`torch.compile` of the network's blocks: one setting, for training and for sampling."""
 
-import torch
-import torch._dynamo
-
+from fvdm.models.attention import choose
 from fvdm.models.backbone import Backbone
 
 LIMIT = 64  # graphs: space or time, with or without gradients, one clip, one batch or any, and as many of frames
@@ -26,6 +24,8 @@ def compile_blocks(model: Backbone, backend: str = "inductor") -> Backbone:
     Raises:
         ValueError: if this machine cannot compile, which a single addition tests.
     """
+    import torch._dynamo  # 1.4 s, for those who compile.
+
     device = model.device
     try:
         torch.compile(lambda x: x + 1, fullgraph=True, backend=backend)(torch.zeros(8, device=device))
@@ -35,6 +35,7 @@ def compile_blocks(model: Backbone, backend: str = "inductor") -> Backbone:
             f"torch.compile does not work here for {device.type} ({reason[0]}); install a C++ compiler, such as the "
             f"package g++, or leave the setting compile off"
         ) from None
+    torch.compiler.assume_constant_result(choose)  # No break in the graph. Here, not at its definition: 1.4 s.
     # Blocks of both kinds share one code, of which PyTorch keeps 8 graphs: too few for training with its previews.
     torch._dynamo.config.recompile_limit = max(LIMIT, torch._dynamo.config.recompile_limit)
     for block in model.blocks:

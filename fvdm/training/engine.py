@@ -9,8 +9,10 @@ import datetime
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from fvdm.training.config import EngineConfig
 
 def initialise(timeout: int) -> torch.device:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device."""
+    _leave_out_unused_imports()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -39,6 +42,20 @@ def initialise(timeout: int) -> torch.device:
         allow_gpu_names()
     deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(seconds=timeout))
     return torch.device(accelerator.current_device_name())
+
+
+def _leave_out_unused_imports() -> None:
+    """Keep DeepSpeed from 3 s of imports on every rank, for parts that no run here uses.
+
+    Its autotuner imports MLflow. Its Muon optimizer, which ZeRO imports at the first step whatever the optimizer is,
+    decorates its kernels with `torch.compile`, which imports the whole compiler.
+    """
+    autotuner = ModuleType("deepspeed.autotuning.autotuner")
+    autotuner.__dict__["Autotuner"] = None
+    sys.modules.setdefault(autotuner.__name__, autotuner)
+    from deepspeed.runtime import compiler
+
+    compiler.compile = lambda: lambda function: function
 
 
 def allow_gpu_names() -> None:
