@@ -36,6 +36,32 @@ def test_the_pictures_are_there():
     assert "](docs/mlflow.png)" in README
 
 
+def test_every_page_begins_with_what_one_can_do_after_it_and_is_in_the_index():
+    pages = [page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "README.md"]
+    index = (ROOT / "docs" / "README.md").read_text()
+    for page in pages:
+        lines = [line for line in page.read_text().splitlines() if line]
+        assert lines[0].startswith("# ")
+        assert lines[1].startswith("After this page you "), f"{page.name}: say what one can do after reading it"
+        assert f"| [{page.name}]({page.name}) |" in index, f"{page.name} is not in docs/README.md"
+
+
+def test_the_front_page_goes_from_what_it_is_to_what_it_shows():
+    headings = re.findall(r"^## (.*)$", README, re.MULTILINE)
+    order = [
+        "Two commands",
+        "What it does that others do not",
+        "Train on your videos",
+        "From Wan",
+        "On Slurm",
+        "Look at it",
+    ]
+    assert headings == order
+    assert README.index("docs/tasks.gif") < README.index("## Two commands")
+    rows = re.findall(r"^\|.*\|$", README[README.index(order[1]) : README.index(order[2])], re.MULTILINE)
+    assert {row.count(" | ") for row in rows if "---" not in row} == {5}, "a cell is missing"
+
+
 def test_the_commands_of_the_readme_parse_and_come_after_the_environment():
     """Packages are in an environment of the project's own: a python before it is entered has none of them."""
     typed = re.findall(r"^    (.*(?:python|fvdm|torchrun|pip|activate).*)$", README, re.MULTILINE)
