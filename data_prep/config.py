@@ -237,10 +237,13 @@ class InspectConfig:
 
     Attributes:
         shards: folder that encode_latents.py wrote.
-        images: folder for the two images [the folder of the shards]
+        images: folder for the images, or the page of clips [the folder of the shards]
         no_images: only verify, and print the table.
         vae: the VAE to decode with, if its name is another here [the one in the manifest]
         videos: the folder of the videos, if it has moved [the one in plan.json]
+        batch_size: samples of a step of the order that is shown, of clips.
+        mlflow: MLflow server or database whose run of the encoding gets the images; none for no MLflow.
+        experiment: MLflow experiment of the encoding.
     """
 
     shards: str
@@ -248,6 +251,13 @@ class InspectConfig:
     no_images: bool = False
     vae: str | None = None
     videos: str | None = None
+    batch_size: int = 8
+    mlflow: str = field(default="none", metadata={"metavar": "URI"})
+    experiment: str = "encode"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting out of its range."""
+        in_range(self, batch_size=SOME)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
     python data_prep/inspect_shards.py DIR [--images DIR] [--videos DIR]
 
 Verifies every checksum, prints a table, and writes contact_sheet.png (frames decoded from the latents, one
-row per video) and reconstruction.png (a video's frames above their reconstruction, with its PSNR). Exit
-status: 0 all is well, 3 something is corrupt, 2 wrong usage.
+row per video) and reconstruction.png (a video's frames above their reconstruction, with its PSNR). Of clips (format 2)
+it prints buckets, captions and the order of a run, and writes contact_sheet.html: decoded clips of every bucket with
+their captions. Exit status: 0 all is well, 3 something is corrupt, 2 wrong usage.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ if __package__ in (None, ""):  # run as a file: the folder above holds the packa
 from data_prep.config import InspectConfig
 from data_prep.job import exit_status
 from fvdm import config as settings
+from fvdm.data.format import ClipManifest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,10 +46,31 @@ def main(config: InspectConfig) -> int:
         print(f"CORRUPT {problem}", file=sys.stderr)
     if problems:
         return 3
-    print(table(folder))
+    manifest = _manifest(folder)
+    if isinstance(manifest, ClipManifest):
+        from data_prep.inspect_clips import describe
+
+        print(describe(folder, manifest, config.batch_size))
+    else:
+        print(table(folder, manifest))
     if not config.no_images:
-        write_images(folder, Path(config.images or folder), config.vae, config.videos)
+        images = write_images(folder, manifest, config)
+        if config.mlflow != "none":
+            _log(folder, images, config)
     return 0
+
+
+def _log(folder: Path, images: list[Path], config: InspectConfig) -> None:
+    """Adds the images to the MLflow run of the encoding."""
+    from data_prep.reporting import JOURNAL
+    from fvdm.tracking.config import TrackingConfig
+    from fvdm.tracking.tracker import Tracker
+
+    tracking = TrackingConfig(config.mlflow, config.experiment)
+    tracker = Tracker(folder / JOURNAL, tracking, f"encode {folder.resolve().name}", {}, {"kind": "encode"})
+    for path in images:
+        tracker.artifact(path)
+    tracker.close()
 
 
 def run(words: Sequence[str] | None = None) -> int:
@@ -65,6 +88,10 @@ def verify(folder: Path) -> list[str]:
     if not path.exists():
         raise ValueError(f"{str(folder)!r} has no manifest.json: is it a folder that encode_latents.py finished?")
     manifest = _manifest(folder)
+    if isinstance(manifest, ClipManifest):
+        from data_prep.inspect_clips import verify_clips
+
+        return list(verify_clips(folder, manifest))
     problems = [line for shard in manifest.shards for line in _verify_shard(folder, manifest, shard.name)]
     if not problems:
         keys = Counter(key for split in _splits(manifest) for key in _open(folder, split).keys)
@@ -105,11 +132,10 @@ def _verify_shard(folder: Path, manifest: "Manifest", name: str) -> Iterator[str
             yield f"{name}: {row['source']!a} ({row['key']}) has numbers that are not finite"
 
 
-def table(folder: Path) -> str:
+def table(folder: Path, manifest: "Manifest") -> str:
     """A table of the splits, and one of the classes, as text."""
     from fvdm.data.former import index_name
 
-    manifest = _manifest(folder)
     lines = [
         f"{folder}: {manifest.size} px, latents {' x '.join(map(str, manifest.latent_shape))} as {manifest.dtype}"
         f"{', with flipped copies' if manifest.flip else ''}; VAE {manifest.vae} ({manifest.vae_identity}); "
@@ -133,9 +159,11 @@ def table(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def write_images(folder: Path, to: Path, vae_name: str | None, videos: str | None) -> None:
-    """Writes contact_sheet.png and, if the videos are at hand, reconstruction.png; prints where, and the
-    PSNR.
+def write_images(folder: Path, manifest: "Manifest | ClipManifest", config: InspectConfig) -> list[Path]:
+    """Writes the contact sheet and, if the videos are at hand, reconstruction.png; prints where, and the PSNR.
+
+    Returns:
+        what was written.
 
     Raises:
         ValueError: the VAE is not the one that made the shards.
@@ -144,13 +172,20 @@ def write_images(folder: Path, to: Path, vae_name: str | None, videos: str | Non
 
     from fvdm.media.vae import load_vae
 
-    manifest = _manifest(folder)
+    to = Path(config.images or folder)
     shards = _open(folder, _splits(manifest)[0])
-    vae = load_vae(vae_name or manifest.vae, device="cuda" if torch.cuda.is_available() else "cpu")
+    vae = load_vae(config.vae or manifest.vae, device="cuda" if torch.cuda.is_available() else "cpu")
     shards.require(vae_identity=vae.identity)
     to.mkdir(parents=True, exist_ok=True)
+    if isinstance(manifest, ClipManifest):
+        from data_prep.inspect_clips import write_page
+
+        path = write_page(folder, manifest, to, vae)
+        print(f"{path}: clips of every bucket, decoded, with their captions")
+        return [path]
     _contact_sheet(shards, vae, to / "contact_sheet.png")
-    _reconstruction(videos or _videos(folder), shards, vae, to / "reconstruction.png")
+    _reconstruction(config.videos or _videos(folder), shards, vae, to / "reconstruction.png")
+    return [path for path in (to / "contact_sheet.png", to / "reconstruction.png") if path.exists()]
 
 
 def _contact_sheet(shards: "LatentShards", vae: "VAE", path: Path) -> None:
@@ -221,18 +256,14 @@ def _save(rows: "list[np.ndarray]", path: Path) -> None:
         Image.fromarray(grid.transpose(1, 2, 0)).save(file, format="png")
 
 
-def _manifest(folder: Path) -> "Manifest":
-    from fvdm.data.former import Manifest
+def _manifest(folder: Path) -> "Manifest | ClipManifest":
     from fvdm.data.opening import read_manifest
 
     path = folder / "manifest.json"
-    manifest = read_manifest(path.read_bytes(), str(path))
-    if not isinstance(manifest, Manifest):
-        raise ValueError(f"{str(path)!r} is of the format {manifest.format!r}, which is not shown here yet.")
-    return manifest
+    return read_manifest(path.read_bytes(), str(path))
 
 
-def _splits(manifest: "Manifest") -> list[str]:
+def _splits(manifest: "Manifest | ClipManifest") -> list[str]:
     return sorted({shard.split for shard in manifest.shards})
 
 

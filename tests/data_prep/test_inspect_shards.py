@@ -5,8 +5,21 @@ import pytest
 from PIL import Image
 
 from data_prep import encode_latents
+from data_prep.inspect_clips import decode_clip
 from data_prep.inspect_shards import run, verify
-from tests.data_fixtures import make_shards, make_tree, make_vae
+from fvdm.data.shards import LatentShards
+from fvdm.media.clips import ClipSpec, Piece, read_clips
+from fvdm.media.preprocess import Preprocess
+from fvdm.media.vae import load_vae
+from tests.data_fixtures import (
+    cut,
+    make_clip_shards,
+    make_shards,
+    make_tree,
+    make_vae,
+    write_frames,
+    write_video,
+)
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +105,58 @@ def test_a_sample_there_twice_is_found(tmp_path):
     assert hashlib.sha256((folder / "train-000001.tar").read_bytes()).hexdigest() == manifest["shards"][1]["sha256"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert verify(folder) == ["the sample 000000000 is there 2 times"]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Clips of two buckets and an image, with captions in other scripts, of the builtin VAE."""
+    folder = tmp_path_factory.mktemp("clips")
+    for number in range(2):
+        frames = cut(number, 20)
+        write_video(folder / "v" / f"{number}.mp4", frames.transpose(0, 2, 1, 3) if number else frames)
+        (folder / "v" / f"{number}.txt").write_text(f"<b>clip</b> {number}\n一个人在说话")
+    write_frames(folder / "v", cut(0)[:1], ["still.png"])
+    words = ["--videos", str(folder / "v"), "--out", str(folder / "out"), "--buckets", "32x48,48x32", "--images"]
+    words += ["--clip-frames", "9", "--captions", "txt", "--uncaptioned", "empty", "--mlflow", "none"]
+    assert encode_latents.run([*words, "--device", "cpu", "--workers", "2"]) == 0
+    return folder / "out"
+
+
+def test_clips_are_shown_with_their_captions_and_buckets(clips, tmp_path, capsys):
+    assert run([str(clips), "--images", str(tmp_path), "--batch-size", "2"]) == 0
+    text = capsys.readouterr().out
+    rows = [line.split() for line in text.splitlines()]
+    assert rows[2][:3] == ["train", "1", "5"]
+    assert [row[-1] for row in rows[4:8]] == ["train", "train", "train", "none"]
+    assert "order (seed 0, batch size 2, 2 lanes): an epoch is" in text
+    page = (tmp_path / "contact_sheet.html").read_text()
+    assert page.count("<img src=") == 5
+    assert "&lt;b&gt;clip&lt;/b&gt; 0<br>一个人在说话" in page
+    assert page.count("<i>no caption</i>") == 1
+    assert "bucket 1: 48 x 32 pixels, 9 x 12 x 8 latents, 2 clips" in page
+
+
+def test_what_is_shown_is_the_frames(clips):
+    """Decoded frames of a clip resemble those that were encoded."""
+    shards = LatentShards(clips)
+    shown = decode_clip(shards, load_vae("builtin"), 1, 3)
+    spec = ClipSpec(((32, 48),), Preprocess(antialias=True), 9, 9, 9)
+    pieces = [piece for piece in read_clips(clips.parent / "v" / "0.mp4", spec) if isinstance(piece, Piece)]
+    expected = pieces[1].frames[[0, 4, 8]]
+    assert np.abs(shown.astype(int) - expected).mean() < 12
+    assert np.abs(shown[0].astype(int) - expected[0]).mean() < np.abs(shown[0].astype(int) - expected[2]).mean()
+
+
+@pytest.mark.parametrize("name", ["train-000000.tar", "train.index.arrow", "empty_prompt.npy"])
+def test_every_damage_of_clips_is_found(tmp_path, name, capsys):
+    folder = make_clip_shards(tmp_path / "good", [(0, 1), (1, 0), (0, 2), (1, 1)], per_shard=2)
+    assert verify(folder) == []
+    data = (folder / name).read_bytes()
+    for at in np.random.default_rng(0).integers(0, len(data), 10):
+        changed = bytearray(data)
+        changed[at] ^= 1
+        (folder / name).write_bytes(changed)
+        assert f"{name} is not the file that was written (sha256 differs)" in verify(folder)
+    (folder / name).unlink()
+    assert run([str(folder), "--no-images"]) == 3
+    assert f"CORRUPT {name} is missing" in capsys.readouterr().err
