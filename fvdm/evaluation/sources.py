@@ -182,7 +182,10 @@ class Samples:
     def __init__(self, path: str, config: SampleConfig, trained: Trained | None = None) -> None:
         self.path, self.config = path, config
         self.trained = trained or load(path, config.weights, config.vae, str(device()), config.precision)
-        self.size = self.trained.size
+        height, width = self.trained.frame_size
+        if height != width:
+            raise ValueError(f"{path} makes videos of {height} x {width}; FVD compares square ones only")
+        self.size = height
         window = self.trained.model.config.frames
         self.task = "long" if config.frames > window else "generate"
         self.lengths = [max(config.frames, window)] * config.num

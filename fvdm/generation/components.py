@@ -21,7 +21,7 @@ class Components:
         diffusion: its noise process.
         vae: turns its latents into images.
         classes: names of its classes; empty without.
-        size: side of a frame in pixels.
+        size: height of a frame in pixels: its side, if it is a square.
         stride: the clips it was trained on take every stride-th frame.
         step: optimizer steps it was trained for; 0 where that is not known.
         folder: where it came from.
@@ -44,6 +44,12 @@ class Components:
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.device
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """Height and width of a frame in pixels."""
+        _, height, width = self.model.config.latent_shape
+        return height * self.vae.factor, width * self.vae.factor
 
     @property
     def window(self) -> int:

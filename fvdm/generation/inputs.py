@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fvdm.diffusion.tasks import TaskPlan
-from fvdm.media.videos import Info, Preprocess, VideoError, read_video, to_square
+from fvdm.media.preprocess import sides, to_size
+from fvdm.media.videos import Info, Preprocess, VideoError, read_video
 
 _FIT = Preprocess(min_frames=1)
 STEP_IN_TIME = 8.0  # frames per second of a file where nothing given has a rate
@@ -21,7 +22,7 @@ class Source:
 
     Attributes:
         name: what it is called in messages.
-        frames: uint8 `(n 3 size size)`.
+        frames: uint8 `(n 3 h w)`.
         fps: frames per second; None for images.
         side: (width, height) of its frames as a player shows them, before scaling.
         notes: what else was done to it, a sentence each.
@@ -35,15 +36,17 @@ class Source:
 
     def __str__(self) -> str:
         """What was read and what was done to it, in a line."""
-        size, number = self.frames.shape[-1], len(self.frames)
+        (height, width), number = self.frames.shape[-2:], len(self.frames)
         rate = f" at {self.fps:g} frames/s" if self.fps else ""
         count = f"{number} frame{'s' if number > 1 else ''}"
-        fitted = "as it is" if self.side == (size, size) else f"shorter side to {size}, centre {size} x {size} kept"
+        square = f"shorter side to {height}, centre {height} x {width} kept"
+        filled = square if height == width else f"scaled to fill {width} x {height}, centre kept"
+        fitted = "as it is" if self.side == (width, height) else filled
         return "; ".join([f"{self.name}: {count} of {self.side[0]} x {self.side[1]}{rate}", fitted, *self.notes])
 
 
-def read_source(path: str, size: int) -> Source:
-    """Read an image, a video file or a folder of images, as in training: shorter side to `size`, then the centre.
+def read_source(path: str, size: int | tuple[int, int]) -> Source:
+    """Read an image, a video file or a folder of images, as in training: scaled to fill `size`, then the centre.
 
     Of a corrupt video the frames are read that can be decoded, and a note says so.
 
@@ -62,7 +65,7 @@ def read_source(path: str, size: int) -> Source:
         raise ValueError(f"cannot read frames from {path}: {error}") from None
 
 
-def _read(path: str, size: int, preprocess: Preprocess) -> Source:
+def _read(path: str, size: int | tuple[int, int], preprocess: Preprocess) -> Source:
     parts: list[np.ndarray] = []
     info = Info(None, 0)
     for part in read_video(path, size, preprocess, 64):
@@ -77,8 +80,8 @@ def _read(path: str, size: int, preprocess: Preprocess) -> Source:
     return Source(path, torch.from_numpy(np.concatenate(parts)), info.fps, info.side, info.notes)
 
 
-def read_frames(path: str, size: int) -> Tensor:
-    """All frames of an image, a video or a folder of images: uint8 `(n 3 size size)`; see `read_source`.
+def read_frames(path: str, size: int | tuple[int, int]) -> Tensor:
+    """All frames of an image, a video or a folder of images: uint8 `(n 3 h w)`; see `read_source`.
 
     Raises:
         ValueError: if it cannot be read.
@@ -92,8 +95,8 @@ def file_rate(sources: Sequence[Source], stride: int) -> float:
     return rates[0] / stride if rates else STEP_IN_TIME
 
 
-def as_frames(given: Tensor, size: int, name: str = "given") -> Tensor:
-    """Frames in memory, uint8 `(3 h w)` or `(n 3 h w)`, scaled and cropped as files are: `(n 3 size size)`.
+def as_frames(given: Tensor, size: int | tuple[int, int], name: str = "given") -> Tensor:
+    """Frames in memory, uint8 `(3 h w)` or `(n 3 h w)`, scaled and cropped as files are to (height, width) `size`.
 
     Raises:
         ValueError: if they have another shape or type.
@@ -102,7 +105,8 @@ def as_frames(given: Tensor, size: int, name: str = "given") -> Tensor:
     if frames.ndim != 4 or frames.shape[1] != 3 or frames.dtype != torch.uint8 or not len(frames):
         raise ValueError(f"{name}: frames are uint8 (n 3 h w), not {given.dtype} {tuple(given.shape)}")
     try:
-        return torch.stack([torch.from_numpy(to_square(f.permute(1, 2, 0).cpu().numpy(), size, _FIT)) for f in frames])
+        own = [frame.permute(1, 2, 0).cpu().numpy() for frame in frames]
+        return torch.stack([torch.from_numpy(to_size(frame, sides(size), _FIT)) for frame in own])
     except VideoError as error:
         raise ValueError(f"{name}: {error}") from None
 

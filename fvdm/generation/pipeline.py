@@ -119,11 +119,9 @@ def load(
     model = read_backbone(path, weights, base=base)
     inference = read_inference_config(path, model.config)
     decoder = load_vae(vae or inference.vae, place)
-    channels, height, width = model.config.latent_shape
+    channels, height, _ = model.config.latent_shape
     if decoder.channels != channels:
         raise ValueError(f"the model has {channels} latent channels, its VAE {decoder.channels}")
-    if height != width:
-        raise ValueError(f"the model makes latent frames of {height} x {width}; fvdm generate makes square videos only")
     text = None
     if model.config.text_width:
         name, length = text_encoder or inference.text_encoder, inference.text_length or model.config.text_length

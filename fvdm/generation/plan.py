@@ -19,7 +19,7 @@ from fvdm.generation.inputs import as_frames, available
 def fitted(trained: Components, given: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
     """Given images as clips of the model's size, uint8 `(n 3 size size)` each."""
     clips = [] if given is None else [given] if isinstance(given, Tensor) else list(given)
-    return [as_frames(clip, trained.size) for clip in clips]
+    return [as_frames(clip, trained.frame_size) for clip in clips]
 
 
 def length_of(trained: Components, config: GenerationConfig) -> int:

@@ -76,7 +76,7 @@ def prepare(trained: Trained, config: GenerateCommand) -> PreparedTask:
     Raises:
         ValueError: if a file cannot be read, or does not fit the task.
     """
-    sources = [read_source(path, trained.size) for path in config.paths]
+    sources = [read_source(path, trained.frame_size) for path in config.paths]
     clips = [source.frames for source in sources]
     plan = make_plan(trained, config, clips, complete=config.show_schedule)
     messages = [str(source) for source in sources]

@@ -94,9 +94,14 @@ def frame_of(pixels: np.ndarray) -> Frame:
     return Frame(pixels, (pixels.shape[1], pixels.shape[0]))
 
 
+def sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width); one number is a square."""
+    return (size, size) if isinstance(size, int) else size
+
+
 def to_square(frame: np.ndarray, size: int, preprocess: Preprocess, side: tuple[int, int] | None = None) -> np.ndarray:
     """A frame as a square of `size` pixels, uint8 (3 size size); see `to_size`."""
-    return to_size(frame, (size, size), preprocess, side)
+    return to_size(frame, sides(size), preprocess, side)
 
 
 def to_size(

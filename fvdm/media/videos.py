@@ -12,7 +12,7 @@ import av
 import numpy as np
 
 from fvdm.media.containers import VideoFile, open_video, packets_of
-from fvdm.media.preprocess import Frame, Info, Preprocess, VideoError, frame_of, to_square
+from fvdm.media.preprocess import Frame, Info, Preprocess, VideoError, frame_of, sides, to_size, to_square
 from fvdm.media.stills import folder_frames, frame_files, kind_of, read_animation, read_still
 from fvdm.media.timing import Grid, measure
 
@@ -101,18 +101,18 @@ def _libav_reads(path: str | os.PathLike[str]) -> bool:
 
 
 def read_video(
-    path: str | os.PathLike[str], size: int, preprocess: Preprocess, chunk: int
+    path: str | os.PathLike[str], size: int | tuple[int, int], preprocess: Preprocess, chunk: int
 ) -> Iterator[np.ndarray | Info]:
     """Yields the frames of a video in chunks, then one `Info`. Which kind of file it is follows from its content.
 
     Args:
         path: a video file, an image, or a folder of frames.
-        size: side of the square, in pixels.
-        preprocess: how frames become squares.
+        size: (height, width), or the side of a square, in pixels.
+        preprocess: how frames come to that size.
         chunk: frames per chunk; the last one has the rest.
 
     Yields:
-        uint8 arrays (n 3 size size), then `Info`.
+        uint8 arrays (n 3 h w), then `Info`.
 
     Raises:
         VideoError: with the reason, at any point of the reading.
@@ -122,7 +122,7 @@ def read_video(
     count, side = 0, (0, 0)
     for pixels, shown in reader.frames():
         side = side if count else shown
-        buffer.append(to_square(pixels, size, preprocess, shown))
+        buffer.append(to_size(pixels, sides(size), preprocess, shown))
         count += 1
         if len(buffer) == chunk:
             yield np.stack(buffer)

@@ -80,7 +80,7 @@ def request_of(model: Trained, config: GenerationConfig, paths: Sequence[str]) -
     Raises:
         ValueError: if a file cannot be read, or the settings do not fit the task.
     """
-    sources = [read_source(path, model.size) for path in paths]
+    sources = [read_source(path, model.frame_size) for path in paths]
     clips = tuple(source.frames for source in sources)
     if not find(config.task).plan(task_spec(model, config, clips)).given:
         return Request(config, (), ())
@@ -94,7 +94,7 @@ def plan_of(model: Trained, request: Request) -> tuple[Tensor, tuple[int, ...]]:
     Raises:
         ValueError: if the task and the given frames do not fit each other.
     """
-    blank = torch.zeros(1, 3, model.size, model.size, dtype=torch.uint8)
+    blank = torch.zeros(1, 3, *model.frame_size, dtype=torch.uint8)
     clips = request.clips or ((blank,) if find(request.config.task).needs_given else ())
     plan = make_plan(model, request.config, clips, complete=True)
     return with_noise(model, request.config, plan)[0].schedule, plan.given

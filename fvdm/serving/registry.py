@@ -31,7 +31,7 @@ from fvdm.generation.pipeline import Trained
 from fvdm.media.vae import load_vae
 from fvdm.models.export import export_model
 from fvdm.models.inference import read_inference_config
-from fvdm.models.loading import read_backbone
+from fvdm.models.loading import config_from, read_backbone
 from fvdm.serving.config import RegistryConfig
 from fvdm.tracking.logged_model import LoggedModel
 from fvdm.tracking.provenance import git_commit
@@ -52,14 +52,14 @@ def columns() -> dict[str, str]:
     return {k: v for k, v in own.items() if k not in ("num", "batch_size", "schedule")} | {"given": "binary"}
 
 
-def signature(size: int) -> dict[str, list[dict[str, Any]]]:
+def signature(size: tuple[int, int]) -> dict[str, list[dict[str, Any]]]:
     """What a model takes and returns, in MLflow's form.
 
     Args:
-        size: side of a frame in pixels.
+        size: height and width of a frame in pixels.
     """
     inputs = [{"name": name, "type": kind, "required": name == "task"} for name, kind in columns().items()]
-    clips = {"dtype": "uint8", "shape": [-1, -1, 3, size, size]}
+    clips = {"dtype": "uint8", "shape": [-1, -1, 3, *size]}
     return {"inputs": inputs, "outputs": [{"type": "tensor", "tensor-spec": clips}]}
 
 
@@ -81,7 +81,7 @@ def predict(trained: Trained, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
     for number, row in enumerate(rows, start=1):
         values = {"class_" if name == "class" else name: value for name, value in row.items() if name != "given"}
         try:
-            given = frames_of(row["given"], trained.size) if "given" in row else None
+            given = frames_of(row["given"], trained.frame_size) if "given" in row else None
             clips.append(trained.generate(values.pop("task", "generate"), given=given, **values)[0])
         except ValueError as error:
             raise ValueError(f"row {number}: {error}") from None
@@ -92,8 +92,8 @@ def predict(trained: Trained, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
     return torch.stack(clips).numpy()
 
 
-def frames_of(content: bytes, size: int) -> Tensor:
-    """Frames, uint8 `(n 3 size size)`, of the content of an image or of a video file.
+def frames_of(content: bytes, size: int | tuple[int, int]) -> Tensor:
+    """Frames, uint8 `(n 3 h w)`, of the content of an image or of a video file.
 
     Raises:
         ValueError: if it is neither.
@@ -118,12 +118,12 @@ class Packed:
     Attributes:
         folder: where it lies.
         step: training step; 0 if unknown.
-        size: side of a frame in pixels.
+        size: height and width of a frame in pixels.
     """
 
     folder: Path
     step: int
-    size: int
+    size: tuple[int, int]
 
 
 def pack(checkpoint: Path, root: Path) -> Packed:
@@ -138,10 +138,13 @@ def pack(checkpoint: Path, root: Path) -> Packed:
     """
     if (checkpoint / "config.json").is_file():
         network = read_backbone(checkpoint).config
-        size = network.latent_shape[1] * load_vae(read_inference_config(checkpoint, network).vae).factor
-        return Packed(checkpoint, 0, size)
+        factor = load_vae(read_inference_config(checkpoint, network).vae).factor
+        _, height, width = network.latent_shape
+        return Packed(checkpoint, 0, (height * factor, width * factor))
     state = read_state(checkpoint)
-    packed = Packed(root / STEP.format(state["step"]), state["step"], state["size"])
+    _, height, width = config_from(state["network"]).latent_shape
+    size = (state["size"], state["size"] * width // height)
+    packed = Packed(root / STEP.format(state["step"]), state["step"], size)
     if not packed.folder.exists():
         export_model(checkpoint, packed.folder)
     return packed

@@ -185,7 +185,7 @@ def test_a_model_that_the_server_refuses_is_said_and_blocks_nothing(tmp_path, mo
 
 def test_the_packed_folder_is_the_run(run, tmp_path):
     packed = pack(run / "checkpoints" / "step-00000005", tmp_path)
-    assert (packed.folder, packed.step, packed.size) == (tmp_path / "step-00000005", 5, SIDE)
+    assert (packed.folder, packed.step, packed.size) == (tmp_path / "step-00000005", 5, (SIDE, SIDE))
     before, after = load(run), load(packed.folder)
     assert (after.classes, after.size, after.stride) == (before.classes, before.size, before.stride)
     assert torch.equal(before.generate(steps=1, class_="cat"), after.generate(steps=1, class_="cat"))
@@ -193,7 +193,7 @@ def test_the_packed_folder_is_the_run(run, tmp_path):
     assert pack(run / "checkpoints" / "step-00000005", tmp_path) == packed
     assert {path.name: path.stat().st_mtime_ns for path in packed.folder.iterdir()} == written
     again = pack(packed.folder, tmp_path / "elsewhere")
-    assert (again.folder, again.size) == (packed.folder, SIDE)
+    assert (again.folder, again.size) == (packed.folder, (SIDE, SIDE))
 
 
 def test_a_vae_of_a_folder_goes_with_the_model(run, tmp_path):
