@@ -1,7 +1,10 @@
 """Format 2 by the command: clips of a causal VAE, buckets, images and captions, beside diffusers and transformers."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import diffusers
 import numpy as np
@@ -11,12 +14,14 @@ import webdataset
 from PIL import Image
 
 from data_prep.encode_latents import run
+from fvdm.data.config import DataConfig
+from fvdm.data.loader import batches
 from fvdm.data.shards import LatentShards, to_float32
 from fvdm.media.clips import ClipSpec, read_clips
 from fvdm.media.preprocess import Preprocess
 from fvdm.media.text import load_text_encoder
 from fvdm.media.vae import load_vae
-from tests.data_fixtures import cut, make_vae, rejected, write_video
+from tests.data_fixtures import cut, make_vae, rejected, write_frames, write_video
 from tests.data_prep.test_encode_latents import contents
 from tests.tiny_models import tiny_text_encoder, tiny_wan_vae
 
@@ -48,11 +53,15 @@ def videos(tmp_path_factory):
     return folder
 
 
-def encode(videos, out, models, *more, form=FORM, text=True):
-    words = ["--videos", str(videos), "--out", str(out), "--vae", str(models / "vae"), "--device", "cpu"]
-    words += ["--mlflow", "none", "--workers", "2", "--shard-mb", "0.06", *form]
-    words += ["--text-encoder", str(models / "text"), "--max-tokens", "8"] if text else []
-    return run([*words, *more])
+def words(videos, out, models, *more, form=FORM, text=True):
+    given = ["--videos", str(videos), "--out", str(out), "--vae", str(models / "vae"), "--device", "cpu"]
+    given += ["--mlflow", "none", "--workers", "2", "--shard-mb", "0.06", *form]
+    given += ["--text-encoder", str(models / "text"), "--max-tokens", "8"] if text else []
+    return [*given, *more]
+
+
+def encode(videos, out, models, *more, **options):
+    return run(words(videos, out, models, *more, **options))
 
 
 @pytest.fixture(scope="module")
@@ -230,3 +239,107 @@ def test_whole_videos_of_an_image_vae_in_format_2(videos, tmp_path):
     for sample in range(len(old)):
         frames = np.arange(old.frames[sample])
         assert np.array_equal(old.read(sample, frames), new.read(sample, frames))
+
+
+def test_resume_at_another_world_size_in_the_middle_of_an_epoch(encoded):
+    """Buckets, images and captions: each step's samples, latents and conditions are those of the undisturbed run."""
+    config = DataConfig(str(encoded), frames=3, batch_size=4, workers=0)
+
+    def steps(world_size, start, count):
+        ranks = [
+            batches(LatentShards(encoded), config, rank=rank, world_size=world_size, seed=3, start=start)
+            for rank in range(world_size)
+        ]
+        for _ in range(count):
+            parts = [next(rank) for rank in ranks]
+            found = {}
+            for part in parts:
+                rows = zip(part.positions, part.keys, part.x_0, part.y, strict=True)
+                found |= {place: (key, x_0, y) for place, key, x_0, y in rows}
+            yield parts[0].consumed, [found[place] for place in sorted(found)]
+
+    undisturbed = list(steps(1, 0, 9))
+    resumed = list(steps(2, 0, 4))
+    resumed += list(steps(4, resumed[-1][0], 2))
+    resumed += list(steps(1, resumed[-1][0], 3))
+    shapes = set()
+    for (consumed, step), (other, again) in zip(undisturbed, resumed, strict=True):
+        assert consumed == other
+        assert [key for key, *_ in step] == [key for key, *_ in again]
+        for (_, x_0, y), (_, x_0_again, y_again) in zip(step, again, strict=True):
+            assert torch.equal(x_0, x_0_again)
+            assert torch.equal(y, y_again)
+            shapes.add(tuple(x_0.shape))
+    assert shapes == {(3, 4, 6, 8), (3, 4, 8, 6), (1, 4, 6, 8)}
+
+
+def test_notes_of_videos_are_printed(models, tmp_path, capsys):
+    """A pause that is shortened, and a frame rate that nobody knows."""
+    times = [number / 25 for number in range(20)] + [60 + number / 25 for number in range(20)]
+    write_video(tmp_path / "v" / "pause.mkv", cut(0, 40), times=times)
+    write_frames(tmp_path / "v" / "frames", cut(0, 10), [f"{number}.png" for number in range(10)])
+    form = ("--clip-frames", "9", "--size", "32", "--fps", "12")
+    assert encode(tmp_path / "v", tmp_path / "out", models, form=form, text=False) == 0
+    error = capsys.readouterr().err
+    assert "note 'pause.mkv': a pause is shortened to 8 frames each" in error
+    assert "note 'frames': its frame rate is unknown: its frames are taken as they are, not at 12 fps" in error
+
+
+def test_text_embeddings_that_are_not_finite_reject_the_video(videos, models, tmp_path, monkeypatch):
+    def encode_captions(encoder, captions):
+        return [torch.full((2, 16), torch.inf if "car" in text else 1.0) for text in captions]
+
+    monkeypatch.setattr("fvdm.media.text.TextEncoder.encode", encode_captions)
+    assert encode(videos, tmp_path / "out", models, "--uncaptioned", "skip") == 3
+    assert rejected(tmp_path / "out")["1.mp4"] == "the text embeddings are not finite in float16"
+    assert "0.mp4" in LatentShards(tmp_path / "out").sources
+
+
+KILLS = """
+import os, random, signal, sys, time
+from pathlib import Path
+
+import av, diffusers, torch, transformers, webdataset, pyarrow
+import data_prep.encoder, fvdm.media.text, fvdm.media.vae
+from diffusers import AutoencoderKL, AutoencoderKLWan
+from transformers import AutoConfig, AutoTokenizer, UMT5EncoderModel
+from data_prep.encode_latents import run
+
+out, words, kills = Path(sys.argv[1]), sys.argv[3:], int(sys.argv[2])
+draw = random.Random(0)
+while kills:
+    before = len(list(out.rglob("*")))
+    pid = os.fork()
+    if not pid:
+        os.setsid()
+        os._exit(run(words))
+    some = before + draw.randrange(1, 6)  # files: not every process comes as far
+    while len(list(out.rglob("*"))) < some and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(0.002)
+    time.sleep(draw.uniform(0, 0.05))
+    os.kill(pid, signal.SIGKILL)
+    status = os.waitpid(pid, 0)[1]
+    kills -= os.WIFSIGNALED(status)
+    print(kills, sorted(path.name for path in out.glob("*.tar")), flush=True)
+    assert os.WIFSIGNALED(status), "it came to its end before it was killed"
+"""
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(models, tmp_path):
+    """Kill -9 of a bucketed, captioned encoding: the same bytes as undisturbed; none twice, none lost."""
+    for number in range(40):
+        frames = cut(number, 20)
+        write_video(tmp_path / "v" / f"{number:02d}.mp4", frames.transpose(0, 2, 1, 3) if number % 3 else frames)
+        (tmp_path / "v" / f"{number:02d}.txt").write_text(f"a talking man\na red car {number}")
+    (tmp_path / "v" / "07.mp4").write_bytes(b"corrupt")
+    assert encode(tmp_path / "v", tmp_path / "good", models) == 3
+    (tmp_path / "out").mkdir()
+    given = words(tmp_path / "v", tmp_path / "out", models)
+    script = [sys.executable, "-c", KILLS, str(tmp_path / "out"), "20", *given]
+    done = subprocess.run(script, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert encode(tmp_path / "v", tmp_path / "out", models) == 3
+    assert contents(tmp_path / "out") == contents(tmp_path / "good")
+    keys = LatentShards(tmp_path / "out").keys
+    assert len(set(keys)) == len(keys) == 39
