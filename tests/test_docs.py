@@ -4,10 +4,16 @@ import re
 import shlex
 from pathlib import Path
 
+from data_prep.config import EncodeConfig
 from fvdm import config as settings
+from fvdm.cli.checkpoint import CheckpointCommand
 from fvdm.cli.convert import ConvertConfig
+from fvdm.cli.plan import with_training_config
+from fvdm.data.config import DataConfig
 from fvdm.diffusion.tasks import TASKS
 from fvdm.generation.config import GenerateCommand, indices
+from fvdm.training.config import PlanConfig, TrainConfig
+from launchers.config import TrainJobConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -26,6 +32,25 @@ def test_every_option_that_the_tasks_page_names_exists():
     words = {word.replace("-", "_") for word in re.findall(r"--([a-z][a-z-]+)", TEXT)} - {"nproc_per_node", "class"}
     known = set(settings.flatten(GenerateCommand("x"))) | set(ConvertConfig.__dataclass_fields__)
     assert words <= known
+
+
+def test_the_five_commands_of_the_wan_page_parse():
+    text = (ROOT / "docs" / "wan.md").read_text()
+    encode, plan, train, generate, export = (
+        shlex.split(line)
+        for line in re.findall(r"^    ((?:python (?:data_prep|launchers)|fvdm).*)$", text, re.MULTILINE)
+    )
+    settings.parse(EncodeConfig, encode[2:])
+    settings.parse(PlanConfig, with_training_config(in_root(plan[2:])))
+    assert settings.parse(TrainJobConfig, in_root(train[2:])).lora.rank == 128
+    settings.parse(GenerateCommand, generate[2:])
+    settings.parse(CheckpointCommand, export[2:], positional=("action", "run", "out"))
+    known = set(settings.flatten(TrainConfig("x", DataConfig("x"))))
+    assert set(re.findall(r"--(lora\.[a-z]+)", text)) <= known
+
+
+def in_root(words):
+    return [str(ROOT / word) if word.startswith("configs/") else word for word in words]
 
 
 def test_the_pictures_are_there():
