@@ -10,6 +10,7 @@ from diffusers import WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fvdm.models import build, load_backbone, preset
+from fvdm.models.compilation import compile_blocks
 from fvdm.models.wan_config import from_diffusers, to_diffusers
 
 TINY = {
@@ -150,3 +151,22 @@ def test_the_plan_counts_what_pytorch_counts():
         own(x, t, y)
     assert config.forward_flops() == pytest.approx(counter.get_total_flops(), rel=1e-6)
     assert config.tokens == 3 * 3 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_blocks_are_one_graph_and_change_nothing(dtype):
+    """Fullgraph, so that a break in a graph is an error; for other sizes, numbers of frames and texts, too."""
+    own = ours(diffusers_model()).to(dtype)
+    compiled = ours(diffusers_model()).to(dtype)
+    compile_blocks(compiled, backend="eager")
+    bound = 1e-5 if dtype == torch.float32 else 0.02
+    for clips, frames, size, tokens in ((2, 3, (6, 8), 7), (2, 5, (4, 6), 9)):
+        x, y = torch.randn(clips, frames, 4, *size), torch.randn(clips, tokens, 16)
+        t = torch.randint(0, 1001, (clips, frames))
+        for model in (own, compiled):
+            model.zero_grad()
+            model(x, t, y).float().square().mean().backward()
+        assert (own(x, t, y) - compiled(x, t, y)).abs().max() < bound
+        for a, b in zip(own.parameters(), compiled.parameters(), strict=True):
+            assert (a.grad - b.grad).abs().max() < bound
