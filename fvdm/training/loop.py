@@ -203,6 +203,7 @@ def _previews(run: Run) -> Previews:
         ranks=run.ranks,
         device=run.engine.device,
         folder=config.folder / "previews",
+        shift=config.timesteps.shift,
     )
 
 

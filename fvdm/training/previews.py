@@ -43,6 +43,7 @@ class Previews:
         ranks: this process among its peers.
         device: where the model is.
         folder: rank 0 writes `folder/step-N/TASK.mp4`, `.gif` and `.png`.
+        shift: of the spacing `shift`, for a model that it suits.
     """
 
     diffusion: Diffusion
@@ -52,6 +53,7 @@ class Previews:
     ranks: Ranks
     device: torch.device
     folder: Path
+    shift: float = 3.0
 
     def make(self, model: Backbone, step: int, tracker: Tracker | None) -> None:
         """Make, write and report the clips of a step. Collective: each rank makes its share."""
@@ -84,7 +86,8 @@ class Previews:
         clip = source.x_0[own]
         y = source.y[own] if model.config.conditional and source.y is not None else None
         sampler = SamplerConfig(solver(self.config.solver), Guidance(self.config.guidance if y is not None else 1.0))
-        levels = spaced(sampler.solver.spacing, self.config.steps, self.diffusion.noise_levels())
+        spacing = model.config.spacing or sampler.solver.spacing
+        levels = spaced(spacing, self.config.steps, self.diffusion.noise_levels(), self.shift)
         made: dict[str, Tensor] = {}
         for task in self.config.tasks if own else ():
             schedule = on_window(task, levels, clip.shape[1], self.config.long_frames).schedule

@@ -9,9 +9,12 @@ import torch.nn.functional as F
 from fvdm import config as settings
 from fvdm.data.loader import batches
 from fvdm.data.shards import LatentShards
-from fvdm.training.config import TrainConfig
+from fvdm.diffusion.process import Diffusion
+from fvdm.distributed import Ranks
+from fvdm.training.config import PreviewConfig, TrainConfig
 from fvdm.training.data_identity import data_mismatch, text_encoder
 from fvdm.training.noise import NoiseSampler
+from fvdm.training.previews import Previews
 from fvdm.training.setup import check, initial_model, model_config
 from tests.data_fixtures import make_clip_shards, make_shards
 from tests.models.test_wan import diffusers_model
@@ -69,6 +72,22 @@ def test_a_dropped_text_is_the_empty_prompt_of_the_data(captioned, wan, tmp_path
         assert all(torch.equal(a, empty) for a, gone in zip(y, dropped, strict=True) if gone)
         found += sum(dropped)
     assert 8 <= found <= 28  # of 40, of which some have the empty prompt anyway
+
+
+def test_previews_follow_the_texts_of_the_data_and_the_shift_of_training(captioned, wan, tmp_path, monkeypatch):
+    shards = LatentShards(captioned)
+    config = configure(captioned, tmp_path, "--model", f"wan:{wan}")
+    model = initial_model(config, model_config(config, shards), shards, resumed=False)
+    asked = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda x, t, y: asked.append((t, y)) or forward(x, t, y))
+    settings_of = PreviewConfig(tasks=("image-to-video",), num=2, steps=4, guidance=3.0)
+    previews = Previews(
+        Diffusion(config.diffusion), shards, config.data, settings_of, Ranks(), model.device, tmp_path, shift=5.0
+    )
+    assert previews.sample(model)["image-to-video"].shape[:2] == (2, 5)
+    assert [int(t[0, -1]) for t, _ in asked] == [1000, 938, 833, 625]
+    assert all(torch.equal(y[2:], model.null(2)) and not t[:, 0].any() for t, y in asked)
 
 
 @pytest.mark.slow
