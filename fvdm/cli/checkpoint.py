@@ -73,8 +73,12 @@ def export(config: CheckpointCommand) -> None:
     import torch
 
     from fvdm.checkpoints.find import resolve
-    from fvdm.models.export import export_lora, export_model
+    from fvdm.checkpoints.read import read_state
+    from fvdm.cli.progress import writing
+    from fvdm.models.export import TEMPORARY, export_lora, export_model
+    from fvdm.models.loading import config_from
     from fvdm.models.lora_files import is_lora
+    from fvdm.training.plan import parameters
 
     folder, out, dtype = resolve(Path(config.run)), Path(config.out), getattr(torch, config.dtype)
     if (config.merge or config.base) and not is_lora(folder):
@@ -84,7 +88,9 @@ def export(config: CheckpointCommand) -> None:
     if is_lora(folder) and not config.merge:
         export_lora(folder, out, config.weights, dtype)
     else:
-        export_model(folder, out, config.weights, dtype, base=config.base)
+        size = parameters(config_from(read_state(folder)["network"])) * dtype.itemsize
+        with writing(out.with_name(TEMPORARY.format(out.name)), size, out.name):
+            export_model(folder, out, config.weights, dtype, base=config.base)
     print(f"{folder} exported to {out}; use it with: fvdm generate --checkpoint {out}")
 
 

@@ -39,15 +39,16 @@ def reading(path: Path) -> Iterator[Callable[[int], Any]]:
 
 
 @contextmanager
-def writing(folder: Path, total: int) -> Iterator[None]:
+def writing(folder: Path, total: int, name: str = "") -> Iterator[None]:
     """A bar for files that a library writes into a new folder in one call: a thread looks at their size.
 
     Args:
         folder: where they are written.
         total: bytes that they will have.
+        name: what the bar calls the folder; its own name by default.
     """
     done = threading.Event()
-    with bytes_bar(f"writing {folder.name}", total) as bar:
+    with bytes_bar(f"writing {name or folder.name}", total) as bar:
 
         def watch() -> None:
             while not done.wait(POLL_EVERY):

@@ -21,6 +21,8 @@ from fvdm.models.inference import InferenceConfig, read_inference_config, write_
 from fvdm.models.loading import config_from, read_backbone
 from fvdm.models.lora_files import read_lora, save_lora
 
+TEMPORARY = ".tmp-{}"  # name of a folder that is being written
+
 
 def export_model(
     checkpoint: Path,
@@ -75,7 +77,7 @@ def export_lora(checkpoint: Path, out: Path, weights: str = "ema", dtype: torch.
 @contextmanager
 def _folder(out: Path, inference: InferenceConfig) -> Iterator[Path]:
     """A temporary folder to write a model in, which becomes `out` when the block ends without an error."""
-    temporary = out.with_name(f".tmp-{out.name}")
+    temporary = out.with_name(TEMPORARY.format(out.name))
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
