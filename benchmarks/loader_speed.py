@@ -6,14 +6,16 @@ Numbers, logged to MLflow, for clips of 16 frames at stride 3:
 
 - decode: clips/s of a DataLoader that opens a video file, decodes it up to the clip's last frame, crops and scales,
   as Latte's training loop does (its VAE then has to encode them; that is not counted here);
-- loader: clips/s of fvdm.data.loader.batches over the shards of the same videos, with the same number of workers, and
-  with none;
+- loader: clips/s of fvdm.data.loader.batches over the shards of the same videos in one permutation, with the same
+  number of workers, and with none; in lanes; in lanes from an HTTP server on this machine into an empty cache; and,
+  with --clips, over clips of several buckets, with their captions' embeddings;
 - disk: MB/s of reading the shards from end to end (cold: after the kernel has been told to forget them), and of the
   loader's own reads.
 """
 
 import argparse
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -39,6 +41,7 @@ def main(words: list[str] | None = None) -> None:
     )
     parser.add_argument("--videos", required=True, help="the folder of the videos")
     parser.add_argument("--shards", required=True, help="what encode_latents.py made of them")
+    parser.add_argument("--clips", default="", help="a folder of format 2, which has buckets")
     parser.add_argument("--workers", type=int, default=2, help="loader processes [2]")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of each measurement [10]")
     parser.add_argument("--mlflow", default="", metavar="URI", help="MLflow server or database; none for no MLflow")
@@ -50,6 +53,11 @@ def main(words: list[str] | None = None) -> None:
 
     shards = LatentShards(config.shards)
     results = measure(config.videos, shards, config.shards, config.workers, config.seconds)
+    if config.clips:
+        clips = LatentShards(config.clips)
+        frames = min(bucket.frames for bucket in clips.manifest.buckets if bucket.frames != 1) or FRAMES
+        rate = _loader_rate(clips, config.clips, config.workers, config.seconds, frames=frames)
+        results["loader with buckets, clips/s"] = rate
     width = max(map(len, results))
     for name, value in results.items():
         print(f"{name:<{width}}  {value:9.1f}")
@@ -69,8 +77,10 @@ def measure(videos: str, shards: "LatentShards", path: str, workers: int, second
     decode = _decode_rate(videos, shards, workers, seconds)
     results = {
         "decode, clips/s": decode,
-        "loader, clips/s": _loader_rate(shards, path, workers, seconds),
-        "loader without workers, clips/s": _loader_rate(shards, path, 0, seconds),
+        "loader, clips/s": _loader_rate(shards, path, workers, seconds, lanes=0),
+        "loader without workers, clips/s": _loader_rate(shards, path, 0, seconds, lanes=0),
+        "loader in lanes, clips/s": _loader_rate(shards, path, workers, seconds, lanes=BATCH),
+        "loader in lanes over HTTP, clips/s": _remote_rate(path, workers, seconds),
         "disk cold, MB/s": _disk_rate(shards, path, cold=True),
         "disk warm, MB/s": _disk_rate(shards, path, cold=False),
     }
@@ -79,12 +89,36 @@ def measure(videos: str, shards: "LatentShards", path: str, workers: int, second
     return results
 
 
-def _loader_rate(shards: "LatentShards", path: str, workers: int, seconds: float) -> float:
+def _loader_rate(shards: "LatentShards", path: str, workers: int, seconds: float, **more: Any) -> float:
     from fvdm.data.config import DataConfig
     from fvdm.data.loader import batches
 
-    config = DataConfig(path, frames=FRAMES, stride=STRIDE, batch_size=BATCH, workers=workers)
-    return _rate((batch.x_0 for batch in batches(shards, config)), seconds)
+    settings = {"frames": FRAMES, "stride": STRIDE, "batch_size": BATCH, "workers": workers}
+    return _rate((batch.x_0 for batch in batches(shards, DataConfig(path, **settings | more))), seconds)
+
+
+def _remote_rate(path: str, workers: int, seconds: float) -> float:
+    """From a server on this machine, with a cache that is empty at first."""
+    from fvdm.data.location import UnreachableError
+    from fvdm.data.shards import LatentShards
+    from fvdm.distributed import free_port
+
+    port = free_port()
+    command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", path]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        with tempfile.TemporaryDirectory() as cache:
+            url = f"http://127.0.0.1:{port}"
+            for _ in range(20):
+                try:
+                    shards = LatentShards(url, cache=cache)
+                    break
+                except UnreachableError:
+                    time.sleep(0.5)
+            return _loader_rate(shards, url, workers, seconds, lanes=BATCH, cache=cache)
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def _decode_rate(videos: str, shards: "LatentShards", workers: int, seconds: float) -> float:

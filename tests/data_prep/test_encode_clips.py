@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import diffusers
 import numpy as np
@@ -13,7 +14,12 @@ import torch
 import webdataset
 from PIL import Image
 
+from data_prep.config import EncodeConfig, resolve
 from data_prep.encode_latents import run
+from data_prep.encoder import encode_shards, open_models
+from data_prep.planning import make_plan
+from data_prep.shards import Work
+from fvdm.config import parse
 from fvdm.data.config import DataConfig
 from fvdm.data.loader import batches
 from fvdm.data.shards import LatentShards, to_float32
@@ -303,7 +309,12 @@ import av, diffusers, torch, transformers, webdataset, pyarrow
 import data_prep.encoder, fvdm.media.text, fvdm.media.vae
 from diffusers import AutoencoderKL, AutoencoderKLWan
 from transformers import AutoConfig, AutoTokenizer, UMT5EncoderModel
+from data_prep.config import EncodeConfig, resolve
 from data_prep.encode_latents import run
+from data_prep.encoder import encode_shards, open_models
+from data_prep.planning import make_plan
+from data_prep.shards import Work
+from fvdm.config import parse
 
 out, words, kills = Path(sys.argv[1]), sys.argv[3:], int(sys.argv[2])
 draw = random.Random(0)
@@ -343,3 +354,31 @@ def test_killed_twenty_times(models, tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "good")
     keys = LatentShards(tmp_path / "out").keys
     assert len(set(keys)) == len(keys) == 39
+
+
+def test_frames_are_reported_while_the_first_clip_is_encoded(videos, models, tmp_path, monkeypatch):
+    """The VAE goes on with a clip only when its first frames were reported."""
+    (tmp_path / "v").mkdir()
+    shutil.copy(videos / "0.mp4", tmp_path / "v")
+    form = ("--size", "48", "--clip-frames", "37")
+    config = resolve(parse(EncodeConfig, words(tmp_path / "v", tmp_path / "out", models, form=form, text=False)))
+    (tmp_path / "out").mkdir()
+    opened = open_models(config)
+    plan = make_plan(config, opened.vae)
+    reported, encode_stream, seen = threading.Event(), opened.vae.encode_stream, []
+
+    def stream(spans):
+        for count, part in enumerate(encode_stream(spans)):
+            assert not count or reported.wait(60)
+            yield part
+
+    def report(progress):
+        seen.append((progress.frames, progress.videos))
+        if progress.frames:
+            reported.set()
+
+    monkeypatch.setattr(opened.vae, "encode_stream", stream)
+    encode_shards(config, Work(tmp_path / "out", plan), plan.shards, opened, report)
+    assert (1, 0) in seen
+    assert seen[-1] == (37, 1)
+    assert plan.estimates == [37]
