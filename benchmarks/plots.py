@@ -61,14 +61,19 @@ def pareto(groups: Mapping[str, Mapping[str, Point]], path: Path, title: str, x:
     return _save(figure, path)
 
 
-def curves(series: Mapping[str, Sequence[Point]], path: Path, title: str, x: str, y: str) -> Path:
-    """Lines over a number, one per name; an empty series is left out."""
+def curves(
+    series: Mapping[str, Sequence[Point]], path: Path, title: str, x: str, y: str, logarithmic: bool = False
+) -> Path:
+    """Lines over a number, one per name; an empty series is left out. `logarithmic` is of both axes."""
     figure, axes = _figure()
     for name, points in series.items():
         if points:
             axes.plot(*zip(*sorted(points), strict=True), "o-", label=name)
     axes.set(xlabel=x, ylabel=y, title=title)
-    axes.ticklabel_format(useOffset=False)
+    if logarithmic:
+        axes.set(xscale="log", yscale="log")
+    else:
+        axes.ticklabel_format(useOffset=False)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return _save(figure, path)

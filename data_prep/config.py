@@ -268,11 +268,14 @@ class DemoClipsConfig:
         out: folder for the clips.
         frames: frames of a clip.
         stride: frames from the start of a clip to that of the next.
+        held_out: folder for one more clip, the last of each video, that shares no frame with those in `out`; empty
+            keeps none apart.
     """
 
     out: str = DEMO_CLIPS
     frames: int = 24
     stride: int = 4
+    held_out: str = ""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a setting out of its range."""

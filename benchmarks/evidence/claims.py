@@ -10,6 +10,8 @@ from fvdm.evaluation.intervals import difference, everything
 
 AS_GOOD = 0.1  # two distances count as "about as good" where their difference is surely within this share
 ONE_SEED = " (one seed)"
+BASELINES = {"frozen": "a frozen frame", "straight": "a straight line"}
+RECORDED = {"frozen": "still", "straight": "line"}  # their names in results.json
 
 
 class Claim(NamedTuple):
@@ -64,6 +66,11 @@ def claims(results: Results) -> Iterator[Claim]:
         name = f"{task}: a timestep per frame (p = {best:g}) beats the scalar arm with replacement"
         measures = deciding or ("fvd", "distance", "psnr")
         yield Claim(name, "zero-shot, no number against a baseline", of(best, task), of(SCALAR, task), measures)
+        for method, title in BASELINES.items() if c.kind == "digits" else ():
+            trial = results.trials.get(f"{results.bench.name}/{task}/{method}")
+            if trial and trial.name in results.tables:
+                name = f"{task}: a timestep per frame (p = {best:g}) beats {title}"
+                yield Claim(name, "none: a baseline that a model must beat", of(best, task), [trial], measures)
 
 
 def comparisons(results: Results) -> list[Numbers]:
@@ -84,23 +91,27 @@ def compare(results: Results, claim: Claim) -> Numbers:
         one = everything(clips, real)
         numbers: Numbers = {"difference": results.interval(difference(*pair), claim.better), "clips": clips}
         numbers |= {"better": better(one), "worse": worse(one)}
+        single = len(claim.worse) == 1 and claim.worse[0].arm is None  # One baseline for all seeds.
+        others = claim.worse * len(claim.better) if single else claim.worse
         numbers["by_seed"] = [
             sign * (b(one) - a(one))
-            for k, j in zip(claim.better, claim.worse, strict=False)
+            for k, j in zip(claim.better, others, strict=False)
             if (a := results.statistic([k], measure)) and (b := results.statistic([j], measure))
         ]
-        still = standing_still(results, claim, measure)
-        found["measures"][measure] = numbers | ({} if still is None else {"still": still})
+        values = {key: baseline(results, claim, measure, key) for key in BASELINES}
+        found["measures"][measure] = numbers | {
+            RECORDED[key]: value for key, value in values.items() if value is not None
+        }
     found["jobs"] = [trial.name for trial in (*claim.better, *claim.worse)]
     found["verdict"] = verdict(claim, found["measures"], _missing(results, claim), len(results.config.seeds))
     return found
 
 
-def standing_still(results: Results, claim: Claim, measure: str) -> float | None:
-    """What a measure says of a given frame that stands still: of this task, or of a path, which needs no truth."""
+def baseline(results: Results, claim: Claim, measure: str, method: str) -> float | None:
+    """What a measure says of a baseline: of this task, or of the path of a frozen frame, which needs no truth."""
     task = claim.better[0].task
     task = "image-to-video" if task == "generate" and measure == "residual" else task
-    trial = results.trials.get(f"{results.bench.name}/{task}/frozen")
+    trial = results.trials.get(f"{results.bench.name}/{task}/{method}")
     statistic = results.statistic([trial], measure) if trial else None
     return statistic(everything(results.clips([trial]), results.apart([trial]))) if trial and statistic else None
 
@@ -130,9 +141,11 @@ def verdict(claim: Claim, measures: Numbers, missing: bool = False, seeds: int =
     if missing:
         return f"open: {len(deciding['by_seed'])} training seed has run, and one does not settle it"
     text = _equal(deciding) if claim.same else _ahead(deciding)
-    still, sides = deciding.get("still"), (deciding["better"], deciding["worse"])
-    if still is not None and (still < min(sides) if LOWER[claim.measures[0]] else still > max(sides)):
-        text += ", and limited: a frozen frame beats both"
+    sides = (deciding["better"], deciding["worse"])
+    for method, words in BASELINES.items():
+        value = deciding.get(RECORDED[method])
+        if value is not None and (value < min(sides) if LOWER[claim.measures[0]] else value > max(sides)):
+            text += f", and limited: {words} beats both"
     return text + (ONE_SEED if len(deciding["by_seed"]) < seeds else "")
 
 

@@ -1,18 +1,24 @@
-"""The clips of benchmarks/evidence.py: training and held-out videos of a set, and latents of both."""
+"""The clips of benchmarks/evidence.py: training and held-out videos of a set, latents of both, and who names digits."""
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+
 from benchmarks.evidence.plan import ROOT, SetConfig
-from fvdm.files import write_text
+from data_prep.moving_digits import read_digits
+from fvdm.evaluation.digits import DigitClassifier, train_classifier
+from fvdm.files import atomic_write, write_text
 from fvdm.media.layouts import list_videos
 
 VIDEOS = "FVDM_EVIDENCE_VIDEOS"
 DIGITS = "FVDM_EVIDENCE_DIGITS"
 SPLITS = ("train", "test")
+CLASSIFIER = "classifier.safetensors"
 
 
 def folders(words: Sequence[str], sets: Mapping[str, SetConfig]) -> dict[str, Path]:
@@ -81,11 +87,43 @@ def prepare(name: str, config: SetConfig, out: Path, videos: Path | None, digits
         _split(videos, out, config.hold_out, bool(config.train.get("conditional")))
     for split in SPLITS:
         _encode(out / split, out / f"latents-{split}", config)
+    if config.kind == "digits":
+        _train_classifier(out, digits, config.size)
 
 
 def _make_digits(out: Path, words: Sequence[str]) -> None:
     if not (out / "paths.json").exists():
         _run("moving_digits.py", "--out", str(out), *words)
+
+
+def _train_classifier(out: Path, digits: str, size: int) -> None:
+    """Train a network that names digits, on others than those that fly; and write which digit each clip shows.
+
+    Left out where the digits have no labels, where all of them fly, and for clips of a version that did not note them.
+    """
+    if (out / CLASSIFIER).exists() or not all((out / split / "digits.json").exists() for split in SPLITS):
+        return
+    images, labels = read_digits(digits)
+    flown = {split: json.loads((out / split / "digits.json").read_text()) for split in SPLITS}
+    others = sorted(set(range(len(images))) - {number for shown in flown.values() for number in shown.values()})
+    if labels is None or len(others) < 2:
+        print(f"{out.name}: digits are not named, as {'they have no labels' if labels is None else 'all of them fly'}")
+        return
+    net, accuracy = train_classifier(images[others], labels[others], size)
+    named = {split: {name: int(labels[number]) for name, number in shown.items()} for split, shown in flown.items()}
+    write_text(out / "labels.json", json.dumps(named | {"accuracy": accuracy, "digits": len(others)}))
+    with atomic_write(out / CLASSIFIER) as temporary:
+        save_file(net.state_dict(), temporary)
+    print(f"{out.name}: a classifier trained on {len(others)} other digits names {accuracy:.1%} of unseen ones right")
+
+
+def read_classifier(folder: Path) -> DigitClassifier | None:
+    """The classifier of a set, or None where there is none."""
+    if not (folder / CLASSIFIER).exists():
+        return None
+    net = DigitClassifier()
+    net.load_state_dict(load_file(folder / CLASSIFIER))
+    return net.eval().requires_grad_(False)
 
 
 def _split(videos: Path, out: Path, every: int, conditional: bool) -> None:

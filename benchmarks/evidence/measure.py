@@ -15,12 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.evidence.digits import centres, distance_from_path, path_residual
+from benchmarks.evidence.data import read_classifier
 from benchmarks.evidence.plan import SetConfig, Trial
 from benchmarks.models import open_model
+from data_prep.moving_digits import SPEEDS
 from fvdm.diffusion.tasks import given_frames
 from fvdm.evaluation import fvd
 from fvdm.evaluation.completion import Completion, freeze_given
+from fvdm.evaluation.digits import (
+    DigitClassifier,
+    centres,
+    distance_from_path,
+    identity,
+    name_digits,
+    path_residual,
+    straight_line,
+)
 from fvdm.evaluation.i3d import I3D, load_i3d
 from fvdm.evaluation.protocols import Clip, protocol, select_real
 from fvdm.evaluation.scores import drawn, neighbour_table, psnr
@@ -87,6 +97,16 @@ class Bench:
     def paths(self) -> dict[str, list[list[float]]]:
         """Where the held-out digits truly are, by the name of the video."""
         return json.loads((self.out / "data" / self.name / "test" / "paths.json").read_text())
+
+    @cached_property
+    def classifier(self) -> DigitClassifier | None:
+        """What names digits, where there is one."""
+        return read_classifier(self.out / "data" / self.name)
+
+    @cached_property
+    def labels(self) -> dict[str, dict[str, int]]:
+        """Which digit each real clip shows: split -> name of the video -> digit."""
+        return json.loads((self.out / "data" / self.name / "labels.json").read_text())
 
     @cached_property
     def net(self) -> I3D:
@@ -192,6 +212,8 @@ class Bench:
         given = given_frames(trial.task, self.config.frames)
         if trial.method == "frozen":
             return freeze_given(truth, given)
+        if trial.method == "straight":
+            return straight_line(truth, given)
         completion = Completion(trial.method, self.trained(trial), solver, int(steps))
         return completion(trial.task, truth, given, seeds)
 
@@ -208,12 +230,27 @@ class Bench:
                 result |= self._features(trial, truth, "truth_features")
         if config.kind == "digits":
             where = centres(video)
-            result["residual"] = path_residual(where[:, : config.frames], config.size)
-            result["residual_last"] = path_residual(where[:, -config.frames :], config.size)
+            result["residual"] = path_residual(where[:, : config.frames], config.size, SPEEDS)
+            result["residual_last"] = path_residual(where[:, -config.frames :], config.size, SPEEDS)
+            shown = new if truth is not None else list(range(video.shape[1]))
+            result |= self._names(trial, video[:, shown], real)
             if truth is not None:
                 names = self.sources["test"].names
                 flown = np.array([[self.paths[names[clip.video]][f] for f in clip.frames] for clip in real])
                 result["motion"] = distance_from_path(where[:, new], flown[:, new])
+        return result
+
+    def _names(self, trial: Trial, video: Tensor, real: list[Clip]) -> dict[str, np.ndarray]:
+        """What the classifier makes of generated frames: is it the digit it should be, and the same one throughout?"""
+        if self.classifier is None:
+            return {}
+        sure = name_digits(self.classifier, video)  # (b f 10)
+        names = sure.argmax(axis=2)
+        result = {"sure": sure.max(axis=2), "identity": identity(names)}
+        if real:
+            split = self.split(trial)
+            labels = [self.labels[split][self.sources[split].names[clip.video]] for clip in real]
+            result["named"] = (names == np.array(labels)[:, None]).astype(np.float64)
         return result
 
     def _features(self, trial: Trial, video: Tensor, name: str) -> dict[str, np.ndarray]:

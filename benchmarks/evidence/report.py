@@ -9,18 +9,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
 from benchmarks.evidence import tables as text
 from benchmarks.evidence.claims import collect
 from benchmarks.evidence.measure import Bench
-from benchmarks.evidence.plan import Arm, Trial, trials
+from benchmarks.evidence.plan import Trial, trials
 from benchmarks.evidence.results import MEASURES
 from benchmarks.evidence.run import EXPERIMENT, Evidence
-from benchmarks.evidence.shown import side_by_side
 from benchmarks.reporting import BenchmarkReport, Data, machine, send
 from fvdm.files import write_text
+from fvdm.media.writing import write_mp4, write_strips
 from fvdm.tracking.config import TrackingConfig
 from fvdm.tracking.provenance import git_commit
 from fvdm.tracking.tracker import Tracker, run_of
+
+ZOOM = 64  # pixels of a frame in the images, at least
+COLUMNS = 8
+FOLDER = "evidence"  # of images and numbers, beside the documents
 
 
 def _parent(evidence: Evidence, metrics: dict[str, float], files: Sequence[Path], images: dict[str, Path]) -> str:
@@ -63,7 +72,7 @@ def report(evidence: Evidence) -> Path:
         "parent": parent,
         "runs": runs,
         "sets": sets,
-        "training_runs": {arm.name: _training(evidence, arm) for arm in evidence.arms()},
+        "training_runs": {arm.name: evidence.record(arm) for arm in evidence.arms()},
     }
     write_text(evidence.out / "results.json", json.dumps(results, indent=1))
     figures = evidence.out / "figures"
@@ -78,24 +87,11 @@ def report(evidence: Evidence) -> Path:
         own |= set(shown) if bench.config.kind == "digits" else set()
         videos += [path for path in shown.values() if path.suffix == ".mp4"]
     tables = evidence.out / "evidence.md"
-    beside = Path(evidence.options.docs).stem if evidence.options.docs else "figures"
+    beside = FOLDER if evidence.options.docs else "figures"
     links = {name: f"{beside}/{path.name}" for name, path in images.items() if name in own}
     write_text(tables, text.render(results, links))
     _parent(evidence, _overview(results), [tables, evidence.out / "results.json", *videos], images)
     return tables
-
-
-def _training(evidence: Evidence, arm: Arm) -> dict[str, Any]:
-    """Steps, and the seconds that the journal of a training run has."""
-    config = evidence.budget.sets[arm.data]
-    journal = evidence.out / "runs" / arm.name / "events.jsonl"
-    events = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
-    speed = [e["metrics"]["speed/seconds_per_step"] for e in events if "speed/seconds_per_step" in e.get("metrics", {})]
-    done = evidence.checkpoint(arm).exists()
-    return {
-        "steps": config.steps if done else "not run yet",
-        "seconds": sum(speed) / len(speed) * config.steps if speed and done else None,
-    }
 
 
 def _send_trials(evidence: Evidence, sets: Mapping[str, Any], parent: str) -> dict[str, str]:
@@ -177,19 +173,66 @@ def _overview(results: Mapping[str, Any]) -> dict[str, float]:
     return spread({name[:230]: value for name, value in found.items()})
 
 
-def publish(out: Path, document: Path) -> None:
-    """Put the tables into a document, and the images and numbers into the folder of its name.
+def publish(out: Path, documents: Sequence[Path]) -> None:
+    """Put the tables, and the summary, into documents, and images and numbers into the folder `evidence` beside them.
 
     Raises:
-        ValueError: if it cannot be read, or has no place for tables.
+        ValueError: if one cannot be read, or has no place for tables.
     """
-    try:
-        page = text.replace_tables(document.read_text(), (out / "evidence.md").read_text())
-    except OSError as error:
-        raise ValueError(f"--docs {document} cannot be read: {error.strerror}") from None
-    folder = document.with_suffix("")
-    folder.mkdir(exist_ok=True)
-    images = [path for path in (out / "figures").glob("*.png") if f"({folder.name}/{path.name})" in page]
-    for path in (*images, out / "results.json"):
-        shutil.copyfile(path, folder / path.name)
-    write_text(document, page)
+    results = json.loads((out / "results.json").read_text())
+    parts = {text.TABLES: (out / "evidence.md").read_text(), text.SUMMARY: text.summary(results)}
+    for document in documents:
+        try:
+            page = text.replace_parts(document.read_text(), parts)
+        except OSError as error:
+            raise ValueError(f"--docs {document} cannot be read: {error.strerror}") from None
+        folder = document.parent / FOLDER
+        folder.mkdir(exist_ok=True)
+        images = [path for path in (out / "figures").glob("*.png") if f"({FOLDER}/{path.name})" in page]
+        for path in (*images, out / "results.json"):
+            shutil.copyfile(path, folder / path.name)
+        write_text(document, page)
+
+
+def side_by_side(bench: Bench, out: Path) -> dict[str, Path]:
+    """For each task an image (a row for each arm, the truth on top) and a video (the same clips in a row each).
+
+    Args:
+        bench: the set.
+        out: folder for the files.
+
+    Returns:
+        Files by name.
+    """
+    images: dict[str, Path] = {}
+    for task in ("generate", *bench.config.tasks):
+        found = [trial for trial in trials(bench.name, bench.config) if trial.task == task and _is_shown(bench, trial)]
+        if not found:
+            continue
+        rows = [torch.from_numpy(bench.read(trial)["shown"]) for trial in found]
+        if task != "generate":
+            rows = [torch.from_numpy(bench.read(found[0])["shown_truth"]), *rows]
+        count = min(2, *(len(row) for row in rows)) if len(rows) > 1 else 1
+        frames = min(row.shape[1] for row in rows)
+        zoomed = [_zoom(row[:count, :frames]) for row in rows]
+        name = f"{bench.name}_{task}"
+        images[name] = out / f"{name}.png"
+        write_strips(torch.cat([row[k, None] for k in range(count) for row in zoomed]), images[name], COLUMNS)
+        images[f"{name}_video"] = out / f"{name}.mp4"
+        grid = rearrange(torch.stack(zoomed), "r b f c h w -> f c (b h) (r w)")
+        write_mp4(grid, images[f"{name}_video"])
+    return images
+
+
+def _is_shown(bench: Bench, trial: Trial) -> bool:
+    """One row for each arm: those of the first seed, with the sampler that all share; and real clips."""
+    first = trial.arm is None or trial.arm.seed == bench.config.seeds[0]
+    shared = trial.sampler in ("", bench.config.samplers[0])
+    return first and shared and trial.method not in ("train", "vae", "frozen", "straight") and bench.done(trial)
+
+
+def _zoom(video: Tensor) -> Tensor:
+    """Clips `(b f c h w)`, each pixel a square, wide enough for the eye."""
+    factor = -(-ZOOM // video.shape[-1])
+    flat = F.interpolate(video.flatten(0, 1), scale_factor=factor, mode="nearest")
+    return flat.unflatten(0, video.shape[:2])

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.evidence.measure import Bench
-from benchmarks.evidence.plan import SCALAR, Arm, Trial, arms, base_p, trials
+from benchmarks.evidence.plan import PTSS, SCALAR, Arm, Trial, arms, base_p, trials
 from fvdm.diffusion.tasks import given_frames
 from fvdm.evaluation.intervals import Statistic, difference, fvd_mean, interval, kvd_of, mean_of
 from fvdm.evaluation.protocols import departures, protocol
@@ -15,8 +15,9 @@ from fvdm.evaluation.scores import LEVELS, OWN, drawn
 DRAWS = 200  # resamplings behind an interval
 MANY = 2000  # of means, which are cheap
 EIGHTHS = 8  # parts of a long video
-LOWER = {"fvd": True, "distance": True, "motion": True, "residual": True, "psnr": False}
-MEASURES = ("fvd", "kvd", "residual", "motion", "psnr", "distance", "residual_last", "fvd_last")
+LOWER = {"fvd": True, "distance": True, "motion": True, "residual": True, "psnr": False, "named": False}
+DIGITS = ("residual", "named", "identity", "sure")  # what plain generation of digits has
+MEASURES = ("fvd", "kvd", *DIGITS, "motion", "psnr", "distance", "residual_last", "fvd_last")
 Numbers = dict[str, Any]
 
 
@@ -90,6 +91,7 @@ class Results:
         if self.apart(measured) and "fvd" in measures:
             found["real"] = self.apart(measured)
         if first.arm:
+            found |= {"rule": first.arm.rule} if first.arm.rule != PTSS else {}
             found |= {
                 "model": first.arm.model,
                 "p": first.arm.p,
@@ -120,11 +122,11 @@ class Results:
         rows = []
         floor = self.find_real("train" if self.config.reference == "test" else "test")
         if floor:
-            rows.append(self.row([floor], ["fvd", "kvd", "residual"]))
+            rows.append(self.row([floor], ["fvd", "kvd", *DIGITS]))
         for arm in arms(self.bench.name, self.config):
             trial = self.find(arm, "generate", first)
             if trial:
-                rows.append(self.row([trial], ["fvd", "kvd", "residual"]))
+                rows.append(self.row([trial], ["fvd", "kvd", *DIGITS]))
         return rows
 
     def find_real(self, split: str) -> Trial | None:
@@ -146,11 +148,13 @@ class Results:
         """Task -> a line for each method, over the seeds of its arm."""
         found: dict[str, list[Numbers]] = {}
         for task in self.config.tasks:
-            measures = ["psnr", "distance", "fvd", "residual", "residual_last", "fvd_last"]
+            measures = ["psnr", "distance", "fvd", *DIGITS, "residual_last", "fvd_last"]
             measures += [] if task == "image-to-video" else ["motion"]  # One frame does not tell where a digit flies.
             groups = [self.group(self.config.model, p, task) for p in self.config.p]
             extra = [
-                trial for trial in self.trials.values() if trial.task == task and trial.method in ("frozen", "vae")
+                trial
+                for trial in self.trials.values()
+                if trial.task == task and trial.method in ("frozen", "straight", "vae")
             ]
             groups += [[trial] for trial in extra if trial.name in self.tables]
             found[task] = [self.row(group, measures) for group in groups if group]

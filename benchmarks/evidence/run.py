@@ -1,5 +1,6 @@
 """The stages of benchmarks/evidence.py: they make clips, training runs and measurements. Each skips what is done."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -8,17 +9,29 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.evidence.data import VIDEOS, folders, made_of, prepare
 from benchmarks.evidence.measure import Bench
-from benchmarks.evidence.plan import ROOT, SCALAR, Arm, Budget, EvidenceConfig, Trial, arms, base_p, rank, trials
+from benchmarks.evidence.plan import PTSS, ROOT, Arm, Budget, EvidenceConfig, Trial, arms, is_deciding, rank, trials
+from benchmarks.models import network
 from benchmarks.smoke import smoke_clips
 from benchmarks.training_runs import TrainingRun, train
+from fvdm.data.config import DataConfig
+from fvdm.data.shards import LatentShards
 from fvdm.evaluation.sources import device
+from fvdm.training.plan import flops
 
 EXPERIMENT = "evidence"
+SPEED = "speed/seconds_per_step"
+HELD_OUT = ("validation/loss", "validation/loss_one_t", "validation/loss_t_per_frame")
+
+
+def fast_bf16() -> bool:
+    """Whether bf16 is faster on this machine: a GPU, or a CPU with instructions for it."""
+    return torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class Evidence:
@@ -86,7 +99,16 @@ class Evidence:
             "data.stride": config.stride,
             "tracking.experiment": EXPERIMENT,
         }
-        return TrainingRun(arm.name, self.out / "runs", config.steps, launcher, settings | config.train)
+        if arm.rule != PTSS:
+            settings["timesteps.rule"] = arm.rule
+        if config.validate_every:
+            held_out = self.out / "data" / arm.data / "latents-test"  # Of one split, as all that is encoded here.
+            settings |= {"validation.every": config.validate_every, "validation.path": held_out}
+            settings |= {"validation.split": "train"}
+        settings |= config.train
+        if settings.get("engine.precision") == "auto":
+            settings["engine.precision"] = "bf16" if fast_bf16() else "fp32"
+        return TrainingRun(arm.name, self.out / "runs", config.steps, launcher, settings)
 
     @cached_property
     def benches(self) -> dict[str, Bench]:
@@ -155,13 +177,35 @@ class Evidence:
         """The command without what is this machine's alone."""
         return f"python benchmarks/evidence.py --budget {self.name}"
 
+    def record(self, arm: Arm) -> dict[str, Any]:
+        """What a training run was and cost: steps, seconds, FLOPs of a step, and its held-out losses by step."""
+        config, run = self.budget.sets[arm.data], self.run(arm)
+        journal = run.folder / "events.jsonl"
+        events = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+        metrics = [(event["step"], event["metrics"]) for event in events if "metrics" in event]
+        speed = [found[SPEED] for _, found in metrics if SPEED in found]
+        losses = {step: [found.get(name) for name in HELD_OUT] for step, found in metrics if HELD_OUT[0] in found}
+        return {
+            "steps": config.steps if run.done else "not run yet",
+            "seconds": sum(speed) / len(speed) * config.steps if speed and run.done else None,
+            "flops": self._flops(arm) if run.done else None,
+            "held_out": [[step, *values] for step, values in sorted(losses.items())],
+        }
+
+    def _flops(self, arm: Arm) -> float:
+        """Floating-point operations of one step, of all clips, forward and backward."""
+        config = self.budget.sets[arm.data]
+        shards = LatentShards(str(self.out / "data" / arm.data / "latents-train"))
+        channels, side, _ = shards.latent_shape
+        batch = int(config.train.get("data.batch_size", DataConfig.batch_size))
+        return batch * flops(network(arm.model, side, config.frames, channels))
+
     def arms(self) -> list[Arm]:
         """The training runs of the sets that have clips; the two that the paper's first claim is about come first."""
         found = [arm for name, bench in self.benches.items() for arm in arms(name, bench.config)]
 
         def order(arm: Arm) -> tuple[bool, int]:
             config = self.budget.sets[arm.data]
-            main = arm.model == config.model and arm.p in (SCALAR, base_p(config))
-            return not main, config.seeds.index(arm.seed)
+            return not is_deciding(arm, config), config.seeds.index(arm.seed)
 
         return sorted(found, key=order)

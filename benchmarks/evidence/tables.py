@@ -5,13 +5,22 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.plots import curves, spans
+from fvdm.evaluation.scaling import fit_power_law
 
 Numbers = Mapping[str, Any]
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+PFLOP = 1e15
+HELD_OUT_WORDS = (
+    "Mean squared error of the estimated noise on held-out clips, at fixed noise and a fixed grid of t, of the "
+    "averaged weights. The fit is floor + scale * compute ^ -exponent, to the losses from a tenth of the steps on.\n"
+)
+TABLES, SUMMARY = "tables", "summary"  # parts of documents
 MEASURES = {
     "fvd": ("FVD", 0),
     "kvd": ("KVD", 1),
     "residual": ("path residual, px", 2),
+    "named": ("frames whose digit is named right", 3),
+    "identity": ("frames with the clip's commonest digit", 3),
+    "sure": ("certainty of the name", 3),
     "motion": ("motion error, px", 2),
     "psnr": ("PSNR, dB", 2),
     "distance": ("I3D distance", 2),
@@ -41,11 +50,14 @@ def number(value: Any, measure: str) -> str:
 def who(row: Numbers) -> str:
     """What a line is of."""
     if "p" not in row:
-        return {"test": "real, held out", "train": "real, trained on", "frozen": "frozen"}[row["method"]]
+        return {"test": "real, held out", "train": "real, trained on", "frozen": "frozen", "straight": "straight line"}[
+            row["method"]
+        ]
     if row["method"] == "vae":
         return "the truth through the VAE"
     method = "" if row["method"] == "sampled" else f", {row['method']}"
-    return f"{row['model']}, p = {row['p']:g}{method}"
+    rule = f", {row['rule']}" if "rule" in row else ""
+    return f"{row['model']}, p = {row['p']:g}{rule}{method}"
 
 
 def lines(rows: Sequence[Numbers], runs: Numbers, first: str = "") -> str:
@@ -82,6 +94,7 @@ def claims(results: Numbers) -> str:
             for measure, found in row["measures"].items():
                 label, digits = MEASURES[measure]
                 still = f" (frozen {found['still']:.{digits}f})" if "still" in found else ""
+                still += f" (straight line {found['line']:.{digits}f})" if "line" in found else ""
                 measured.append(
                     f"{label} {found['better']:.{digits}f} against {found['worse']:.{digits}f}{still}: "
                     f"{number(found['difference'], measure)}"
@@ -172,6 +185,35 @@ def _drift(found: Numbers, runs: Numbers) -> str:
     return f"{rows}\nMLflow runs: {run_ids(found['jobs'], runs) or '-'}\n"
 
 
+def held_out(training_runs: Numbers) -> str:
+    """The held-out loss of each training run, its compute, and the power law that it follows."""
+    body = []
+    for name, found in training_runs.items():
+        losses = found.get("held_out") or []
+        if not losses:
+            continue
+        step, loss, one, per_frame = losses[-1]
+        compute = step * found["flops"] / PFLOP if found.get("flops") else None
+        cells = [name, f"{step}", f"{compute:.1f}" if compute else "-", f"{losses[0][1]:.3f}", f"{loss:.3f}"]
+        cells += [f"{one:.3f}", f"{per_frame:.3f}" if per_frame is not None else "-"]
+        law = fit_power_law(*points(found))
+        shown = (
+            [f"{law.floor:.3f}", f"{law.exponent:.2f}", f"{law(10 * compute):.3f}"] if law and compute else ["-"] * 3
+        )
+        body.append(cells + shown)
+    head = ["training", "step", "PFLOP", "held-out loss, step 0", "at that step", "frames at one t", "a t per frame"]
+    return table([*head, "floor of the fit", "exponent", "after 10 times the compute"], body)
+
+
+def points(found: Numbers) -> tuple[list[float], list[float]]:
+    """Compute in PFLOP, and held-out loss, of a training run, from a tenth of its steps on."""
+    losses, per_step = found.get("held_out") or [], found.get("flops")
+    if not losses or not per_step:
+        return [], []
+    used = [(step * per_step / PFLOP, loss) for step, loss, *_ in losses if step >= max(1, losses[-1][0] / 10)]
+    return [compute for compute, _ in used], [loss for _, loss in used]
+
+
 def _image_links(images: Mapping[str, str], *names: str) -> Iterator[str]:
     for name in names:
         if name in images:
@@ -189,13 +231,16 @@ def cost(results: Numbers, runs: Numbers) -> str:
 
 
 def render(results: Numbers, images: Mapping[str, str]) -> str:
-    """All tables, as they stand in docs/evidence.md."""
+    """All tables, as they stand in docs/evidence_tables.md."""
     runs = results["runs"]
     measured = sum(sum(entry["seconds"].values()) for entry in results["sets"].values()) / 60
     trained = sum(found.get("seconds") or 0 for found in results["training_runs"].values()) / 60
-    parts = [BEGIN, "## Claims\n", claims(results)]
+    parts = ["## Claims\n", claims(results)]
     for name, entry in results["sets"].items():
         parts += [f"## {name}\n", *section(name, entry, runs, images)]
+    losses = held_out(results["training_runs"])
+    if losses:
+        parts += ["## Held-out loss\n", HELD_OUT_WORDS, losses, *_image_links(images, "compute")]
     parts += [
         "## Cost, runs and commands\n",
         f"Budget `{results['budget']}` on {results['machine']}; tables of commit `{results['commit'][:12]}`, and each "
@@ -208,22 +253,41 @@ def render(results: Numbers, images: Mapping[str, str]) -> str:
         "`measured/` is removed; the tag `command` of a run has all words, the folders of the clips among them. The "
         "names, by the run:\n",
         table(["MLflow run", "name"], [[f"`{run}`", f"`{name}`"] for name, run in runs.items() if run]),
-        END,
     ]
     return "\n".join(part for part in parts if part) + "\n"
 
 
-def replace_tables(document: str, tables: str) -> str:
-    """A document with the tables between its two marks.
+def summary(results: Numbers) -> str:
+    """The claims in short: the deciding measure, its difference with the interval, and the verdict."""
+    body = []
+    for name, entry in results["sets"].items():
+        for row in entry["comparisons"]:
+            measure, found = next(iter(row["measures"].items()), ("", {}))
+            shown = f"{MEASURES[measure][0]}: {number(found['difference'], measure)}" if measure else "-"
+            body.append([row["claim"], name, shown, row["verdict"]])
+    return table(["claim", "data", "difference [95 %]; positive is as the paper says", "verdict"], body)
+
+
+def replace_parts(document: str, parts: Mapping[str, str]) -> str:
+    """A document with each part between its two marks, where it has them.
+
+    Args:
+        document: the text.
+        parts: `TABLES` and `SUMMARY` to their texts.
 
     Raises:
-        ValueError: if it has no such marks.
+        ValueError: if it has the marks of neither.
     """
-    head, begin, rest = document.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the document has no place for the tables: put {BEGIN} and {END} into it")
-    return head + tables.rstrip("\n") + tail
+    found = False
+    for name, part in parts.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        head, first, rest = document.partition(begin)
+        _, last, tail = rest.partition(end)
+        if first and last:
+            document, found = f"{head}{begin}\n{part.strip()}\n{end}{tail}", True
+    if not found:
+        raise ValueError(f"the document has no place for tables: put <!-- {TABLES}: begin --> and its end into it")
+    return document
 
 
 def figures(results: Numbers, out: Path) -> dict[str, Path]:
@@ -248,6 +312,10 @@ def figures(results: Numbers, out: Path) -> dict[str, Path]:
             best = next((m for m in ("motion", "residual", "fvd") if any(m in row for row in found)), "psnr")
             save(f"{name}_{task}_numbers", [(who(r), r[best]) for r in found if best in r], f"{name}: {task}", best)
         images |= _lines(name, entry, out)
+    series = {name: list(zip(*points(found), strict=True)) for name, found in results["training_runs"].items()}
+    if any(series.values()):
+        title = "held-out loss against compute"
+        images["compute"] = curves(series, out / "compute.png", title, "PFLOP", "loss", logarithmic=True)
     return images
 
 

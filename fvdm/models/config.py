@@ -227,9 +227,10 @@ class LatteConfig(BackboneConfig):
         )
 
 
-LATTE_SIZES = {  # name: depth, width, heads (Latte, table 1; T and XS are ours, for tests and for the demo)
+LATTE_SIZES = {  # name: depth, width, heads (Latte, table 1; T, XS and XS12 are ours, for tests and small experiments)
     "T": (2, 64, 2),
     "XS": (6, 192, 3),
+    "XS12": (12, 192, 3),
     "S": (12, 384, 6),
     "B": (12, 768, 12),
     "L": (24, 1024, 16),

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("torchmetrics", reason="pip install torchmetrics")
 
@@ -17,15 +18,15 @@ from benchmarks.evidence import measure as evidence_measure
 from benchmarks.evidence import tables as evidence_text
 from benchmarks.evidence.claims import Claim, verdict
 from benchmarks.evidence.data import folders, prepare
-from benchmarks.evidence.digits import centres, path_residual
 from benchmarks.evidence.measure import Bench, claimed, windows
 from benchmarks.evidence.plan import BUDGETS, Arm, EvidenceConfig, SetConfig, Trial, arms, read_budget, trials
 from benchmarks.evidence.results import Results
 from benchmarks.evidence.run import Evidence
-from data_prep.moving_digits import bounce, clips, read_digits
+from data_prep.moving_digits import SPEEDS, bounce, clips, paint, read_digits
 from fvdm.config import parse
 from fvdm.diffusion.config import DiffusionConfig
 from fvdm.diffusion.process import Diffusion
+from fvdm.evaluation.digits import centres, identity, name_digits, path_residual, straight_line, train_classifier
 from fvdm.evaluation.fvd import frechet_distance
 from fvdm.evaluation.intervals import difference, interval
 from fvdm.evaluation.scores import LEVELS, OWN, neighbour_table
@@ -46,29 +47,74 @@ def test_digits_are_where_their_paths_say():
     made = clips(disc(), 4, 24, 48, held_out=False, seed=0)
     again = clips(disc(), 4, 24, 48, held_out=False, seed=0)
     other = clips(disc(), 4, 24, 48, held_out=True, seed=0)
-    video, truth = torch.stack([clip for clip, _ in made]), np.stack([path for _, path in made])
+    video, truth = torch.stack([clip.video for clip in made]), np.stack([clip.centres for clip in made])
     assert np.abs(centres(video) - truth).max() < 0.4
-    assert torch.equal(video, torch.stack([clip for clip, _ in again]))
-    assert not np.allclose(truth, np.stack([path for _, path in other])), "held-out clips fly other ways"
+    assert torch.equal(video, torch.stack([clip.video for clip in again]))
+    assert not np.allclose(truth, np.stack([clip.centres for clip in other])), "held-out clips fly other ways"
     speed = np.linalg.norm(np.diff(truth, axis=1), axis=2)
     assert speed.max() <= 48 / 20 + 1e-6
 
 
 def test_a_path_that_can_be_flown_leaves_nothing_and_others_do():
-    truth = np.stack([path for _, path in clips(disc(), 8, 16, 48, held_out=False, seed=3)])
+    truth = np.stack([clip.centres for clip in clips(disc(), 8, 16, 48, held_out=False, seed=3)])
     generator = np.random.default_rng(0)
-    assert path_residual(truth, 48).max() < 0.4
-    assert path_residual(truth[:, generator.permutation(16)], 48).min() > 0.5
-    assert path_residual(np.repeat(truth[:, :1], 16, axis=1), 48).min() > 0.5, "standing still is no flight"
+    assert path_residual(truth, 48, SPEEDS).max() < 0.4
+    assert path_residual(truth[:, generator.permutation(16)], 48, SPEEDS).min() > 0.5
+    assert path_residual(np.repeat(truth[:, :1], 16, axis=1), 48, SPEEDS).min() > 0.5, "standing still is no flight"
     np.testing.assert_allclose(bounce(np.array([-1.0, 0, 5, 6, 11]), 5), [1, 0, 5, 4, 1])
+
+
+def test_a_straight_line_is_right_until_the_digit_meets_a_wall():
+    corners = np.stack([np.linspace(2, 15.5, 16), np.full(16, 8.0)], axis=1)
+    video = paint(F.interpolate(disc()[:1, None], size=(16, 16), mode="area")[0, 0], corners, 32)[None]
+    truth = centres(video)
+    for given in ((0, 15), (0, 1), tuple(range(8))):
+        made = straight_line(video, given)
+        assert torch.equal(made[:, list(given)], video[:, list(given)])
+        assert np.abs(centres(made) - truth).max() < 0.3, given
+    changed = video.clone()
+    changed[:, 2:] = 0
+    assert torch.equal(straight_line(changed, (0, 1)), straight_line(video, (0, 1))), "only given frames are looked at"
+    stopped = straight_line(video.flip(-1).flip(1)[:, 8:], (0, 1))  # flies towards the wall from nearby
+    assert centres(stopped).min() > 32 / 4 - 0.5, "the digit stays in the frame"
+    with pytest.raises(ValueError, match="a straight line needs two"):
+        straight_line(video, (0,))
+
+
+def strokes(count, generator):
+    """Digits of two kinds that nobody confuses: upright strokes (1) and rings (0), each a little different."""
+    y, x = torch.meshgrid(torch.arange(28) - 13.5, torch.arange(28) - 13.5, indexing="ij")
+    width = 2 + 2 * torch.rand((count, 1, 1), generator=generator)
+    labels = torch.arange(count) % 2
+    upright = ((x.abs() < width) & (y.abs() < 11)).float()
+    rings = (((x**2 + y**2).sqrt() - 8).abs() < width / 2).float()
+    return torch.where(labels[:, None, None] == 1, upright, rings), labels
+
+
+def test_a_classifier_names_digits_wherever_they_fly_and_identity_counts_the_commonest():
+    generator = torch.Generator().manual_seed(0)
+    images, labels = strokes(200, generator)
+    net, accuracy = train_classifier(images, labels, 32, epochs=25)
+    assert accuracy == 1
+    other, kinds = strokes(2, generator)
+    made = clips(other, 4, 12, 32, held_out=True, seed=0)
+    sure = name_digits(net, torch.stack([clip.video for clip in made]))
+    np.testing.assert_allclose(sure.sum(axis=2), 1, rtol=1e-5)
+    assert (sure.argmax(axis=2) == kinds[[clip.digit for clip in made]].numpy()[:, None]).mean() > 0.95
+    np.testing.assert_allclose(identity(np.array([[1, 1, 2, 1], [3, 3, 3, 3]])), [0.75, 1])
 
 
 def test_digits_are_read_from_both_forms_and_a_wrong_file_is_refused(tmp_path):
     images = (disc() * 255).byte().numpy()
-    np.savez(tmp_path / "d.npz", images=images)
+    np.savez(tmp_path / "d.npz", images=images, labels=[0, 3])
+    np.savez(tmp_path / "nameless.npz", images=images)
     (tmp_path / "src").mkdir()
-    (tmp_path / "src" / "0.json").write_text(json.dumps({"data": disc().flatten().tolist()}))
-    assert torch.equal(read_digits(str(tmp_path / "d.npz")), read_digits(str(tmp_path)))
+    for number, image in zip((0, 3), disc(), strict=True):
+        (tmp_path / "src" / f"{number}.json").write_text(json.dumps({"data": image.flatten().tolist()}))
+    packed, loose = read_digits(str(tmp_path / "d.npz")), read_digits(str(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(packed, loose, strict=True))
+    assert packed[1].tolist() == [0, 3]
+    assert read_digits(str(tmp_path / "nameless.npz"))[1] is None
     with pytest.raises(ValueError, match="holds no digits"):
         read_digits(str(tmp_path / "none.npz"))
 
@@ -253,8 +299,21 @@ def test_every_budget_reads_and_its_names_are_its_own():
         for data, config in read_budget(name).sets.items():
             names = [trial.name for trial in trials(data, config)]
             assert len(set(names)) == len(names)
+            assert len({arm.name for arm in arms(data, config)}) == len(arms(data, config))
             assert {arm.seed for arm in arms(data, config)} == set(config.seeds)
     paper = read_budget("paper").sets
+    overnight = read_budget("cpu-overnight").sets["digits"]
+    found = arms("digits", overnight)
+    assert {(arm.p, arm.rule) for arm in found if arm.model == overnight.model} == {
+        *((p, "ptss") for p in (0.0, 0.2, 0.5, 1.0)),
+        (1.0, "chunk"),
+        (1.0, "nondecreasing"),
+    }
+    seeds = {arm.p: sum(same.p == arm.p for same in found if same.rule == "ptss") for arm in found}
+    assert seeds == {0.0: 3, 0.2: 4, 0.5: 1, 1.0: 1}, "three seeds where it is decided; p = 0.2 has the other size too"
+    methods = {(trial.task, trial.method) for trial in trials("digits", overnight)}
+    assert {("interpolate", "straight"), ("long", "straight"), ("image-to-video", "frozen")} <= methods
+    assert ("image-to-video", "straight") not in methods
     assert set(paper) == {"ffs", "sky", "ucf101", "taichi"}
     assert all(config.model == "XL/2" and config.clips == 2048 for config in paper.values())
 
@@ -307,14 +366,40 @@ def test_windows_are_spread_and_one_process_holds_a_part(tmp_path):
         assert not theirs
 
 
-def test_the_page_holds_the_tables_of_its_numbers():
-    page, numbers = ROOT / "docs" / "evidence.md", ROOT / "docs" / "evidence" / "results.json"
-    text = page.read_text()
-    for picture in sorted((ROOT / "docs" / "evidence").glob("*.png")):
-        assert f"(evidence/{picture.name})" in text, "a picture that nobody sees"
-    pictures = {path.stem: f"evidence/{path.name}" for path in (ROOT / "docs" / "evidence").glob("*.png")}
-    tables = evidence_text.render(json.loads(numbers.read_text()), pictures)
-    assert evidence_text.replace_tables(text, tables) == text, "run benchmarks/evidence.py with --docs docs/evidence.md"
+def test_the_pages_hold_the_tables_of_their_numbers():
+    results = json.loads((ROOT / "docs" / "evidence" / "results.json").read_text())
+    pictures = {path.stem: f"evidence/{path.name}" for path in sorted((ROOT / "docs" / "evidence").glob("*.png"))}
+    parts = {
+        evidence_text.TABLES: evidence_text.render(results, pictures),
+        evidence_text.SUMMARY: evidence_text.summary(results),
+    }
+    pages = [ROOT / "docs" / name for name in ("evidence.md", "evidence_tables.md")]
+    for page in pages:
+        text = page.read_text()
+        assert evidence_text.replace_parts(text, parts) == text, f"run benchmarks/evidence.py with --docs {page}"
+    shown = "".join(page.read_text() for page in pages)
+    assert all(f"({link})" in shown for link in pictures.values()), "a picture that nobody sees"
+    with pytest.raises(ValueError, match="no place for tables"):
+        evidence_text.replace_parts("# Page", parts)
+
+
+def test_held_out_losses_are_a_table_with_a_fit_and_a_figure(tmp_path):
+    losses = [[step, 0.1 + step**-0.5, 0.1, 0.2] for step in range(100, 1100, 100)]
+    runs = {
+        "a": {"steps": 1000, "seconds": 1.0, "flops": 1e13, "held_out": [[0, 1.0, 1.0, 1.0], *losses]},
+        "b": {"steps": "not run yet", "seconds": None, "flops": None, "held_out": []},
+        "c": {"steps": 3, "seconds": 1.0},  # Of a version without it.
+    }
+    shown = evidence_text.held_out(runs)
+    assert shown.count("\n") == 3
+    row = [cell.strip() for cell in shown.splitlines()[2].split("|")[1:-1]]
+    assert row[:5] == ["a", "1000", "10.0", "1.000", f"{losses[-1][1]:.3f}"]
+    assert float(row[7]) == pytest.approx(0.1, abs=0.02), "the floor"
+    assert float(row[8]) == pytest.approx(0.5, abs=0.05), "the exponent"
+    assert float(row[9]) == pytest.approx(0.1 + 10000**-0.5, abs=0.005)
+    found = evidence_text.figures({"sets": {}, "training_runs": runs}, tmp_path)
+    assert set(found) == {"compute"}
+    assert found["compute"].exists()
 
 
 @pytest.mark.slow
@@ -323,7 +408,7 @@ def test_every_stage_is_one_command_that_goes_on(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     np.savez(tmp_path / "digits.npz", images=(disc(10) * 255).byte().numpy())
-    (tmp_path / "page.md").write_text(f"# Page\n\n{evidence_text.BEGIN}\n{evidence_text.END}\n\nEnd.\n")
+    (tmp_path / "page.md").write_text("# Page\n\n<!-- tables: begin -->\n<!-- tables: end -->\n\nEnd.\n")
     words = ["--budget", "smoke", "--out", "out", "--digits", "digits.npz", "--docs", "page.md"]
     evidence.main(words)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
