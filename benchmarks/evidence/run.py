@@ -139,8 +139,9 @@ class Evidence:
         Raises:
             ValueError: if a process fails.
         """
-        print(f"measurements: {len(self.open_trials())} to do", flush=True)
-        if not self.open_trials():
+        number = len(self.open_trials())
+        print(f"measurements: {number} to do", flush=True)
+        if not number:
             return
         command = [
             sys.executable,
@@ -152,7 +153,8 @@ class Evidence:
         ]
         command += ["--only", self.options.only, "--stages", "worker"]
         shared = os.environ | {"OMP_NUM_THREADS": str(self.cores)}
-        running = [subprocess.Popen(command, env=shared | {"LOCAL_RANK": str(k)}) for k in range(self.budget.workers)]
+        workers = min(number, self.budget.workers)
+        running = [subprocess.Popen(command, env=shared | {"LOCAL_RANK": str(k)}) for k in range(workers)]
         codes = [process.wait() for process in running]
         if any(codes):
             raise ValueError("a process that measures has failed: see above, and type the command again")

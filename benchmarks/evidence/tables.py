@@ -262,7 +262,8 @@ def summary(results: Numbers) -> str:
     body = []
     for name, entry in results["sets"].items():
         for row in entry["comparisons"]:
-            measure, found = next(iter(row["measures"].items()), ("", {}))
+            measure = next(iter(row["measures"]), "")
+            found = row["measures"].get(measure, {})
             shown = f"{MEASURES[measure][0]}: {number(found['difference'], measure)}" if measure else "-"
             body.append([row["claim"], name, shown, row["verdict"]])
     return table(["claim", "data", "difference [95 %]; positive is as the paper says", "verdict"], body)

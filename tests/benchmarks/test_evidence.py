@@ -407,7 +407,7 @@ def test_every_stage_is_one_command_that_goes_on(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    np.savez(tmp_path / "digits.npz", images=(disc(10) * 255).byte().numpy())
+    np.savez(tmp_path / "digits.npz", images=(disc(20) * 255).byte().numpy(), labels=np.arange(20) // 2)
     (tmp_path / "page.md").write_text("# Page\n\n<!-- tables: begin -->\n<!-- tables: end -->\n\nEnd.\n")
     words = ["--budget", "smoke", "--out", "out", "--digits", "digits.npz", "--docs", "page.md"]
     evidence.main(words)
@@ -416,7 +416,15 @@ def test_every_stage_is_one_command_that_goes_on(tmp_path, monkeypatch, capfd):
     assert all(results["runs"].values()), "every number has a run"
     verdicts = [row["verdict"] for entry in results["sets"].values() for row in entry["comparisons"]]
     assert all(verdict.startswith(("reproduced", "not reproduced")) for verdict in verdicts)
+    digits = results["sets"]["digits"]["tasks"]
+    assert {row["method"] for row in digits["interpolate"]} == {"replacement", "held", "frozen", "straight", "vae"}
+    assert all(0 <= row["named"][0] <= 1 for rows in digits.values() for row in rows), "each digit is named"
+    trained = results["training_runs"]
+    assert {"digits_T-4_p0_s0", "digits_T-4_p0.2_s0", "digits_T-4_p1_chunk_s0"} < set(trained)
+    assert [step for step, *_ in trained["digits_T-4_p0_s0"]["held_out"]] == [0, 1, 2]
     page = (tmp_path / "page.md").read_text()
+    assert "## Held-out loss" in page
+    assert "(evidence/compute.png)" in page
     assert page.endswith("End.\n")
     assert results["parent"] in page
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "measured").rglob("part-*.npz")}
