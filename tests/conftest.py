@@ -3,11 +3,16 @@ import os
 import signal
 from collections import Counter
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("MLFLOW_ENABLE_TELEMETRY", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # The workers share the cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# How long an example takes says nothing on a busy machine.
+hypothesis.settings.register_profile("fvdm", deadline=None)
+hypothesis.settings.load_profile("fvdm")
 
 # A test run in the background or under nohup inherits signals that are ignored, and so would the commands under test.
 with contextlib.suppress(ValueError):  # not in the main thread

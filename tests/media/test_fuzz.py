@@ -216,7 +216,7 @@ def test_a_decoder_that_dies_costs_one_video(tmp_path):
     counts = Counter()
     for key, item in decode(tasks, workers=1, timeout=30):
         if isinstance(item, Piece):
-            counts[key] += len(item)
+            counts[key] += len(item.frames)
             if key == 1 and not killed:
                 killed = True
                 for child in psutil.Process().children(recursive=True):
