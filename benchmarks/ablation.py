@@ -258,9 +258,8 @@ def report(ablation: Ablation, found: dict[Spot, float]) -> None:
     tags = {"kind": "ablation", "config": " ".join(ablation.words)} | machine()
     # In one folder, so that the same command goes on in the same MLflow run.
     tracker = Tracker(out / ".tracking" / "parent", tracking, f"ablation {out.name}", settings.flatten(config), tags)
-    for point, value in found.items():
-        if point.step == config.steps:
-            tracker.metrics({f"fvd_final/{point.cell.name}_{point.sampler.replace(':', '_')}": value}, point.step)
+    last = {f"fvd/{k.cell.name}_{k.sampler.replace(':', '_')}": v for k, v in found.items() if k.step == config.steps}
+    tracker.figures(last, final=False)
     for name, path in ablation.draw(found).items():
         tracker.artifact(path, "figures")
         tracker.image(path, f"figures/{name}", config.steps)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,8 @@ class BenchmarkReport:
     Attributes:
         kind: which benchmark, such as fvd; the tag `kind`, and the folder of its artifacts.
         name: the run's name in MLflow.
-        metrics: `(step, {group/name: value})`.
+        metrics: `(step, {group/name: value})`; a name with one step is a number in the description, unless the run is a
+            child or that of the measured model.
         params: its settings.
         tags: more tags than `machine` gives.
         files: artifacts.
@@ -98,8 +100,16 @@ def send(
     tracker = Tracker(folder, tracking, report.name, dict(report.params), tags, run_id=run_id or renew)
     if renew:
         tracker.set_tags(dict(report.tags))
+    points = Counter(name for _, values in report.metrics for name in values)
+    # MLflow draws a number alone as a chart of one bar: in a run of its own it stands in the description. A child run
+    # keeps it as a metric, whose chart compares the children.
+    alone = {name for name, count in points.items() if count == 1} if not (run_id or renew or parent) else set()
+    figures = {name: value for _, values in report.metrics for name, value in values.items() if name in alone}
+    if figures:
+        tracker.figures(figures)
     for step, values in report.metrics:
-        tracker.metrics(dict(values), step)
+        if curves := {name: value for name, value in values.items() if name not in alone}:
+            tracker.metrics(curves, step)
     for path in report.files:
         tracker.artifact(path, report.kind)
     for name, path in report.images.items():

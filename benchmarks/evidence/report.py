@@ -32,7 +32,7 @@ COLUMNS = 8
 FOLDER = "evidence"  # of images and numbers, beside the documents
 
 
-def _parent(evidence: Evidence, metrics: dict[str, float], files: Sequence[Path], images: dict[str, Path]) -> str:
+def _parent(evidence: Evidence, figures: dict[str, float], files: Sequence[Path], images: dict[str, Path]) -> str:
     """Report to the run that all others are below; its id, empty while the server is away."""
     tracker = Tracker(
         evidence.out / ".tracking" / "parent",
@@ -42,8 +42,8 @@ def _parent(evidence: Evidence, metrics: dict[str, float], files: Sequence[Path]
         {"kind": "evidence", "command": evidence.again} | machine(),
     )
     tracker.set_tags({"command": evidence.again})
-    if metrics:
-        tracker.metrics(metrics, 0)
+    if figures:
+        tracker.figures(figures, final=False)
     for name, path in images.items():
         tracker.artifact(path, "figures")
         tracker.image(path, f"figures/{name}", 0)

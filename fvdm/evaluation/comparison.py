@@ -1,6 +1,7 @@
 """A Fréchet video distance from two sources to a number with its card: which clips, by which protocol, how sure."""
 
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from fvdm.evaluation.measure import clip_features
 from fvdm.evaluation.protocols import Clip, departures, protocol, select_fake, select_real
 from fvdm.evaluation.sources import ClipSource, Samples, Shards, device, open_source
 
+LOG_EVERY = 30.0  # seconds between two lines in a log
 TOO_SHORT = (
     f"the I3D halves time three times and then averages two steps, so that it needs {MIN_FRAMES} frames or more "
     "(repeated frames would change the distance)"
@@ -146,12 +148,17 @@ class Comparison:
 
 
 def _progress(side: str, clips: int, chunk: int, group: Ranks) -> Callable[[int], None]:
-    """Says on a terminal rules far the main rank's share has come."""
-    shown = group.is_main and sys.stderr.isatty()
+    """Says how far the main rank's share has come: on a terminal after each piece, in a log now and then."""
+    terminal, last = sys.stderr.isatty(), time.monotonic()
 
     def done(piece: int) -> None:
-        if shown:
-            print(f"\r{side}: {min((piece + 1) * chunk, clips)} of {clips} clips", end="", file=sys.stderr, flush=True)
+        nonlocal last
+        count = min((piece + 1) * chunk, clips)
+        if not group.is_main or not (terminal or time.monotonic() - last > LOG_EVERY):
+            return
+        last = time.monotonic()
+        start, end = ("\r", "\n" if count == clips else "") if terminal else ("", "\n")
+        print(f"{start}{side}: {count} of {clips} clips", end=end, file=sys.stderr, flush=True)
 
     return done
 

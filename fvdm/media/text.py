@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fvdm.hub import fetching
+
 MAX_TOKENS = 512  # as Wan
 KINDS = {"umt5": "UMT5EncoderModel", "t5": "T5EncoderModel"}
 
@@ -98,9 +100,10 @@ def load_text_encoder(
         kind = transformers.AutoConfig.from_pretrained(source, **model_at).model_type
         if kind not in KINDS:
             raise ValueError(f"it is of the kind {kind!r}; those known are {', '.join(KINDS)}")
-        model, info = getattr(transformers, KINDS[kind]).from_pretrained(
-            source, use_safetensors=True, output_loading_info=True, dtype="auto", **model_at
-        )
+        with fetching(name):
+            model, info = getattr(transformers, KINDS[kind]).from_pretrained(
+                source, use_safetensors=True, output_loading_info=True, dtype="auto", **model_at
+            )
         missing = sorted(info["missing_keys"])
         if missing:
             raise ValueError(f"its files lack {len(missing)} weights, for example {missing[0]}")

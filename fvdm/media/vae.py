@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fvdm.hub import fetching
 from fvdm.media.chunks import decode_chunks, encode_chunks, to_pixels
 from fvdm.media.fast_layers import save_passes
 from fvdm.media.normalisation import Normalisation, sample_latents
@@ -228,7 +229,8 @@ def load_vae(name: str = "builtin", device: torch.device | str = "cpu", dtype: t
         assert isinstance(config, dict)
         kind = find_kind(config.get("_class_name", "AutoencoderKL"))
         loader = getattr(diffusers, kind.name)
-        model = loader.from_pretrained(source, use_safetensors=True, low_cpu_mem_usage=False, **options)
+        with fetching(name):
+            model = loader.from_pretrained(source, use_safetensors=True, low_cpu_mem_usage=False, **options)
         return VAE(name, model, torch.device(device), dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:500]

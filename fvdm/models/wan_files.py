@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fvdm.checkpoints.read import require_finite
+from fvdm.hub import fetching
 from fvdm.models.pretrained import CONFIG, WEIGHTS
 from fvdm.models.wan import Wan
 from fvdm.models.wan_config import DIFFUSERS_CLASS, PUBLISHED, WanConfig, from_diffusers
@@ -39,7 +40,8 @@ def locate(path_or_name: str | Path, weights: bool = True) -> Path:
 
     patterns = [f"{SUBFOLDER}/{'*' if weights else CONFIG}"]
     try:
-        return Path(snapshot_download(str(path_or_name), allow_patterns=patterns)) / SUBFOLDER
+        with fetching(str(path_or_name)):
+            return Path(snapshot_download(str(path_or_name), allow_patterns=patterns)) / SUBFOLDER
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path_or_name} is no folder here, and the hub does not give it ({reason})") from None

@@ -156,7 +156,10 @@ class Sender:
         tags = dict(self.start.get("tags", {}))
         if tags.get("kind") == "train":
             tags[SECTIONS_TAG] = "1"
-        return str(client.create_run(experiment, run_name=self.start["name"], tags=tags).info.run_id)
+        # A late server makes the run after its end: it began with its first event.
+        began = next((event["time"] for event in self.journal.events() if "time" in event), None)
+        run = client.create_run(experiment, start_time=began, run_name=self.start["name"], tags=tags)
+        return str(run.info.run_id)
 
     def _deliver(self, client: Any, position: dict[str, Any], events: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
@@ -202,7 +205,8 @@ class Sender:
         elif "tags" in event:
             client.log_batch(run_id, tags=[RunTag(name, value) for name, value in event["tags"].items()])
         elif "figures" in event:
-            self._params(client, run_id, {name: f"{value:.6g}" for name, value in event["figures"].items()})
+            if event.get("final", True):
+                self._params(client, run_id, {name: f"{value:.6g}" for name, value in event["figures"].items()})
             self._describe(client, position)
         elif "adopt" in event:
             _set_parent(client, event["adopt"], run_id)

@@ -85,10 +85,11 @@ def render(
     for event in events:
         story.add(event)
     text, _, rest = (start.get("description") or _plain(start)).partition("\n\n")
-    parts = [f"{text} {story.outcome()}", rest]
+    parts = [f"{text} {story.outcome()}"]
     if story.figures:
         rows = "".join(f"| {_line(name)} | {value:.4g} |\n" for name, value in story.figures.items())
         parts.append(f"| figure | value |\n|---|---|\n{rows}")
+    parts.append(rest)
     page, _, mode = artifacts.partition("?")
     shown = []
     for key, step in story.images.items():
@@ -153,9 +154,8 @@ def duration(seconds: float) -> str:
 
 def _plain(start: Mapping[str, Any]) -> str:
     tags = start.get("tags", {})
-    return f"**{tags.get('kind', 'run')}** {start.get('name', '')}" + commands(
-        {"repeat": tags.get("mlflow.source.name", "")}
-    )
+    kind, name = tags.get("kind", "run"), start.get("name", "")
+    return f"**{kind}** {name.removeprefix(f'{kind} ')}" + commands({"repeat": tags.get("mlflow.source.name", "")})
 
 
 def _moment(milliseconds: int) -> str:

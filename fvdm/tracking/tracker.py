@@ -99,9 +99,14 @@ class Tracker:
         self._step = max(self._step, step)
         self._write({"metrics": {_name(name): value for name, value in values.items()}, "step": step})
 
-    def figures(self, values: dict[str, float]) -> None:
-        """Report numbers that are not points of a curve: parameters of the run, and a table in its description."""
-        self._write({"figures": {_name(name): value for name, value in values.items()}})
+    def figures(self, values: dict[str, float], final: bool = True) -> None:
+        """Report numbers that are not points of a curve: a table in the run's description.
+
+        Args:
+            values: by name; a later value replaces an earlier one.
+            final: the numbers will not change: they are parameters of the run as well, by which runs are compared.
+        """
+        self._write({"figures": {_name(name): value for name, value in values.items()}, "final": final})
 
     def artifact(self, path: Path, to: str = "") -> None:
         """Report a file that stays on disk, under the artifact folder `to`."""

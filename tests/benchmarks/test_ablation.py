@@ -41,6 +41,8 @@ def test_the_figure_is_one_command_that_goes_on(tmp_path, monkeypatch, capsys):
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert {run.info.run_name for run in children} == {"T-2_p0", "T-2_p1"}
     assert all("loss/mean" in run.data.metrics and "metrics/fvd_even_9f_ddim_2" in run.data.metrics for run in children)
+    assert not parent.data.metrics
+    assert "| fvd/T-2_p0_" in parent.data.tags["mlflow.note.content"]
     figures = {file.path for file in client.list_artifacts(parent.info.run_id, "figures")}
     assert figures == {"figures/p.png", "figures/samplers.png", "figures/models.png"}
 

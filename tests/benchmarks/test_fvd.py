@@ -96,10 +96,12 @@ def test_the_same_command_gives_the_same_digits_and_a_card(clips, tmp_path, monk
 
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("benchmarks").experiment_id])
-    assert run.data.metrics["fvd/styleganv_9f"] == first["fvd"]
+    assert not run.data.metrics, "a number alone would be a chart of one bar"
+    assert float(run.data.params["fvd/styleganv_9f"]) == pytest.approx(first["fvd"], rel=1e-5)
     assert {"kvd/styleganv_9f", "fvd/styleganv_9f_low_95", "fvd_floor/styleganv_9f_real_against_real"} <= set(
-        run.data.metrics
+        run.data.params
     )
+    assert "| fvd/styleganv_9f |" in run.data.tags["mlflow.note.content"]
     assert {"host", "gpu", "git_commit", "protocol", "config"} <= set(run.data.tags)
     assert run.data.params["detector"].startswith("I3D")
     assert {entry.dataset.name: entry.tags[0].value for entry in run.inputs.dataset_inputs} == {
@@ -223,6 +225,18 @@ def test_numbers_equal_an_independent_computation(n):
 
 
 @few
+@pytest.mark.parametrize(("every", "lines"), [(0.0, ["real: 4 of 7 clips", "real: 7 of 7 clips"]), (60.0, [])])
+def test_a_log_says_now_and_then_how_far_it_is(monkeypatch, capsys, every, lines):
+    from fvdm.distributed import Ranks
+    from fvdm.evaluation import comparison
+
+    monkeypatch.setattr(comparison, "LOG_EVERY", every)
+    done = comparison._progress("real", 7, 4, Ranks())
+    done(0)
+    done(1)
+    assert capsys.readouterr().err.splitlines() == lines
+
+
 def test_what_stands_beside_the_mean_of_draws_is_of_all_of_them():
     """The first draw is far off: an interval, an extrapolation or a floor of it alone would miss the mean."""
     rng = np.random.default_rng(0)

@@ -98,7 +98,8 @@ def test_smoke_compares_every_method(tmp_path, monkeypatch):
 
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("benchmarks").experiment_id])
-    assert {"long/psnr_held", "long/psnr_replacement", "interpolate/ssim_repaint"} <= set(run.data.metrics)
+    assert {"long/psnr_held", "long/psnr_replacement", "interpolate/ssim_repaint"} <= set(run.data.params)
+    assert all(len(client.get_metric_history(run.info.run_id, name)) > 1 for name in run.data.metrics)
     assert len(client.get_metric_history(run.info.run_id, "long/psnr_by_frame_held")) == 14 - 4
     files = {file.path for file in client.list_artifacts(run.info.run_id, "zero_shot")}
     assert {"zero_shot/psnr.png", "zero_shot/long_psnr.png", "zero_shot/interpolate.png"} <= files

@@ -1,10 +1,13 @@
 """An MLflow database for each test, copied from one that is made once; and a server that may go away and come back."""
 
+import http.server
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
 import urllib.request
 
 import pytest
@@ -76,3 +79,40 @@ class Server:
     def kill(self):
         os.killpg(self.process.pid, 9)
         self.process.wait()
+
+
+class FailingProxy:
+    """Stands before an MLflow server, and answers 500 to everything while `failing` is set."""
+
+    def __init__(self, server):
+        self.failing = failing = threading.Event()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def forward(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) or None
+                status, answer = 500, b'{"error_code": "INTERNAL_ERROR", "message": "the disk is full"}'
+                if not failing.is_set():
+                    headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
+                    request = urllib.request.Request(server.uri + self.path, body, headers, method=self.command)
+                    try:
+                        with urllib.request.urlopen(request) as found:
+                            status, answer = found.status, found.read()
+                    except urllib.error.HTTPError as error:
+                        status, answer = error.code, error.read()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = forward
+
+            def log_message(self, *words):
+                pass
+
+        self._http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.uri = f"http://127.0.0.1:{self._http.server_port}"
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def close(self):
+        self._http.shutdown()
+        self._http.server_close()

@@ -291,6 +291,7 @@ def test_a_killed_run_is_closed_with_what_its_journal_holds(client, config, tmp_
     assert close_run(tmp_path / "run", "FAILED")
     (run,) = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
     assert (run.info.run_name, run.info.status, run.data.params) == ("run", "FAILED", {"lr": "0.1"})
+    assert run.info.start_time <= run.info.end_time, "also of a run that MLflow hears of after its end"
     assert history(client, run.info.run_id, "loss") == [(1, 1.0), (2, 0.5)]
     assert "Failed" in run.data.tags["mlflow.note.content"]
     assert close_run(tmp_path / "run", "KILLED"), "it has its end already"
