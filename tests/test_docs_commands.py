@@ -33,7 +33,7 @@ RUN = {
     r"python launchers/slurm_train.py --nodes 4 --config configs/ffs_xl.yaml --name mine .*latents/mine$": SMALL_RUN,
     r"python launchers/slurm_train.py .*--dry-run$": "--cluster slurm --data.batch_size 32",
     r"python data_prep/inspect_shards.py latents/mine": "",
-    r"fvdm plan ": "",
+    r"fvdm plan --model ": "",
     rf"fvdm checkpoint (list|verify|export) {TRAINED}": "",
     rf"fvdm generate --checkpoint ({TRAINED}|example) ": "--steps 2 --num 1 --formats mp4",
 }
