@@ -25,6 +25,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OURS = ("python", "torchrun", "fvdm")
 SHELL = ("make", "git", "pip", "mkdir", "tar", "cd", ".")  # of which only make is looked at
 TRAINED = "runs/(mine|demo)"
+OF_TEXTS = "--(negative-prompt|prompt|prompts|text-encoder|given-encoding|overlap|base) "  # for a model of texts
 # What is run, and the settings that make it small. Later words win, so the commands themselves stay as they are typed.
 SMALL_RUN = "--cluster local --nodes 1 --model T/4 --steps 2 --engine.cooldown 0 --data.batch_size 2 --data.workers 0"
 SMALL_RUN += " --previews.every 0 --validation.every 0 --tracking.system_metrics false --register_as none"
@@ -35,7 +36,7 @@ RUN = {
     r"python data_prep/inspect_shards.py latents/mine": "",
     r"fvdm plan --model ": "",
     rf"fvdm checkpoint (list|verify|export) {TRAINED}": "",
-    rf"fvdm generate --checkpoint ({TRAINED}|example) ": "--steps 2 --num 1 --formats mp4",
+    rf"fvdm generate (?!.*{OF_TEXTS})--checkpoint ({TRAINED}|example) ": "--steps 2 --num 1 --formats mp4",
 }
 
 
