@@ -1,10 +1,11 @@
 """Downloads from the Hugging Face hub, of which a log says now and then how far they are."""
 
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from fvdm.background import repeatedly
 
 LOG_EVERY = 30.0  # seconds between two lines in a log
 
@@ -26,24 +27,17 @@ def fetching(name: str) -> Iterator[None]:
     from huggingface_hub.file_download import repo_folder_name
 
     files = Path(HF_HUB_CACHE) / repo_folder_name(repo_id="/".join(parts[:2]), repo_type="model") / "blobs"
-    over = threading.Event()
+    start = before = _bytes(files)
 
     def watch() -> None:
-        before = _bytes(files)
-        start = before
-        while not over.wait(LOG_EVERY):
-            now = _bytes(files)
-            if now > before:
-                print(f"fetching {name}: {(now - start) / 1e9:.2f} GB so far", file=sys.stderr, flush=True)
-            before = now
+        nonlocal before
+        now = _bytes(files)
+        if now > before:
+            print(f"fetching {name}: {(now - start) / 1e9:.2f} GB so far", file=sys.stderr, flush=True)
+        before = now
 
-    thread = threading.Thread(target=watch, name="hub", daemon=True)
-    thread.start()
-    try:
+    with repeatedly(watch, LOG_EVERY):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def _bytes(folder: Path) -> int:

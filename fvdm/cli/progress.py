@@ -1,11 +1,12 @@
 """Progress bars for large files: on a terminal a bar, in a log a line now and then."""
 
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fvdm.background import repeatedly
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -47,18 +48,11 @@ def writing(folder: Path, total: int, name: str = "") -> Iterator[None]:
         total: bytes that they will have.
         name: what the bar calls the folder; its own name by default.
     """
-    done = threading.Event()
     with bytes_bar(f"writing {name or folder.name}", total) as bar:
 
         def watch() -> None:
-            while not done.wait(POLL_EVERY):
-                written = sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
-                bar.update(min(written, total) - bar.n)
+            written = sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
+            bar.update(min(written, total) - bar.n)
 
-        thread = threading.Thread(target=watch, name="progress", daemon=True)
-        thread.start()
-        try:
+        with repeatedly(watch, POLL_EVERY):
             yield
-        finally:
-            done.set()
-            thread.join()

@@ -207,6 +207,12 @@ def test_two_schedules_are_compared_side_by_side_from_one_seed_and_below_each_ot
     assert not page.wrong
 
 
+def wait_in_the_queue(page):
+    """Ask for a clip while another session has the model."""
+    page.locator("#generate").click()
+    page.get_by_text("Waiting: 1 request before yours.").wait_for()
+
+
 def test_a_second_session_waits_in_the_queue_until_the_first_is_cancelled(visit):
     first, second = visit(), visit(NARROW)
     set_steps(first, 1000)
@@ -214,20 +220,17 @@ def test_a_second_session_waits_in_the_queue_until_the_first_is_cancelled(visit)
     first.locator("#generate").click()
     first.get_by_text("of 1000").wait_for()
     for _ in range(2):  # What waits can be cancelled, and the page can be used again.
-        second.locator("#generate").click()
-        second.get_by_text("Waiting: 1 request before yours.").wait_for()
+        wait_in_the_queue(second)
         second.locator("#cancel").click()
         second.get_by_text("Cancelled.").wait_for()
-    second.locator("#generate").click()
-    second.get_by_text("Waiting: 1 request before yours.").wait_for()
+    wait_in_the_queue(second)
     first.locator("#cancel").click()
     first.get_by_text("Cancelled.").wait_for()
     second.get_by_text("Done.").wait_for()
     first.locator("#generate").click()
     first.get_by_text("of 1000").wait_for()
-    second.locator("#generate").click()
-    second.get_by_text("Waiting: 1 request before yours.").wait_for()
-    first.close()  # A closed tab gives the model free.
+    wait_in_the_queue(second)
+    first.close()  # A closed tab frees the model.
     second.get_by_text("Done.").wait_for()
     assert not first.wrong + second.wrong
 
