@@ -28,11 +28,13 @@ class Ranks:
         rank: number of this process, 0 to world_size - 1.
         local_rank: number of its GPU among those that it sees; without GPUs, its number on this node.
         world_size: number of processes.
+        local_world_size: number of processes of this node.
     """
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    local_world_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -46,6 +48,8 @@ class Ranks:
 
 def from_environment() -> Ranks:
     """Read RANK, LOCAL_RANK and WORLD_SIZE, as torchrun and the launchers set them; alone when they are absent.
+
+    Also LOCAL_WORLD_SIZE, 1 where it is absent: other launchers do not set it.
 
     A single process invents the rendezvous that it does not need, so that every run is a distributed run. LOCAL_RANK is
     made the number of a GPU that the process sees: Slurm may show each process only its own.
@@ -63,7 +67,8 @@ def from_environment() -> Ranks:
         raise ValueError(f"{', '.join(missing)} not set: start with launchers/slurm_train.py or torchrun")
     if gpus := torch.cuda.device_count():
         os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % gpus)
-    return Ranks(*(int(os.environ[name]) for name in names[:3]))
+    rank, local_rank, world_size = (int(os.environ[name]) for name in names[:3])
+    return Ranks(rank, local_rank, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def free_port() -> int:

@@ -91,6 +91,7 @@ class Job(ABC):
             RANK=str(environment.global_rank),
             LOCAL_RANK=str(environment.local_rank),
             WORLD_SIZE=str(environment.num_tasks),
+            LOCAL_WORLD_SIZE=str(self.resources.world_size if local else self.resources.ranks_per_node),
             MASTER_ADDR=address,
             MASTER_PORT=str(port),
         )

@@ -74,6 +74,7 @@ def batches(
     seed: int = 0,
     start: int = 0,
     step_size: int | None = None,
+    local_world_size: int = 1,
     device: torch.device | str | None = None,
 ) -> Iterator[Batch]:
     """Yields this rank's batches for ever, from position `start` on.
@@ -87,6 +88,7 @@ def batches(
         start: samples consumed so far by all ranks: `Batch.consumed` of the last batch. With several buckets, a start
             in the middle of a step means the next step.
         step_size: samples of an optimizer step, a multiple of config.batch_size [config.batch_size].
+        local_world_size: ranks of this node, which share the cache of fetched shards.
         device: where the batch goes; for CUDA through pinned memory.
 
     Raises:
@@ -101,7 +103,7 @@ def batches(
             raise ValueError(f"data.{name} {number} cannot be shared by {world_size} ranks: make it a multiple.")
     if len(sequence.buckets) > 1:
         start = -(-start // step_size) * step_size
-    clips = _Clips(shards, config, seed, sequence, rank, world_size)
+    clips = _Clips(shards, config, seed, sequence, rank, world_size, local_world_size)
     cuda = device is not None and torch.device(device).type == "cuda"
     loader = DataLoader(
         clips,
@@ -188,10 +190,17 @@ class _Clips(Dataset[Any]):
     """The clips at positions of a run."""
 
     def __init__(
-        self, shards: LatentShards, config: DataConfig, seed: int, sequence: SampleSequence, rank: int, world_size: int
+        self,
+        shards: LatentShards,
+        config: DataConfig,
+        seed: int,
+        sequence: SampleSequence,
+        rank: int,
+        world_size: int,
+        local_world_size: int,
     ) -> None:
         self.shards, self.config, self.seed, self.sequence = shards, config, seed, sequence
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.local_world_size = rank, world_size, local_world_size
         self.normalisation = shards.normalisation
         self.prefetcher: Prefetcher | None = None
         self.label = secrets.token_hex(4)
@@ -217,6 +226,7 @@ class _Clips(Dataset[Any]):
                 self.shards.shards,
                 lambda step: sequence.ahead(step, rank, world_size),
                 self.label,
+                self.local_world_size,
             )
             # At the end of a process that reads ahead, which runs no other hooks.
             multiprocessing.util.Finalize(self, self.prefetcher.close, exitpriority=1)

@@ -21,6 +21,8 @@ class Prefetcher:
         ahead: the shards that are needed from a step on, as (distance, number), the nearest first; those that are being
             read have the distance 0.
         label: of the rank, for the cache.
+        ranks: ranks of this node, >= 1. Those that have not started yet keep their share of the cache: what is fetched
+            ahead into it would be removed when they start, and fetched again.
     """
 
     def __init__(
@@ -29,9 +31,10 @@ class Prefetcher:
         shards: Sequence[ClipShard | ShardInfo],
         ahead: Callable[[int], list[tuple[int, int]]],
         label: str,
+        ranks: int = 1,
     ) -> None:
         """Starts nothing yet."""
-        self.location, self.shards, self.ahead, self.label = location, shards, ahead, label
+        self.location, self.shards, self.ahead, self.label, self.ranks = location, shards, ahead, label, ranks
         self.window: frozenset[int] = frozenset()
         self._step = -1
         self._failed: set[int] = set()
@@ -78,7 +81,7 @@ class Prefetcher:
 
     def _pin_window(self) -> list[int]:
         cache = self.location.cache
-        room = cache.limit / cache.ranks() if cache.limit else float("inf")
+        room = cache.limit / max(self.ranks, cache.ranks()) if cache.limit else float("inf")
         window: list[int] = []
         for distance, number in self.ahead(self._step):
             room -= self.shards[number].bytes

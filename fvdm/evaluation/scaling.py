@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-FLOORS = 200  # values of the floor that are tried
+FLOORS = 200  # values of the floor that are tried in a round
+ROUNDS = 3  # each between the neighbours of the best value of the round before
 FEWEST = 4  # points; the law has three parameters
 
 
@@ -40,11 +41,17 @@ def fit_power_law(compute: Sequence[float], loss: Sequence[float]) -> PowerLaw |
     x, y = np.log(np.asarray(compute, float)), np.asarray(loss, float)
     if len(x) < FEWEST or len(set(x)) < FEWEST:
         return None
-    best: tuple[float, PowerLaw] | None = None
-    for floor in y.min() * (1 - np.geomspace(1e-6, 1, FLOORS)):  # Close to the least loss, where the law is steep.
-        slope, intercept = np.polyfit(x, np.log(y - floor), 1)
-        law = PowerLaw(float(floor), float(np.exp(intercept)), float(-slope))
-        error = float(np.square(np.log(floor + np.exp(intercept + slope * x)) - np.log(y)).sum())
-        if law.exponent > 0 and (best is None or error < best[0]):
-            best = error, law
-    return best[1] if best else None
+    gaps = np.geomspace(1e-6, 1, FLOORS)  # Of the floor below the least loss; dense near it: the law is steep there.
+    for _ in range(ROUNDS):
+        laws = [_line(x, y, y.min() * (1 - gap)) for gap in gaps]
+        best = int(np.argmin([error for error, _ in laws]))
+        law = laws[best][1]
+        gaps = np.linspace(gaps[max(0, best - 1)], gaps[min(FLOORS - 1, best + 1)], FLOORS)
+    return law if law.exponent > 0 else None
+
+
+def _line(x: np.ndarray, y: np.ndarray, floor: float) -> tuple[float, PowerLaw]:
+    """The straight line of log(y - floor) over x, as a law; its squared error in log(y) comes first."""
+    slope, intercept = np.polyfit(x, np.log(y - floor), 1)
+    error = np.square(np.log(floor + np.exp(intercept + slope * x)) - np.log(y)).sum()
+    return float(error), PowerLaw(float(floor), float(np.exp(intercept)), float(-slope))

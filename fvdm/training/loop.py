@@ -121,6 +121,7 @@ def _loop(run: Run, model: Backbone, tracker: Tracker | None, stop: StopFlag) ->
         seed=config.seed,
         start=progress.consumed,
         step_size=config.data.batch_size,
+        local_world_size=ranks.local_world_size,
         device=engine.device,
     )
     meter = Meter(run.diffusion.num_timesteps, engine.device)

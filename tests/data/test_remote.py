@@ -73,6 +73,7 @@ class Node:
                 setting(**changes),
                 rank=rank,
                 world_size=4,
+                local_world_size=len(ranks),
                 seed=5,
                 start=start,
             )
@@ -98,6 +99,9 @@ class Node:
 
     def cached(self, shards):
         return {s.name for s in shards.shards if (self.cache / f"{s.sha256}.tar").exists()}
+
+    def pinned(self):
+        return {name for path in self.cache.glob("pins-*") for name in path.read_text().split()}
 
     def close(self):
         for stream in self.streams:
@@ -151,6 +155,22 @@ def test_processes_that_read_ahead_share_the_cache(folder, server, tmp_path):
         given = {name: count for (of, name), count in server.given.items() if of == node.name}
         assert {name for name, count in given.items() if count > 1 + (name in cached)} == set()
         node.close()
+
+
+def test_a_rank_that_starts_late_finds_its_share_of_the_cache_free(folder, server, tmp_path):
+    node = Node("a", (0, 1), server, folder, tmp_path)
+    early, late = node.streams
+    next(early)
+    while not all((node.cache / name).exists() for name in node.pinned()):  # rank 0 fetches what its share holds
+        time.sleep(0.01)
+    for _ in range(40):  # a rank that took the whole cache would have it removed for the other, and fetch it again
+        next(late)
+    for _ in range(40):
+        next(early)
+    cached = node.cached(LatentShards(folder))
+    assert {name for (_, name), count in server.given.items() if count > 1 + (name in cached)} == set()
+    assert max(server.given.values()) == 1
+    node.close()
 
 
 def test_a_cache_that_is_much_too_small_loses_nothing(folder, server, tmp_path, caplog):

@@ -16,7 +16,7 @@ def test_a_law_is_found_again(floor, scale, exponent):
     found = fit_power_law(COMPUTE, [law(c) for c in COMPUTE])
     assert found is not None
     for compute in (*COMPUTE, 10 * COMPUTE[-1]):
-        assert found(compute) == pytest.approx(law(compute), rel=0.02)
+        assert found(compute) == pytest.approx(law(compute), rel=1e-3)
 
 
 def test_what_does_not_fall_or_is_too_little_has_no_law():
