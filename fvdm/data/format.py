@@ -138,6 +138,11 @@ class Bucket:
             check_count(count, f"the count of the split {split!r}")
 
 
+def filled_buckets(buckets: tuple[Bucket, ...]) -> tuple[Bucket, ...]:
+    """The buckets with samples; all of them where their samples are not counted, or there are none."""
+    return tuple(bucket for bucket in buckets if any(bucket.counts.values())) or buckets
+
+
 @dataclass(frozen=True)
 class TextEncoderInfo:
     """What made the embeddings.
@@ -294,10 +299,11 @@ class ClipManifest:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(c, h, w) of one latent frame of the first bucket."""
-        return (self.channels, self.buckets[0].height, self.buckets[0].width)
+        """(c, h, w) of one latent frame of the first bucket with samples."""
+        bucket = filled_buckets(self.buckets)[0]
+        return (self.channels, bucket.height, bucket.width)
 
     @property
     def size(self) -> int:
-        """Height of the encoded frames of the first bucket, in pixels."""
-        return self.buckets[0].size[0]
+        """Height of the encoded frames of the first bucket with samples, in pixels."""
+        return filled_buckets(self.buckets)[0].size[0]

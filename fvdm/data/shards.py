@@ -93,7 +93,7 @@ class LatentShards:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(c, h, w) of one latent frame, of the first bucket."""
+        """(c, h, w) of one latent frame, of the first bucket with samples."""
         return self.manifest.latent_shape
 
     @property

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from fvdm import config as settings
 from fvdm.checkpoints.find import newest
 from fvdm.checkpoints.read import read_state
+from fvdm.data.format import filled_buckets
 from fvdm.data.loader import batches
 from fvdm.data.shards import LatentShards
 from fvdm.models.backbone import Backbone
@@ -34,7 +35,7 @@ def model_config(config: TrainConfig, shards: LatentShards) -> BackboneConfig:
     if config.conditional and (not shards.classes or manifest.text is not None):
         found = "texts in place of" if shards.classes else "no"
         raise ValueError(f"conditional is set, but the shards in {config.data.path} have {found} class labels")
-    shapes = [(shards.latent_shape[0], bucket.height, bucket.width) for bucket in manifest.buckets]
+    shapes = [(shards.latent_shape[0], bucket.height, bucket.width) for bucket in filled_buckets(manifest.buckets)]
     classes = len(shards.classes) if config.conditional else 0
     fitted = [
         preset(config.model).fit(shape, config.data.frames, classes, config.diffusion.learned_variance)

@@ -166,6 +166,12 @@ def test_what_a_manifest_of_clips_must_not_hold(folder, where, value, sentence):
         read_manifest(json.dumps(fields).encode(), "x")
 
 
+def test_an_empty_bucket_does_not_decide_the_shape(tmp_path):
+    shards = LatentShards(make_clip_shards(tmp_path, [(1, 1), (1, 0)]))
+    assert shards.latent_shape[1:] == (4, 4)
+    assert shards.shape(0) == (1, *shards.latent_shape)
+
+
 def test_the_former_format_names_one_bucket(tmp_path):
     shards = LatentShards(make_shards(tmp_path, [5, 6]))
     (bucket,) = shards.manifest.buckets

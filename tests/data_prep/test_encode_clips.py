@@ -15,6 +15,7 @@ import webdataset
 from PIL import Image
 
 from data_prep.config import EncodeConfig, resolve
+from data_prep.decoding import Restarted, decode
 from data_prep.encode_latents import run
 from data_prep.encoder import encode_shards, open_models
 from data_prep.planning import make_plan
@@ -168,6 +169,23 @@ def test_bytes_do_not_depend_on_workers_or_jobs(videos, models, encoded, tmp_pat
     assert contents(tmp_path / "out") == contents(encoded)
 
 
+def test_bytes_do_not_depend_on_decoders_that_begin_again(videos, models, encoded, tmp_path, monkeypatch):
+    """Each decoder gives up in its second clip, and the video is read from its start; tests/media kills real ones."""
+
+    def decode_again(tasks, **options):
+        items = {}
+        for number, item in decode(tasks, **options):
+            items.setdefault(number, []).append(item)
+        for number, found in items.items():
+            yield from ((number, item) for item in found[: len(found) // 2])
+            yield number, Restarted()
+            yield from ((number, item) for item in found)
+
+    monkeypatch.setattr("data_prep.encoder.decode", decode_again)
+    assert encode(videos, tmp_path / "out", models, "--uncaptioned", "empty") == 3
+    assert contents(tmp_path / "out") == contents(encoded)
+
+
 def test_a_video_without_a_caption(videos, models, tmp_path, capsys):
     out = tmp_path / "out"
     assert encode(videos, out, models) == 2
@@ -310,6 +328,7 @@ import data_prep.encoder, fvdm.media.text, fvdm.media.vae
 from diffusers import AutoencoderKL, AutoencoderKLWan
 from transformers import AutoConfig, AutoTokenizer, UMT5EncoderModel
 from data_prep.config import EncodeConfig, resolve
+from data_prep.decoding import Restarted, decode
 from data_prep.encode_latents import run
 from data_prep.encoder import encode_shards, open_models
 from data_prep.planning import make_plan

@@ -124,10 +124,12 @@ def test_the_ranks_see_the_gpus_that_the_user_has_chosen(monkeypatch, visible):
 def test_a_rank_that_sees_only_its_own_gpu_takes_it(monkeypatch, gpus, local, device):
     """As with --sbatch gpus-per-task=1. The number of GPUs is made up here; the test machines have none."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    environment = {"RANK": 3, "LOCAL_RANK": local, "WORLD_SIZE": 8, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    environment = {"RANK": 3, "LOCAL_RANK": local, "WORLD_SIZE": 16, "LOCAL_WORLD_SIZE": 8}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
     for name, value in environment.items():
         monkeypatch.setenv(name, str(value))
-    assert from_environment().local_rank == device
+    ranks = from_environment()
+    assert (ranks.local_rank, ranks.local_world_size) == (device, 8)
     assert os.environ["LOCAL_RANK"] == str(device)
 
 
