@@ -14,7 +14,7 @@ In MLflow: one parent run with the three figures, and each training run below it
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -269,19 +269,6 @@ def report(ablation: Ablation, found: dict[Spot, float]) -> None:
     tracker.close()
 
 
-def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The options of this program, and the settings of the training runs."""
-    names = {f"--{field.name}" for field in fields(AblationConfig)} | {"--help", "-h"}
-    own: list[str] = []
-    others: list[str] = []
-    target = others
-    for word in argv:
-        if word.startswith("-") and not word[1:2].isdigit():
-            target = own if word.partition("=")[0].replace("-", "_").replace("__", "--", 1) in names else others
-        target.append(word)
-    return own, others
-
-
 def smoke_settings(out: Path) -> tuple[AblationConfig, list[str]]:
     """The small grid, and the settings of its training runs."""
     from benchmarks.smoke import smoke_clips, smoke_latents
@@ -295,7 +282,7 @@ def smoke_settings(out: Path) -> tuple[AblationConfig, list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    own, words = split_words(sys.argv[1:] if argv is None else argv)
+    own, words = settings.split_words(AblationConfig, sys.argv[1:] if argv is None else argv)
     try:
         config = settings.parse(AblationConfig, own, __doc__)
         if config.smoke:

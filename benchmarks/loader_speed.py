@@ -13,18 +13,21 @@ Numbers, logged to MLflow, for clips of 16 frames at stride 3:
   loader's own reads.
 """
 
-import argparse
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if __package__ in (None, ""):  # run as a file: the folder above holds the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fvdm import config as settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,40 +37,63 @@ if TYPE_CHECKING:
 FRAMES, STRIDE, BATCH = 16, 3, 8
 
 
-def main(words: list[str] | None = None) -> None:
+@dataclass(frozen=True)
+class LoaderSpeedConfig:
+    """What is read, and for how long.
+
+    Attributes:
+        videos: folder of the videos.
+        shards: what encode_latents.py made of them.
+        clips: folder of format 2, which has buckets; empty leaves them out.
+        workers: loader processes.
+        seconds: length of each measurement.
+        mlflow: MLflow server or database; none for no MLflow.
+    """
+
+    videos: str
+    shards: str
+    clips: str = ""
+    workers: int = 2
+    seconds: float = 10.0
+    mlflow: str = field(default="", metadata={"metavar": "URI"})
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting out of its range."""
+        settings.in_range(self, workers=(0, 1024), seconds=(0, 86400))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints and logs."""
-    parser = argparse.ArgumentParser(
-        "loader_speed.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--videos", required=True, help="the folder of the videos")
-    parser.add_argument("--shards", required=True, help="what encode_latents.py made of them")
-    parser.add_argument("--clips", default="", help="a folder of format 2, which has buckets")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes [2]")
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of each measurement [10]")
-    parser.add_argument("--mlflow", default="", metavar="URI", help="MLflow server or database; none for no MLflow")
-    config = parser.parse_args(words)
+    try:
+        config = settings.parse(LoaderSpeedConfig, argv, __doc__)
+        from fvdm.data.shards import LatentShards
 
-    from fvdm.data.shards import LatentShards
-    from fvdm.tracking.config import TrackingConfig
-    from fvdm.tracking.tracker import Tracker
-
-    shards = LatentShards(config.shards)
-    results = measure(config.videos, shards, config.shards, config.workers, config.seconds)
-    if config.clips:
-        clips = LatentShards(config.clips)
-        frames = min(bucket.frames for bucket in clips.manifest.buckets if bucket.frames != 1) or FRAMES
-        rate = _loader_rate(clips, config.clips, config.workers, config.seconds, frames=frames)
-        results["loader with buckets, clips/s"] = rate
+        shards = LatentShards(config.shards)
+        results = measure(config.videos, shards, config.shards, config.workers, config.seconds)
+        if config.clips:
+            clips = LatentShards(config.clips)
+            frames = min(bucket.frames for bucket in clips.manifest.buckets if bucket.frames != 1) or FRAMES
+            rate = _loader_rate(clips, config.clips, config.workers, config.seconds, frames=frames)
+            results["loader with buckets, clips/s"] = rate
+    except ValueError as error:
+        settings.fail(error)
     width = max(map(len, results))
     for name, value in results.items():
         print(f"{name:<{width}}  {value:9.1f}")
     if config.mlflow != "none":
-        folder = Path(tempfile.mkdtemp(prefix="loader_speed-"))
-        settings = TrackingConfig(config.mlflow, "benchmarks", system_metrics=False)
-        params = {"size": shards.manifest.size, "workers": config.workers, "cores": len(os.sched_getaffinity(0))}
-        tracker = Tracker(folder, settings, "loader_speed", params, {"kind": "benchmark"})
-        tracker.figures({name.replace(", ", "_").replace("/", "_per_"): value for name, value in results.items()})
-        tracker.close()
+        _log(config, shards.manifest.size, results)
+
+
+def _log(config: LoaderSpeedConfig, size: int, results: dict[str, float]) -> None:
+    from fvdm.tracking.config import TrackingConfig
+    from fvdm.tracking.tracker import Tracker
+
+    folder = Path(tempfile.mkdtemp(prefix="loader_speed-"))
+    tracking = TrackingConfig(config.mlflow, "benchmarks", system_metrics=False)
+    params = {"size": size, "workers": config.workers, "cores": len(os.sched_getaffinity(0))}
+    tracker = Tracker(folder, tracking, "loader_speed", params, {"kind": "benchmark"})
+    tracker.figures({name.replace(", ", "_").replace("/", "_per_"): value for name, value in results.items()})
+    tracker.close()
 
 
 def measure(videos: str, shards: "LatentShards", path: str, workers: int, seconds: float) -> dict[str, float]:
@@ -93,8 +119,8 @@ def _loader_rate(shards: "LatentShards", path: str, workers: int, seconds: float
     from fvdm.data.config import DataConfig
     from fvdm.data.loader import batches
 
-    settings = {"frames": FRAMES, "stride": STRIDE, "batch_size": BATCH, "workers": workers}
-    return _rate((batch.x_0 for batch in batches(shards, DataConfig(path, **settings | more))), seconds)
+    values = {"frames": FRAMES, "stride": STRIDE, "batch_size": BATCH, "workers": workers}
+    return _rate((batch.x_0 for batch in batches(shards, DataConfig(path, **values | more))), seconds)
 
 
 def _remote_rate(path: str, workers: int, seconds: float) -> float:

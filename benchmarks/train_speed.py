@@ -15,195 +15,100 @@ WanTransformer3DModel with a timestep per token and weights in the same precisio
 peers run in float32, and in bfloat16 under autocast.
 """
 
-import argparse
-import contextlib
-import functools
-import importlib.util
-import itertools
-import multiprocessing
-import resource
 import statistics
-import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+import sys
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor, nn
+if __package__ in (None, ""):  # run as a file: the folder above holds the packages
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.peers import DiffusersLatte, DiffusersWan
-from fvdm.config import fail
-from fvdm.models.compilation import compile_blocks
-from fvdm.models.config import BackboneConfig, Backend
-from fvdm.models.loading import build, preset
-from fvdm.tracking.config import TrackingConfig
-from fvdm.tracking.tracker import Tracker
-from fvdm.training.ema import EMA
-from fvdm.training.plan import flops
+from fvdm import config as settings
+from fvdm.models.config import Backend
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SHAPE = ("width", "depth", "heads", "patch", "channels", "size", "frames")
-KINDS = ("forward", "forward+backward", "step")
-OURS = ("fvdm", "compiled")
+if TYPE_CHECKING:
+    import torch
+
+    from fvdm.models.config import BackboneConfig
+
+Kind = Literal["forward", "forward+backward", "step"]
 
 
-def peer_class(where: str) -> Callable[..., nn.Module]:
-    """The class that `FILE.py:CLASS` names.
+@dataclass(frozen=True)
+class TrainSpeedConfig:
+    """What is timed, and on which clips.
 
-    Raises:
-        ValueError: if there is none.
+    Attributes:
+        models: sizes and patches.
+        depth: blocks, in place of the model's own number; 0 keeps that.
+        clip: frames x channels x height x width of the latents.
+        batch: clips at once.
+        precisions: fp32 and bf16.
+        kinds: what is timed.
+        rounds: turns that every subject takes.
+        attention: attention backend of ours.
+        compile: time ours with compiled blocks, too.
+        parity: compare the attention backends' results, too.
+        diffusers: time the network of diffusers, too.
+        peer: other networks.
+        memory: measure the memory of a step, too.
+        out: folder for the journal of the MLflow runs.
     """
-    path, _, name = where.rpartition(":")
-    if not Path(path).is_file():
-        raise ValueError(f"--peer {where}: give FILE.py:CLASS; there is no file {path!r}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, name):
-        raise ValueError(f"--peer {where}: {path} has no class {name}")
-    return getattr(module, name)
+
+    models: tuple[str, ...] = ("S/2",)
+    depth: int = 0
+    clip: str = "16x4x32x32"
+    batch: int = 1
+    precisions: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
+    kinds: tuple[Kind, ...] = ("forward", "forward+backward", "step")
+    rounds: int = 5
+    attention: Backend = "auto"
+    compile: bool = False
+    parity: bool = False
+    diffusers: bool = True
+    peer: tuple[str, ...] = field(default=(), metadata={"metavar": "FILE.py:CLASS"})
+    memory: bool = False
+    out: str = "runs/benchmarks/train_speed"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting out of its range."""
+        settings.in_range(self, depth=(0, 10**4), batch=(1, 10**6), rounds=(1, 10**6))
+        _ = self.shape
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(f, c, h, w) of the latents.
+
+        Raises:
+            ValueError: `clip` is not of that form.
+        """
+        numbers = self.clip.split("x")
+        if len(numbers) != 4 or not all(number.isdecimal() and int(number) for number in numbers):
+            raise ValueError(f"--clip {self.clip}: give frames x channels x height x width, such as 16x4x32x32")
+        f, c, h, w = map(int, numbers)
+        return f, c, h, w
 
 
-class Subject:
-    """A network in training, ready to be timed."""
-
-    def __init__(self, name: str, config: BackboneConfig, precision: str, batch: int, device: torch.device) -> None:
-        torch.manual_seed(0)
-        dtype = DTYPES[precision]
-        autocast = precision == "bf16" and name not in OURS and not config.text_width
-        if name in OURS:
-            ours = build(config).to(device, dtype)
-            self.net: nn.Module = compile_blocks(ours) if name == "compiled" else ours
-        elif config.text_width:
-            self.net = DiffusersWan(config).to(device, dtype)
-        else:
-            shape = {key: getattr(config, key) for key in SHAPE}
-            self.net = (DiffusersLatte if name == "diffusers" else peer_class(name))(**shape).to(device)
-        self.context = functools.partial(torch.autocast, device.type, dtype) if autocast else contextlib.nullcontext
-        x = torch.randn(batch, *config.clip_shape, device=device)
-        t = torch.randint(1, 1000, (batch, config.frames), device=device)
-        self.inputs: tuple[Tensor, ...] = (x, t)
-        if config.text_width:
-            self.inputs = (x, t, torch.randn(batch, config.text_length, config.text_width, device=device))
-        self.device = device
-        self.optimizer: torch.optim.Optimizer | None = None
-
-    def forward(self) -> None:
-        """Without gradients."""
-        with torch.no_grad(), self.context():
-            self.net(*self.inputs)
-
-    def backward(self) -> None:
-        """Forward and backward."""
-        with self.context():
-            loss = self.net(*self.inputs).float().square().mean()
-        loss.backward()
-
-    def step(self) -> None:
-        """Forward, backward, AdamW on float32 masters and their EMA."""
-        if self.optimizer is None:
-            self.masters = [nn.Parameter(p.detach().float()) for p in self.net.parameters()]
-            self.optimizer = torch.optim.AdamW(self.masters, 1e-4, fused=True)
-            self.ema = EMA([master.detach() for master in self.masters])
-        self.net.zero_grad()
-        self.backward()
-        for master, p in zip(self.masters, self.net.parameters(), strict=True):
-            master.grad = None if p.grad is None else p.grad.float()
-        self.optimizer.step()
-        self.ema.update()
-        with torch.no_grad():
-            torch._foreach_copy_([*self.net.parameters()], [*self.masters])
-
-    def seconds(self, kind: str) -> float:
-        """Time one."""
-        function = {"forward": self.forward, "forward+backward": self.backward, "step": self.step}[kind]
-        self.synchronize()
-        began = time.perf_counter()
-        function()
-        self.synchronize()
-        return time.perf_counter() - began
-
-    def synchronize(self) -> None:
-        """Wait for the GPU."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-
-def matrix_rate(precision: str, device: torch.device) -> float:
-    """FLOP/s of a large matrix product, the best of some."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=DTYPES[precision]) for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
-        began = time.perf_counter()
-        c = a @ b
-        c[0, 0].item()
-        best = min(best, time.perf_counter() - began)
-    return 2 * n**3 / best
-
-
-def _own_peak(name: str, config: BackboneConfig, precision: str, batch: int) -> float:
-    """In a process of its own: bytes that two steps add to what the process holds before."""
-    subject = Subject(name, config, precision, batch, torch.device("cpu"))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    subject.step()
-    subject.step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024.0
-
-
-def peak_memory(name: str, config: BackboneConfig, precision: str, batch: int, device: torch.device) -> float:
-    """Bytes that a training step needs on top of the network."""
-    if device.type == "cuda":
-        subject = Subject(name, config, precision, batch, device)
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        subject.step()
-        subject.step()
-        return float(torch.cuda.max_memory_allocated() - before)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(_own_peak, name, config, precision, batch).result()
-
-
-def parity(config: BackboneConfig, device: torch.device) -> dict[str, float]:
-    """How far the network's output with each attention backend that runs here is from exact float32 products.
-
-    Returns:
-        root mean square distance over the root mean square of the output, by backend and precision.
-    """
-    outputs: dict[str, Tensor] = {}
-    x = torch.randn(1, *config.clip_shape, device=device)
-    t = torch.full(x.shape[:2], 500, device=device)
-    backends: tuple[Backend, ...] = ("math", "sdpa", "flash")
-    for precision, backend in itertools.product(("fp32", "bf16"), backends):
-        torch.manual_seed(0)
-        net = build(replace(config, attention=backend))
-        for weight in net.parameters():
-            if not weight.any():  # A new network's output is zero, whatever its attention does.
-                nn.init.normal_(weight, std=0.02)
-        with contextlib.suppress(ValueError), torch.no_grad():  # flash-attn where it is not, or in float32
-            outputs[f"{backend} {precision}"] = net.to(device, DTYPES[precision])(x, t).float()
-    exact = outputs["math fp32"]
-    return {f"attention {name}, distance": float((out - exact).norm() / exact.norm()) for name, out in outputs.items()}
-
-
-def measure(config: BackboneConfig, options: argparse.Namespace, device: torch.device) -> dict[str, float]:
+def measure(config: "BackboneConfig", options: TrainSpeedConfig, device: "torch.device") -> dict[str, float]:
     """Seconds, ratios to ours and utilisation, by name."""
+    from benchmarks.train_subjects import OURS, Subject, matrix_rate, parity, peak_memory
+    from fvdm.training.plan import flops
+
     ours = OURS if options.compile else OURS[:1]
     names = [*ours, *(["diffusers"] if options.diffusers else []), *options.peer]
-    pairs = [(name, precision) for name in names for precision in options.precisions]
+    pairs: list[tuple[str, str]] = [(name, precision) for name in names for precision in options.precisions]
     subjects = {pair: Subject(pair[0], config, pair[1], options.batch, device) for pair in pairs}
-    rates = {precision: matrix_rate(precision, device) for precision in options.precisions}
+    rates = {str(precision): matrix_rate(precision, device) for precision in options.precisions}
     times: dict[tuple[str, str, str], list[float]] = {}
     for round_ in range(options.rounds + 1):
         for (name, precision), subject in subjects.items():
-            for kind in options.kinds:
-                seconds = subject.seconds(kind)
+            for timed in options.kinds:
+                seconds = subject.seconds(timed)
                 if round_:  # The first warms up.
-                    times.setdefault((name, precision, kind), []).append(seconds)
+                    times.setdefault((name, precision, timed), []).append(seconds)
     results: dict[str, float] = {f"matrix rate {p}, TFLOP/s": rate / 1e12 for p, rate in rates.items()}
     for (name, precision, kind), values in times.items():
         label = f"{Path(name).name} {precision} {kind}"
@@ -225,48 +130,49 @@ def measure(config: BackboneConfig, options: argparse.Namespace, device: torch.d
     return results
 
 
-def main() -> None:
+def network(name: str, options: TrainSpeedConfig) -> "BackboneConfig":
+    """The network of a size, for the clips and with the depth and attention of the settings.
+
+    Raises:
+        ValueError: there is no such network, or it does not take such clips.
+    """
+    from fvdm.models.loading import preset
+
+    f, c, h, w = options.shape
+    config = preset(name)
+    config = config.fit((c, h, w), f, 0, learned_variance=not config.text_width)
+    if h != w and not config.text_width:
+        raise ValueError(f"--clip {options.clip}: frames are square")
+    if config.text_width and (options.peer or options.parity):
+        raise ValueError(f"{name} takes texts: leave out --peer and --parity, which give none")
+    return replace(config, attention=options.attention, depth=options.depth or config.depth)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, and log to MLflow."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["S/2"], help="sizes and patches")
-    parser.add_argument("--depth", type=int, default=0, help="blocks, in place of the model's own number")
-    parser.add_argument("--clip", default="16x4x32x32", help="frames x channels x height x width of the latents")
-    parser.add_argument("--batch", type=int, default=1, help="clips at once")
-    parser.add_argument("--precisions", nargs="+", choices=sorted(DTYPES), default=["fp32", "bf16"])
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="what is timed")
-    parser.add_argument("--rounds", type=int, default=5, help="turns that every subject takes")
-    parser.add_argument("--attention", default="auto", help="attention backend of ours")
-    parser.add_argument("--compile", action="store_true", help="time ours with compiled blocks, too")
-    parser.add_argument("--parity", action="store_true", help="compare the attention backends' results, too")
-    parser.add_argument("--no-diffusers", dest="diffusers", action="store_false", help="leave diffusers out")
-    parser.add_argument("--peer", action="append", default=[], metavar="FILE.py:CLASS", help="another network")
-    parser.add_argument("--memory", action="store_true", help="measure the memory of a step, too")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/train_speed"), help="journal of the run")
-    options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        f, c, h, w = (int(part) for part in options.clip.split("x"))
+        words = settings.join_repeated(sys.argv[1:] if argv is None else argv, "peer")
+        options = settings.parse(TrainSpeedConfig, words, __doc__)
+        import torch
+
+        from fvdm.tracking.config import TrackingConfig
+        from fvdm.tracking.tracker import Tracker
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for name in options.models:
-            config = preset(name)
-            config = config.fit((c, h, w), f, 0, learned_variance=not config.text_width)
-            if h != w and not config.text_width:
-                raise ValueError(f"--clip {options.clip}: frames are square")
-            if config.text_width and (options.peer or options.parity):
-                raise ValueError(f"{name} takes texts: leave out --peer and --parity, which give none")
-            config = replace(config, attention=options.attention, depth=options.depth or config.depth)
-            figures = measure(config, options, device)
+            figures = measure(network(name, options), options, device)
             print(f"{name}, {options.batch} x {options.clip}, {device}, {torch.get_num_threads()} threads")
             for label, value in figures.items():
                 print(f"  {label:48s} {value:9.3f}")
-            params = vars(options) | {"model": name, "device": str(device)}
-            settings = TrackingConfig(experiment="benchmarks")
-            tracker = Tracker(options.out / name.replace("/", "-"), settings, f"train_speed {name}", params, {})
+            params = settings.flatten(options) | {"model": name, "device": str(device)}
+            folder, tracking = Path(options.out) / name.replace("/", "-"), TrackingConfig(experiment="benchmarks")
+            tracker = Tracker(folder, tracking, f"train_speed {name}", params, {})
             tracker.figures(figures)
             tracker.close()
     except ValueError as error:
-        fail(error)
+        settings.fail(error)
     except BrokenProcessPool:
-        fail("a process that measures memory was killed: there is too little of it; take a smaller --batch")
+        settings.fail("a process that measures memory was killed: there is too little of it; take a smaller --batch")
 
 
 if __name__ == "__main__":

@@ -3,20 +3,16 @@
 Needs playwright and a Chromium: `apt-get install -y --no-install-recommends chromium`.
 """
 
-import argparse
 import json
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import sync_playwright
-
-from fvdm.distributed import free_port
-from fvdm.tracking.config import is_server
-from fvdm.tracking.pages import run_page, server_of
+from fvdm import config as settings
 
 DOCS = Path(__file__).parent
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -24,6 +20,19 @@ OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]  
 IMAGES = "[...document.querySelectorAll('img.rc-image-img')]"
 LOADED = "image => image.naturalWidth > 0"
 SHOWN = "loss/(mean|one_t|t_per_frame)"
+
+
+@dataclass(frozen=True)
+class ScreenshotsConfig:
+    """Which run is shown.
+
+    Attributes:
+        run: folder of the run.
+        out: folder of the screenshots.
+    """
+
+    run: str = "runs/demo"
+    out: str = str(DOCS)
 
 
 def go_to(page: Any, address: str) -> None:
@@ -65,12 +74,19 @@ def overview(page: Any, address: str, path: Path, last: int) -> None:
 
 def main() -> None:
     """Start the pages if the runs are in a database, and take both screenshots."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, nargs="?", default=Path("runs/demo"), help="folder of the run [runs/demo]")
-    parser.add_argument("--out", type=Path, default=DOCS, help="folder of the screenshots [docs]")
-    options = parser.parse_args()
-    place = json.loads((options.run / "tracking.json").read_text())
-    events = map(json.loads, (options.run / "events.jsonl").read_text().splitlines())
+    try:
+        options = settings.parse(ScreenshotsConfig, None, __doc__, ("run",))
+    except ValueError as error:
+        settings.fail(error)
+    from playwright.sync_api import sync_playwright
+
+    from fvdm.distributed import free_port
+    from fvdm.tracking.config import is_server
+    from fvdm.tracking.pages import run_page, server_of
+
+    run, out = Path(options.run), Path(options.out)
+    place = json.loads((run / "tracking.json").read_text())
+    events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
     last = max(event["step"] for event in events if "image" in event)
     port, pages = free_port(), None
     server = server_of(place["uri"])
@@ -86,8 +102,8 @@ def main() -> None:
                 page = browser.new_page(viewport={"width": 1500, "height": height})
                 page.set_default_timeout(120_000)
                 name = "mlflow.png" if take is charts else "mlflow_run.png"
-                take(page, run_page(server, place["experiment_id"], place["run_id"], part), options.out / name, last)
-                print(options.out / name)
+                take(page, run_page(server, place["experiment_id"], place["run_id"], part), out / name, last)
+                print(out / name)
             browser.close()
     finally:
         if pages:

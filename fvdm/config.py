@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from fvdm.files import write_text
-from fvdm.help import help_text, list_of, switch_of
+from fvdm.help import help_text, list_of, option_name, settings_of, switch_of
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -81,6 +81,44 @@ def parse(
         return cls(**vars(parser.instantiate(values)))
     except ArgumentError as error:
         raise ValueError(_explain(str(error), _names(parser.get_defaults()))) from None
+
+
+def join_repeated(words: Sequence[str], name: str) -> list[str]:
+    """Words in which all values of an option that may be repeated stand in one.
+
+    Args:
+        words: of a command line.
+        name: of a setting that takes several values.
+    """
+    values: list[str] = []
+    others: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == f"--{name}":
+            while rest and not rest[0].startswith("--"):
+                values.append(rest.pop(0))
+        elif word.startswith(f"--{name}="):
+            values.append(word.partition("=")[2])
+        else:
+            others.append(word)
+    return [f"--{name}={json.dumps(values)}", *others] if values else others
+
+
+def split_words(cls: type[Any], words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words that set the fields of a dataclass, and `--help`; then all others, which are another program's."""
+    options = [(option_name(setting.name), setting.type) for setting in settings_of(cls)]
+    names = {name for name, _ in options} | {
+        name.replace("--", "--no-", 1) for name, kind in options if switch_of(kind)
+    }
+    own: list[str] = []
+    others: list[str] = []
+    target = others
+    for word in words:
+        if word.startswith("-") and not word[1:2].isdigit():
+            target = own if word.partition("=")[0].replace("_", "-") in names | {"--help", "-h"} else others
+        target.append(word)
+    return own, others
 
 
 def _shorten(parser: "ArgumentParser") -> None:

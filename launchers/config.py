@@ -1,7 +1,6 @@
 """Settings of the launchers: what a job asks of the cluster, and what it runs. Imports no torch."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -141,23 +140,6 @@ def option(words: Sequence[str], name: str) -> str | None:
         elif word.startswith(f"--{name}="):
             value = word.partition("=")[2]
     return value
-
-
-def join_sbatch(words: Sequence[str]) -> list[str]:
-    """Words in which all values of --sbatch, which may be repeated, stand in one."""
-    values: list[str] = []
-    others: list[str] = []
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if word == "--sbatch":
-            while rest and not rest[0].startswith("--"):
-                values.append(rest.pop(0))
-        elif word.startswith("--sbatch="):
-            values.append(word.removeprefix("--sbatch="))
-        else:
-            others.append(word)
-    return [f"--sbatch={json.dumps(values)}", *others] if values else others
 
 
 def array_numbers(text: str) -> tuple[list[int], int]:

@@ -1,15 +1,16 @@
 """The complete pipeline, small: real clips -> latents -> ZeRO-2 training on two ranks -> videos -> FVD -> MLflow.
 
 Runs the very commands that a user would type, prints each, and ends by saying where to look. On a machine with a
-single GPU, which two ranks cannot share, one rank trains.
+single GPU, which two ranks cannot share, one rank trains. Options are settings of its training run, as
+launchers/slurm_train.py takes them.
 """
 
-import argparse
 import json
 import shlex
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: the folder above holds the packages
@@ -18,9 +19,8 @@ if __package__ in (None, ""):  # run as a file: the folder above holds the packa
 
     require_packages()
 
-import torch
-
-from fvdm.tracking.pages import where_to_look
+from fvdm import config as settings
+from launchers.config import TrainJobConfig
 
 RUN = Path("runs/demo")
 TASKS = {
@@ -33,14 +33,22 @@ FVD_CLIPS = "32"
 SIZE = "64"  # pixels
 HELD_OUT = "demo/latents-held-out"
 LOSS = "validation/loss"
+CONFIG = ["--config", "configs/demo.yaml"]
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The demo has no settings of its own."""
 
 
 def commands(extra: list[str]) -> dict[str, list[str]]:
     """What the demo runs, in order: a title and a command each."""
+    import torch
+
     python = sys.executable
     encode = ["data_prep/encode_latents.py", "--size", SIZE]
     nodes = "1" if torch.cuda.device_count() == 1 else "2"
-    train = ["launchers/slurm_train.py", "--cluster", "local", "--nodes", nodes, "--config", "configs/demo.yaml"]
+    train = ["launchers/slurm_train.py", "--cluster", "local", "--nodes", nodes, *CONFIG]
     train += ["--validation.path", HELD_OUT, "--validation.every", "1000"]
     generate = ["-m", "fvdm", "generate", "--checkpoint", str(RUN), "--steps", "25"]
     fvd = ["benchmarks/fvd.py", "--protocol", "even", "--real", "demo/clips", "--fake", "demo/videos/fvd"]
@@ -70,8 +78,14 @@ def held_out_losses(run: Path) -> list[tuple[int, float]]:
 
 def main() -> None:
     """Run every step; stop at the first that fails."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    _, extra = parser.parse_known_args()
+    own, extra = settings.split_words(DemoConfig, sys.argv[1:])
+    try:
+        settings.parse(DemoConfig, own, __doc__, prog="python launchers/demo.py")
+        settings.parse(TrainJobConfig, [*CONFIG, *extra])
+    except ValueError as error:
+        settings.fail(error)
+    from fvdm.tracking.pages import where_to_look
+
     began = time.monotonic()
     for title, command in commands(extra).items():
         shown = ["python", *command[1:]]

@@ -22,7 +22,7 @@ if __package__ in (None, ""):  # run as a file: the folder above holds the packa
     require_packages()
 
 from fvdm import config as settings
-from launchers.config import Resources, array_numbers, join_sbatch
+from launchers.config import Resources, array_numbers
 from launchers.job import Job
 from launchers.resources import resolve
 
@@ -67,7 +67,7 @@ def main() -> None:
     """Submit, and print where to look."""
     own, script = split(sys.argv[1:])
     try:
-        resources = settings.parse(Resources, join_sbatch(own), __doc__, prog=PROG)
+        resources = settings.parse(Resources, settings.join_repeated(own, "sbatch"), __doc__, prog=PROG)
         from launchers.submission import launch
 
         if not script:

@@ -19,7 +19,7 @@ if __package__ in (None, ""):  # run as a file: the folder above holds the packa
 
 from fvdm import config as settings
 from fvdm.training.config import TrainConfig
-from launchers.config import Resources, TrainJobConfig, array_numbers, join_sbatch, option, part_of
+from launchers.config import Resources, TrainJobConfig, array_numbers, option, part_of
 from launchers.job import Job
 from launchers.resources import ROOT, resolve
 
@@ -133,7 +133,7 @@ def main() -> None:
     from launchers.submission import launch
 
     try:
-        code = launch(*plan(with_config(join_sbatch(words))))
+        code = launch(*plan(with_config(settings.join_repeated(words, "sbatch"))))
     except (ValueError, OSError) as error:
         settings.fail(error)
     raise SystemExit(code)

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import ablation, table1
 from benchmarks.training_runs import TrainingRun
+from fvdm.config import split_words
 from tests.data_fixtures import cut, write_video
 from tests.generation.test_pipeline import make_run
 
@@ -58,22 +59,9 @@ def test_the_grid_is_the_papers():
 
 
 def test_words_that_are_no_options_are_settings_of_the_training_runs():
-    words = [
-        "--config",
-        "x.yaml",
-        "--p",
-        "0",
-        "0.5",
-        "--base-p=0.5",
-        "--data.path",
-        "latents",
-        "--engine.lr",
-        "-1",
-        "--clips",
-        "8",
-    ]
-    own, others = ablation.split_words(words)
-    assert own == ["--p", "0", "0.5", "--base-p=0.5", "--clips", "8"]
+    words = ["--config", "x.yaml", "--p", "0", "0.5", "--base-p=0.5", "--data.path", "latents", "--engine.lr", "-1"]
+    own, others = split_words(ablation.AblationConfig, [*words, "--no-smoke", "--clips", "8"])
+    assert own == ["--p", "0", "0.5", "--base-p=0.5", "--no-smoke", "--clips", "8"]
     assert others == ["--config", "x.yaml", "--data.path", "latents", "--engine.lr", "-1"]
 
 

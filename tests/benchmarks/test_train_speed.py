@@ -1,7 +1,6 @@
 """benchmarks/train_speed.py: all subjects in one run, a peer from a file, and one sentence for misuse."""
 
 import shutil
-import sys
 from dataclasses import replace
 
 import pytest
@@ -9,6 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import train_speed
+from benchmarks.train_subjects import Subject
+from fvdm.config import join_repeated, parse
 from fvdm.models import preset
 from fvdm.models.layers import GELU
 from tests.tiny_models import tiny_wan
@@ -32,8 +33,7 @@ def test_ours_compiled_ours_and_a_peer_take_turns(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "peer.py").write_text(PEER)
     words = [*WORDS, "--kinds", "forward", "forward+backward", "--compile", "--peer", "peer.py:Peer"]
-    monkeypatch.setattr(sys, "argv", ["train_speed.py", *words])
-    train_speed.main()
+    train_speed.main(words)
     shown = dict(line.strip().rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[:2] == "  ")
     assert {"compiled fp32 forward / fvdm", "peer.py:Peer fp32 forward / compiled"} <= set(shown)
     assert "fvdm fp32 forward / compiled" not in shown
@@ -43,12 +43,16 @@ def test_ours_compiled_ours_and_a_peer_take_turns(tmp_path, monkeypatch, capsys)
     assert seconds["peer.py:Peer"] <= seconds["fvdm"]
 
 
-def test_misuse_ends_with_a_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train_speed.py", *WORDS, "--peer", str(tmp_path / "none.py:Peer")])
+def test_misuse_ends_with_a_sentence(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        train_speed.main()
+        train_speed.main([*WORDS, "--peer", str(tmp_path / "none.py:Peer")])
     assert stopped.value.code == 2
     assert "there is no file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train_speed.main([*WORDS, "--clip", "4x4x8"])
+    assert "give frames x channels x height x width" in capsys.readouterr().err
+    many = join_repeated(["--peer", "a.py:A", "--depth", "1", "--peer=b.py:B"], "peer")
+    assert parse(train_speed.TrainSpeedConfig, many).peer == ("a.py:A", "b.py:B")
 
 
 def test_both_forms_of_gelu_are_one_function():
@@ -75,17 +79,15 @@ def test_wan_beside_diffusers_with_a_timestep_per_token(tmp_path, monkeypatch, c
         "--kinds",
         "forward+backward",
     ]
-    monkeypatch.setattr(sys, "argv", ["train_speed.py", *words])
-    train_speed.main()
+    train_speed.main(words)
     shown = dict(line.strip().rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[:2] == "  ")
     for precision in ("fp32", "bf16"):
         assert float(shown[f"diffusers {precision} forward+backward / fvdm"]) > 0
     config = replace(preset(f"wan:{folder}").fit((4, 4, 6), 3, 0, False), depth=1)
-    ours, theirs = (train_speed.Subject(name, config, "fp32", 1, torch.device("cpu")) for name in ("fvdm", "diffusers"))
+    ours, theirs = (Subject(name, config, "fp32", 1, torch.device("cpu")) for name in ("fvdm", "diffusers"))
     ours.net.load_state_dict(theirs.net.net.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(ours.net(*ours.inputs), theirs.net(*ours.inputs), rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr(sys, "argv", ["train_speed.py", *words, "--parity"])
     with pytest.raises(SystemExit):
-        train_speed.main()
+        train_speed.main([*words, "--parity"])
     assert "takes texts" in capsys.readouterr().err

@@ -8,14 +8,14 @@ import torch
 
 from fvdm import config as settings
 from launchers import demo
-from launchers.config import Resources, array_numbers, join_sbatch
+from launchers.config import Resources, array_numbers
 from launchers.resources import resolve, sbatch_parameters
 from launchers.slurm_run import Script
 from launchers.submission import launch, sbatch_file
 
 
 def parse(*words):
-    return settings.parse(Resources, join_sbatch(words))
+    return settings.parse(Resources, settings.join_repeated(words, "sbatch"))
 
 
 def resources(*words):
