@@ -4,7 +4,7 @@
     python benchmarks/ablation.py --smoke
 
 Trains one model for each p at the base size, and one for each size at the base p; measures every kept checkpoint, and
-those of the base model with every sampler. What is done is skipped: type the same command again to go on. On this
+those of the base model with every sampler. What is done is skipped: type the same command again to continue. On this
 machine the runs follow each other; where sbatch exists they are submitted all at once, and the same command, typed
 again when the jobs are over, measures. Words that are no option here are settings of the training runs.
 
@@ -54,7 +54,7 @@ class AblationConfig:
         frames: frames of a clip.
         clips: clips behind each FVD.
         guidance: of class-conditional models; 1 is none.
-        cluster: where training runs go on, as slurm_train.py has it.
+        cluster: where the trainings run, as slurm_train.py has it.
         nodes: nodes, or processes here, of each training run.
         experiment: MLflow experiment.
         smoke: tiny models and few steps on made-up clips; takes minutes on two cores.
@@ -256,7 +256,7 @@ def report(ablation: Ablation, found: dict[Spot, float]) -> None:
     write_text(out / "results.json", json.dumps(rows, indent=1))
     tracking = TrackingConfig(experiment=config.experiment, system_metrics=False)
     tags = {"kind": "ablation", "config": " ".join(ablation.words)} | machine()
-    # In one folder, so that the same command goes on in the same MLflow run.
+    # In one folder, so that the same command continues in the same MLflow run.
     tracker = Tracker(out / ".tracking" / "parent", tracking, f"ablation {out.name}", settings.flatten(config), tags)
     last = {f"fvd/{k.cell.name}_{k.sampler.replace(':', '_')}": v for k, v in found.items() if k.step == config.steps}
     tracker.figures(last, final=False)

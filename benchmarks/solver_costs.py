@@ -194,7 +194,7 @@ def reset_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
     else:
         with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark of the process begins anew.
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the high-water mark of the process.
 
 
 def peak() -> float:

@@ -39,7 +39,7 @@ def synchronous(steps: int) -> Tensor:
 
 
 def asynchronous(steps: int) -> Tensor:
-    """Frame 0 is held; 1 starts at once, 2 late; 3 starts at once, waits half way, and goes on; 4 stops early.
+    """Frame 0 is held; 1 starts at once, 2 late; 3 starts at once, waits half way, and continues; 4 stops early.
 
     Returns:
         int64 `(2 steps + 1, 5)`.

@@ -57,7 +57,7 @@ def train(runs: Sequence[TrainingRun], at_once: int = 1, quiet: bool = False) ->
 
     Args:
         runs: in the order in which they start.
-        at_once: how many go on side by side.
+        at_once: how many run side by side.
         quiet: hide what the launcher prints.
 
     Raises:

@@ -29,7 +29,7 @@ class RunConfig:
     Attributes:
         cluster: processes on this machine, or a Slurm job array.
         jobs: number of processes or array jobs.
-        minutes: Slurm time limit of a job, after which it is queued again and goes on.
+        minutes: Slurm time limit of a job, after which it is queued again and continues.
         slurm: more options for sbatch, such as partition=gpu gpus_per_node=1 cpus_per_task=2 mem=16G.
         mlflow: MLflow server or database; none for no MLflow [$MLFLOW_TRACKING_URI, else mlflow.db in this folder]
         experiment: MLflow experiment.
@@ -109,7 +109,7 @@ class ClipConfig:
         captions: txt for text files beside the videos, or a CSV or JSONL file [txt with a text encoder, else none]
         text_encoder: folder of a T5 or UMT5 with its tokenizer, or its name on the hub; stores text embeddings.
         max_tokens: captions are cut after so many tokens.
-        uncaptioned: what becomes of a video without a caption; empty takes the empty prompt.
+        uncaptioned: what to do with a video without a caption; empty takes the empty prompt.
     """
 
     format: Literal[1, 2] | None = None

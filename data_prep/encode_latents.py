@@ -3,7 +3,7 @@
     python data_prep/encode_latents.py                                            # the clips of the demo
     python data_prep/encode_latents.py --videos DIR --out DIR --size 256 --vae stabilityai/sd-vae-ft-ema
 
-To resume, type the same command again: it goes on wherever it was stopped. Exit status: 0 all videos encoded, 3
+To resume, type the same command again: it continues where it was stopped. Exit status: 0 all videos encoded, 3
 some rejected (see rejected.jsonl), 2 nothing usable or wrong usage.
 """
 

@@ -10,7 +10,7 @@ PACKAGES = ("torch", "numpy", "av", "diffusers", "webdataset", "jsonargparse", "
 
 
 def require_packages() -> None:
-    """Go on in the Python of `make install` where this one lacks packages; without one, say `make install` and end.
+    """Continue in the Python of `make install` where this one lacks packages; without one, say `make install` and end.
 
     Call it at the top of a script, before anything else is imported, and only where the script is run as a file.
     """

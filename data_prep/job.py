@@ -54,7 +54,7 @@ def exit_status(work: Callable[[], int], *, signals: bool = True) -> int:
     except KeyboardInterrupt as error:
         signal = error if isinstance(error, Interrupted) else Interrupted(SIGINT)
         command = shlex.join(["python", *sys.argv])
-        print(f"\nstopped by {signal.name}; what is done is kept. To go on, type: {command}", file=sys.stderr)
+        print(f"\nstopped by {signal.name}; what is done is kept. To continue, type: {command}", file=sys.stderr)
         return signal.exit_status
     except StrictError as error:
         print(f"error: {error}", file=sys.stderr)

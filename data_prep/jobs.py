@@ -123,7 +123,7 @@ def _child() -> int:
 
 
 class ArrayJob:
-    """What a Slurm job calls. At its time limit submitit queues it again, and it goes on where it was."""
+    """What a Slurm job calls. At its time limit submitit queues it again, and it continues where it stopped."""
 
     def __init__(self, config: EncodeConfig, number: int) -> None:
         """Takes the command's settings, resolved, and the number of the job."""
@@ -172,7 +172,7 @@ def _submit(config: EncodeConfig, folder: Path) -> list[Any]:
         ) from None
     write_text(folder / "jobs.json", json.dumps([job.job_id for job in jobs]))
     print(
-        f"Submitted Slurm jobs {jobs[0].job_id} to {jobs[-1].job_id}; they go on if this command is stopped, "
+        f"Submitted Slurm jobs {jobs[0].job_id} to {jobs[-1].job_id}; they continue if this command is stopped, "
         f"and the same command watches them again; to end them, type: scancel {jobs[0].job_id.partition('_')[0]}. "
         f"Logs: {folder}\n"
         f"The VAE runs on {config.device} in {config.precision}, {config.chunk} frames a call, with {cpus} CPUs a job "

@@ -116,7 +116,7 @@ def make_plan(
         config: the settings, resolved.
         vae: the encoder.
         text: the text encoder, if there is one.
-        replace_idle: a plan of which nothing was encoded may be made anew, with other settings or videos.
+        replace_idle: a plan of which nothing was encoded may be replaced, with other settings or videos.
 
     Raises:
         ValueError: no videos, or other videos or settings than the run that began in this folder.
@@ -146,7 +146,7 @@ def make_plan(
         plan = replace(before, rejected=listing.rejected)
     elif listing.sources:
         if mismatch:
-            print(f"{config.out}: nothing was encoded there yet; it is planned anew")
+            print(f"{config.out}: nothing was encoded there yet; it is planned again")
             shutil.rmtree(out / WORK, ignore_errors=True)
         plan = _new_plan(config, listing, spec, captions, vae)
     else:
@@ -216,7 +216,7 @@ def _stored_bytes(spec: EncodeSpec, frames: list[int], vae: "VAE") -> list[int]:
 
 
 def _mismatch(config: EncodeConfig, plan: EncodePlan, listing: Listing, spec: EncodeSpec, captions: Captions) -> str:
-    """Why a run cannot go on with these settings or videos, as a sentence; empty where it can."""
+    """Why a run cannot continue with these settings or videos, as a sentence; empty where it can."""
     now, begun = spec.to_dict(), plan.spec.to_dict()
     other = [name for name in now if now[name] != begun.get(name)]
     if other:

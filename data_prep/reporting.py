@@ -25,7 +25,7 @@ LOG_EVERY = 30.0  # seconds between two lines of the bar in a log, after the fir
 
 
 class EncodeReport:
-    """One start of the command. Counts are of this start; a command that goes on continues the same MLflow run."""
+    """One start of the command. Counts are of this start; a restarted command continues the same MLflow run."""
 
     def __init__(self, config: "EncodeConfig", plan: EncodePlan) -> None:
         """Begins to report to MLflow."""
@@ -162,7 +162,7 @@ class FrameCount:
     """The frames that a job has encoded in all its starts, in a file of the work folder, for who watches the jobs."""
 
     def __init__(self, out: Path, job: int) -> None:
-        """Goes on from what is there."""
+        """Continues from what is there."""
         self.path = out / WORK / f"frames-{job}"
         self.before = int(self.path.read_text()) if self.path.exists() else 0
         self.last = float("-inf")

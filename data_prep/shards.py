@@ -24,7 +24,7 @@ from fvdm.data.clips import index_shard
 from fvdm.data.former import index_name
 from fvdm.files import LockHeldError, atomic_write, lock
 
-LOCK_TIMEOUT = 600.0  # seconds to wait for another copy of the job; a lost machine may hold its lock for ever
+LOCK_TIMEOUT = 600.0  # seconds to wait for another copy of the job; a lost machine may hold its lock forever
 
 
 @contextlib.contextmanager

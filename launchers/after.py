@@ -202,7 +202,7 @@ def _write(path: Path, text: str) -> None:
 def _still_running() -> bool:
     """Whether Slurm still lets the job run: a cancelled one is already completing, as is one out of time.
 
-    Only Slurm's own answer ends a job: without an answer, the job goes on.
+    Only Slurm's own answer ends a job: without an answer, the job continues.
     """
     shown = ask("scontrol", "show", "job", "-o", environ["SLURM_JOB_ID"])
     state = re.search(r"JobState=(\w+)", shown.stdout)
@@ -256,7 +256,7 @@ def _again(files: Files, why: str) -> int:
         source = files.folder / f"{files.job}_{kind}"
         if source.exists():
             shutil.copyfile(source, files.folder / f"{new}_{kind}")
-    print(f"Slurm does not requeue job {files.job}: it goes on as job {new}", flush=True)
+    print(f"Slurm does not requeue job {files.job}: it continues as job {new}", flush=True)
     _write(files.outcome, f"again {new}\n")
     return 0
 

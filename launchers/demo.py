@@ -92,7 +92,7 @@ def main() -> None:
         print(f"\n== {title}  [{time.monotonic() - began:.0f} s]\n$ {shlex.join(shown)}", flush=True)
         code = subprocess.run(command).returncode
         if code:
-            print(f"\nthe demo stopped at: {title} (exit code {code}); type make demo again to go on", file=sys.stderr)
+            print(f"\nthe demo stopped at: {title} (exit code {code}); to continue, type make demo", file=sys.stderr)
             raise SystemExit(code)
     result = json.loads(Path("demo/fvd/fvd.json").read_text())
     print(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes.")

@@ -132,7 +132,7 @@ def show(log: Path, offset: int) -> int:
 
 def _verdict(job: "submitit.Job[bool]", files: Files, received: list[int]) -> int:
     """Name the first cause: a user's mistake, what a rank has found out, a rank that vanished, one that raised."""
-    again = f"To go on from the newest checkpoint, type: {command_line()}"
+    again = f"To continue from the newest checkpoint, type: {command_line()}"
     if files.error.exists():
         print(f"error: {files.error.read_text()}", file=sys.stderr, flush=True)
         return 2
@@ -143,7 +143,7 @@ def _verdict(job: "submitit.Job[bool]", files: Files, received: list[int]) -> in
     for task in range(job.num_tasks):
         paths = job.task(task).paths
         if not paths.result_pickle.exists():
-            say(f"error: rank {task} was killed; the others could not go on. Its log: {paths.stdout}\n{again}")
+            say(f"error: rank {task} was killed; the others could not continue. Its log: {paths.stdout}\n{again}")
             return 1
         try:
             job.task(task).result()

@@ -71,7 +71,7 @@ def sbatch_parameters(resources: Resources, name: str, folder: Path) -> dict[str
         "signal_delay_s": resources.warn,
         "stderr_to_stdout": True,
         "wckey": None,  # submitit's own would be refused where keys are kept
-        # Without it srun waits for ever for the peers of a rank that was killed.
+        # Without it srun waits forever for the peers of a rank that was killed.
         "srun_args": ["--kill-on-bad-exit=1", *(f"--{key}={value}" for key, value in binds.items() if value)],
         "setup": [
             f'export PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"',

@@ -1,4 +1,4 @@
-"""Run any script of the project on Slurm, in the way of slurm_train.py: a benchmark, an encoding, a generation.
+"""Run any script of the project on Slurm, as slurm_train.py does it: a benchmark, an encoding, a generation.
 
     python launchers/slurm_run.py --gpus-per-node 1 benchmarks/fvd.py --real DIR --fake DIR
     python launchers/slurm_run.py --nodes 2 -m fvdm generate --checkpoint runs/mine --out out --num 64

@@ -118,7 +118,7 @@ def follow_on_slurm(files: Files) -> int:
                 break
             time.sleep(1)
     except KeyboardInterrupt:
-        print(f"\njob {files.job} goes on; cancel it with: scancel {files.job}", flush=True)
+        print(f"\njob {files.job} continues; cancel it with: scancel {files.job}", flush=True)
         return 0
     what, sentence = (*outcome, "", "")[:2]
     close_mlflow_run(files.run_folder, STATUS.get(what, "KILLED" if state == "CANCELLED" else "FAILED"))

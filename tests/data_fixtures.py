@@ -118,7 +118,7 @@ LAYOUTS = ("ffs", "ucf101", "sky", "taichi", "mixed")
 
 
 def make_vae(folder: Path) -> Path:
-    """A tiny AutoencoderKL with random weights: 4 channels, 8 x smaller. Good for everything but pictures."""
+    """A tiny AutoencoderKL with random weights: 4 channels, 8 x smaller. Its pictures show nothing."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)

@@ -113,7 +113,7 @@ def space_positions(width: int, side: int) -> Tensor:
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every trainable weight drawn anew, so that no zero hides a mistake."""
+    """Every trainable weight drawn again, so that no zero hides a mistake."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():

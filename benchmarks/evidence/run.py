@@ -102,7 +102,7 @@ class Evidence:
         if arm.rule != PTSS:
             settings["timesteps.rule"] = arm.rule
         if config.validate_every:
-            held_out = self.out / "data" / arm.data / "latents-test"  # Of one split, as all that is encoded here.
+            held_out = self.out / "data" / arm.data / "latents-test"  # It has one split.
             settings |= {"validation.every": config.validate_every, "validation.path": held_out}
             settings |= {"validation.split": "train"}
         settings |= config.train

@@ -12,7 +12,7 @@ class CheckpointConfig:
 
     Attributes:
         every: steps between checkpoints; one is also written at the end, and when the job receives a signal to stop.
-        background: write while training goes on, from a copy in host memory; otherwise training waits.
+        background: write while training continues, from a copy in host memory; otherwise training waits.
         keep_last: newest checkpoints that are kept; corrupt ones do not count, and are moved aside.
         keep_every: keep each checkpoint whose step is a multiple of this, too; 0 keeps none but the newest.
         timeout: seconds that a rank waits for another to write its part, on the slowest disk.

@@ -1,4 +1,4 @@
-"""Writes checkpoints while training goes on: training waits for the copy to host memory, not for the disk."""
+"""Writes checkpoints while training continues: training waits for the copy to host memory, not for the disk."""
 
 import datetime
 import logging
@@ -66,7 +66,7 @@ class AsyncCheckpointWriter:
             write(slices)
         except OSError as error:
             self._error = error
-            logger.warning("the checkpoint could not be written (%s); training goes on, and the next is tried", error)
+            logger.warning("the checkpoint could not be written (%s); training continues, and the next is tried", error)
         except BaseException as error:  # A lost peer: training meets it as well.
             self._raised = error
 

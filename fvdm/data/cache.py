@@ -31,11 +31,11 @@ class ReadCounters:
     """What one process read through a cache.
 
     Attributes:
-        bytes_fetched: bytes that came from afar.
-        fetches: files that came from afar.
+        bytes_fetched: bytes that were fetched.
+        fetches: files that were fetched.
         hits: times that a shard was in the cache when it was needed.
         misses: times that it was not.
-        seconds_waited: time that reading stood still for a shard to come.
+        seconds_waited: time that reading waited for a shard.
     """
 
     bytes_fetched: float = 0.0

@@ -77,14 +77,14 @@ def batches(
     local_world_size: int = 1,
     device: torch.device | str | None = None,
 ) -> Iterator[Batch]:
-    """Yields this rank's batches for ever, from position `start` on.
+    """Yields this rank's batches forever, from position `start` on.
 
     Args:
         shards: what to read.
         config: how; `batch_size` is what all ranks take at once.
         rank: 0 <= rank < world_size.
         world_size: number of ranks; must divide config.batch_size.
-        seed: of the order and of all that is random about a sample.
+        seed: of the order and of everything that is random about a sample.
         start: samples consumed so far by all ranks: `Batch.consumed` of the last batch. With several buckets, a start
             in the middle of a step means the next step.
         step_size: samples of an optimizer step, a multiple of config.batch_size [config.batch_size].
@@ -180,7 +180,7 @@ class _Part:
     read: ReadCounters = field(default_factory=ReadCounters)
 
     def pin_memory(self) -> "_Part":
-        """For DataLoader: the batch in memory from which a GPU copies without a stop."""
+        """For DataLoader: the batch in pinned memory, from which a GPU copies asynchronously."""
         self.x_0 = self.x_0.pin_memory()
         self.y = None if self.y is None else self.y.pin_memory()
         return self
@@ -336,7 +336,7 @@ def _ignore_signals(worker: int) -> None:
 def _end_workers() -> None:
     """End what still reads ahead when this process ends by an exception, whose traceback keeps the workers alive.
 
-    multiprocessing would ask them by SIGTERM, which they ignore, and wait for ever. Other processes of the host program
+    multiprocessing would ask them by SIGTERM, which they ignore, and wait forever. Other processes of the host program
     are left alone.
     """
     own = [worker for worker in _workers if getattr(worker, "_parent_pid", None) == os.getpid() and worker.is_alive()]

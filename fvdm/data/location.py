@@ -38,7 +38,7 @@ def retry(read: Callable[[], T], what: str, missing: int | None = None) -> T:
     """Reads, and where that fails for a reason that may pass, tries again after a while.
 
     Args:
-        read: what to do; begins anew when called again.
+        read: what to do; each call starts from the beginning.
         what: name of the file, for the message.
         missing: exit status by which a command says that there is no such file.
 
@@ -61,7 +61,7 @@ def retry(read: Callable[[], T], what: str, missing: int | None = None) -> T:
             if wait is None:
                 raise UnreachableError(
                     f"Cannot read {what!r} ({reason}), in {len(RETRY_DELAYS) + 1} tries over {sum(RETRY_DELAYS):g} s: "
-                    "see to the disk, the network or the server, and start again."
+                    "check the disk, the network or the server, and start again."
                 ) from None
         log.warning("cannot read %r (%s), trying again in %.0f s", what, reason, wait)
         time.sleep(wait)
@@ -198,7 +198,7 @@ class Location:
         raise OSError(f"{str(self.cache.folder)!r} is too small for the processes that read at the same time")
 
     def prefetch(self, name: str, sha256: str, size: int) -> bool:
-        """Fetches a shard ahead of its use, unless there is no room or another process is at it.
+        """Fetches a shard ahead of its use, unless there is no room or another process is fetching it.
 
         Returns:
             Whether the shard is in the cache.

@@ -110,7 +110,7 @@ class Prefetcher:
             try:
                 if self.location.prefetch(info.name, info.sha256, info.bytes):
                     return True
-            except CorruptShardError:  # the process that reads says so, when it comes to that
+            except CorruptShardError:  # the process that reads the shard reports it
                 self._failed.add(number)
             except (OSError, ValueError) as error:
                 log.debug("cannot fetch %s ahead: %s", info.name, error)

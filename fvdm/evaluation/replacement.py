@@ -62,7 +62,7 @@ def replacement(
         return x
 
     video, shared = draw(clip, given), clip.shape[1] // 2
-    while video.shape[1] < length:  # Each window goes on from the last half of the one before.
+    while video.shape[1] < length:  # Each window starts from the last half of the one before.
         following = torch.zeros_like(clip)
         following[:, :shared] = video[:, -shared:]
         video = torch.cat([video, draw(following, range(shared))[:, shared:]], dim=1)

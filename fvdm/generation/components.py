@@ -14,7 +14,7 @@ from fvdm.models.backbone import Backbone
 
 @dataclass(frozen=True)
 class Components:
-    """A trained model with all that is needed to use it.
+    """A trained model with everything that is needed to use it.
 
     Attributes:
         model: on its device, in eval mode.

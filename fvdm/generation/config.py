@@ -22,7 +22,7 @@ class GenerationConfig:
         frames: indices of the frames that the task selects, such as 0,5,-1 or 4:12: the given frames of any-frame, the
             missing ones of infill, those that edit changes.
         length: frames of the video; 0 is one window of the model, or 128 for long and stream.
-        context: given frames that long, next-frame, pyramid and stream go on from, and that transition takes of each
+        context: given frames that long, next-frame, pyramid and stream continue from, and that transition takes of each
             clip; also frames that a window of long shares with the one before, and clean ones that stream keeps in
             view; 0 is the task's own number.
         delay: rows of the schedule that a frame of pyramid or stream starts after the one before; 0 is the task's own.

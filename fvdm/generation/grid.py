@@ -36,7 +36,7 @@ class Run:
     lead: bool = False
 
     def __str__(self) -> str:
-        """What becomes of them, in a few words."""
+        """What is done to them, in a few words."""
         words = f"{_words('frame', self.frames)} of the video as {_words('latent frame', self.latents)}"
         return f"{words}, encoded after a copy of frame {self.frames[0]}" if self.lead else words
 

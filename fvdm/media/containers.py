@@ -1,6 +1,6 @@
 """Video files through libav: which track is read, what it promises, and its frames as a player shows them.
 
-What a decoder would hide is brought up: libav conceals corrupt frames and goes on, so every error-level line it logs,
+What a decoder would hide is brought up: libav conceals corrupt frames and continues, so every error-level line it logs,
 every frame it flags as corrupt, and every index that promises more frames than there are, rejects the video with that
 line as its reason.
 """
@@ -288,7 +288,7 @@ Orientation = tuple[int, int, int, int]
 
 
 def orientation_of(frame: av.VideoFrame) -> Orientation:
-    """How a frame is to be turned. Call it seldom: PyAV keeps a frame whose side data were read until the next garbage
+    """How to turn a frame. Call it seldom: PyAV keeps a frame whose side data were read until the next garbage
     collection, 3 MB each at 1080p."""
     transform: Any = next((data for data in cast(Any, frame.side_data) if data.type == Type.DISPLAYMATRIX), None)
     if transform is None:
@@ -302,7 +302,7 @@ def upright(frame: av.VideoFrame, orientation: Orientation, aspect: float = 1.0)
 
     Args:
         frame: the decoded frame.
-        orientation: how it is to be turned.
+        orientation: how to turn it.
         aspect: width of a pixel over its height, as it is stored.
     """
     pixels = frame.to_ndarray(format="rgb24", threads=1)

@@ -118,7 +118,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
     """uint8 (h w 3) of an image.
 
     Raises:
-        ValueError: for numbers with a point, whose range nobody states.
+        ValueError: for numbers with a point, whose range is not known.
     """
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range: save it with 8 or 16 bits")

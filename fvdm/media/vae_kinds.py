@@ -18,7 +18,7 @@ class VAEKind:
         stride: pixel frames per latent frame, from the configuration; None for an image VAE.
         factor: how many times smaller a latent is in height and width, from the configuration.
         channels: the configuration's name of the number of latent channels.
-        cached: encoding and decoding go on chunk by chunk with a cache of features, exactly: memory does not grow with
+        cached: encoding and decoding go chunk by chunk with a cache of features, exactly: memory does not grow with
             the clip, and a shorter clip's latents are a prefix of a longer one's.
         needs_odd: diffusers follows the frame map for odd numbers of latent frames, and gives more for even ones.
     """

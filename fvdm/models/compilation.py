@@ -12,7 +12,7 @@ def compile_blocks(model: Backbone, backend: str = "inductor") -> Backbone:
     Space and time blocks become one graph each, without breaks, that all blocks of the kind share. A graph is compiled
     for a first shape of the clip, once more for all other batch sizes, for all other numbers of frames, for a single
     clip, and with and without gradients; what an engine or a checkpoint does to the model
-    goes on as before.
+    continues as before.
 
     Args:
         model: on the device where it will run.

@@ -113,7 +113,7 @@ def frames_of(content: bytes, size: int | tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Packed:
-    """A folder of `save_pretrained`, with all that is needed to use it.
+    """A folder of `save_pretrained`, with everything that is needed to use it.
 
     Attributes:
         folder: where it lies.

@@ -57,7 +57,7 @@ def _send(journal: Journal, timeout: float) -> bool:
             sender.send()
             outage.over()
             return True
-        except Exception as error:  # Whatever the server or the network does, the launcher goes on.
+        except Exception as error:  # Whatever the server or the network does, the launcher continues.
             outage.failed(error)
             if time.monotonic() + pause > deadline:
                 return False

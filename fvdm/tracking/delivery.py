@@ -1,7 +1,7 @@
 """Sends a journal to MLflow: finds or makes the run, and delivers event after event.
 
 An event that the server refuses is skipped, with one warning, and kept in `refused.jsonl`. Every other error is raised:
-whoever sends tries again later.
+the sender tries again later.
 """
 
 import json
@@ -51,7 +51,7 @@ def shown_name(name: str) -> str:
 
 
 class Sender:
-    """Sends one journal to its run; `send` goes on where it was left."""
+    """Sends one journal to its run; `send` continues where it stopped."""
 
     def __init__(self, journal: Journal, start: dict[str, Any], uri: str) -> None:
         """Prepare to send.
@@ -231,7 +231,7 @@ class Sender:
             self._describe(client, position)
 
     def _begin(self, client: Any, run_id: str, start: dict[str, Any]) -> None:
-        """Report that the run goes on, and with which settings."""
+        """Report that the run continues, and with which settings."""
         client.update_run(run_id, status="RUNNING")
         self._params(client, run_id, start.get("params", {}))
 

@@ -23,7 +23,7 @@ def digest(text: str) -> str:
 
 
 def training_description(flat: Mapping[str, Any], command: str, **facts: Any) -> str:
-    """The description of a training run: what is trained on what, and the commands that go on from it.
+    """The description of a training run: what is trained on what, and the commands that continue from it.
 
     Args:
         flat: the settings by dotted name.
@@ -50,7 +50,7 @@ def training_description(flat: Mapping[str, Any], command: str, **facts: Any) ->
     made = f"{folder}/samples"
     return text + commands(
         {
-            "go on": command,
+            "continue": command,
             "sample": shlex.join(["fvdm", "generate", "--checkpoint", folder, "--num", "16", "--out", made]),
             "measure": shlex.join(["python", "benchmarks/fvd.py", "--real", "VIDEOS", "--fake", made, "--run", folder]),
             "export": shlex.join(["fvdm", "checkpoint", "export", folder, f"exported/{flat['name']}"]),
@@ -136,7 +136,7 @@ class _Story:
             self.videos[name] = f"{event['to']}/{name}" if event["to"] else name
 
     def outcome(self) -> str:
-        """How the run ended, or since when it goes on."""
+        """How the run ended, or when it was started."""
         reached = f" at step {self.step:,}{self.loss}" if self.step else ""
         if self.status in ENDS:
             return f"**{OUTCOMES[self.status]}**{reached}, {_moment(self.last)}, after {duration(self.seconds)}."

@@ -87,7 +87,7 @@ def check(uri: str = "") -> None:
             if error.code == 404:
                 raise ValueError(f"the tracking address {uri} cannot be used: what answers is not MLflow") from None
         except OSError:
-            return  # The run goes on without a server, and says so.
+            return  # The run continues without a server, and says so.
 
 
 def refuses(error: Exception) -> bool:

@@ -188,7 +188,7 @@ class Tracker:
                 if not shown:
                     logger.info("MLflow: %s", where_to_look(self.folder))
                 shown = True
-            except Exception as error:  # Whatever the server or the network does, the run goes on.
+            except Exception as error:  # Whatever the server or the network does, the run continues.
                 outage.failed(error)
                 wait = min(LONGEST_PAUSE, 2 * wait or 1.0)
 
@@ -206,12 +206,12 @@ class Outage:
             return
         self._since = time.monotonic()
         if isinstance(error, ExperimentDeletedError):
-            logger.warning("%s; the run goes on and keeps its events until then", error)
+            logger.warning("%s; the run continues and keeps its events until then", error)
         elif isinstance(error, LockHeldError):
-            logger.warning("another process still sends the events of this run; it goes on and keeps its own")
+            logger.warning("another process still sends the events of this run; it continues and keeps its own")
         else:
             reason = " ".join(str(error).split())
-            logger.warning("MLflow at %s does not answer (%s); the run goes on and keeps its events", self.uri, reason)
+            logger.warning("MLflow at %s does not answer (%s); the run keeps its events meanwhile", self.uri, reason)
 
     def over(self) -> None:
         """Count a success; if an outage ends with it, its length is reported."""

@@ -1,4 +1,4 @@
-"""Things that training can do without, such as a preview: if one fails, training goes on."""
+"""Things that training can do without, such as a preview: if one fails, training continues."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -21,7 +21,7 @@ def attempt(action: Callable[[], T]) -> tuple[T | None, str]:
     result, error = None, ""
     try:
         result = action()
-    except Exception as caught:  # Out of memory, a corrupt shard, a codec: whatever it is, training goes on.
+    except Exception as caught:  # Out of memory, a corrupt shard, a codec: whatever it is, training continues.
         error = one_line(caught)
     error = first_error(error)
     if error:

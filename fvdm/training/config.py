@@ -28,7 +28,7 @@ class EngineConfig:
         precision: bf16 (float32 masters, gradients reduced in float32) or fp32.
         micro_batch: clips a rank takes at once; the rest of its share is accumulated. 0 takes its whole share.
         reduce_bucket_size: elements that are reduced in one message.
-        overlap_comm: on GPUs, reduce gradients while the backward pass goes on.
+        overlap_comm: on GPUs, reduce gradients during the backward pass.
         timeout: seconds after which a rank that waits for a hung or lost peer gives up.
     """
 

@@ -66,7 +66,7 @@ class HeldOutLoss:
         return [(i, j) for i in range(count) for j in range(count) if i == j or self.data.frames > 1]
 
     def measure(self, model: Backbone, step: int, tracker: Tracker | None) -> None:
-        """Measure, log and report. Collective. Where it fails, a line says why, and training goes on."""
+        """Measure, log and report. Collective. Where it fails, a line says why, and training continues."""
         began = time.monotonic()
         own, error = attempt(lambda: self.losses(model))
         if own is None or error:

@@ -376,7 +376,7 @@ def test_killed_twenty_times(models, tmp_path):
 
 
 def test_frames_are_reported_while_the_first_clip_is_encoded(videos, models, tmp_path, monkeypatch):
-    """The VAE goes on with a clip only when its first frames were reported."""
+    """The VAE continues with a clip only when its first frames were reported."""
     (tmp_path / "v").mkdir()
     shutil.copy(videos / "0.mp4", tmp_path / "v")
     form = ("--size", "48", "--clip-frames", "37")

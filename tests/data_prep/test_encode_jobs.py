@@ -1,4 +1,4 @@
-"""Encoding by several jobs: what each is told, and what becomes of those that stop or crash."""
+"""Encoding by several jobs: what each is told, and what happens to those that stop or crash."""
 
 import errno
 import json

@@ -200,7 +200,7 @@ def test_another_setting_or_video_is_refused(videos, vae, undisturbed, tmp_path,
     assert "1 new, 0 gone, for example 'new.mp4'" in capsys.readouterr().err
 
 
-def test_a_plan_of_which_nothing_was_encoded_is_made_anew(videos, vae, undisturbed, tmp_path, capsys):
+def test_a_plan_of_which_nothing_was_encoded_is_replaced(videos, vae, undisturbed, tmp_path, capsys):
     """The advice to take a smaller --shard-mb can be followed; one finished video, and the plan stands."""
     out = tmp_path / "out"
     config = resolve(parse(EncodeConfig, words(videos, out, vae, "--shard-mb", "100")))
@@ -208,7 +208,7 @@ def test_a_plan_of_which_nothing_was_encoded_is_made_anew(videos, vae, undisturb
     plan = make_plan(config, open_models(config).vae)
     Work(out, plan).reject(plan.shards[0], 3, "of the former plan", [1, 2])
     assert encode(videos, out, vae) == 3
-    assert "nothing was encoded there yet; it is planned anew" in capsys.readouterr().out
+    assert "nothing was encoded there yet; it is planned again" in capsys.readouterr().out
     assert contents(out) == contents(undisturbed)
     shutil.rmtree(out)
     out.mkdir()
@@ -229,7 +229,7 @@ def test_a_plan_with_jobs_in_the_queue_stands(videos, vae, tmp_path):
 @pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_ends_the_command_and_its_children(vae, tmp_path, number, jobs):
-    """The exit status says which signal, standard error says what to type, and the same command goes on."""
+    """The exit status says which signal, standard error says what to type, and the same command continues."""
     for video in range(30):
         write_video(tmp_path / "v" / f"{video}.mp4", cut(video, 60))
     command = [sys.executable, str(ROOT / "data_prep" / "encode_latents.py")]
@@ -241,7 +241,7 @@ def test_a_signal_ends_the_command_and_its_children(vae, tmp_path, number, jobs)
     process.send_signal(number)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number, error
-    assert f"stopped by {number.name}; what is done is kept. To go on, type: python" in error
+    assert f"stopped by {number.name}; what is done is kept. To continue, type: python" in error
     assert str(tmp_path / "out") in error
     assert "Traceback" not in error
     deadline = time.monotonic() + 30  # the last of them end when their pipe is closed

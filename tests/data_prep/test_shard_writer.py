@@ -114,7 +114,7 @@ def test_parts_that_vanish_while_they_are_read_make_no_shorter_shard(tmp_path, g
         monkeypatch.setattr(shard_files, "_copy", made_by_another)
         work.assemble(SHARD)
         assert files(out) == files(good)
-        keep(work, 0)  # it goes on with its videos, which are made
+        keep(work, 0)  # it continues with its videos, which are made
         work.assemble(SHARD)
         assert files(out) == files(good)
 

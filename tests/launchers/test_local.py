@@ -52,7 +52,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_the_words_to_go_on(tmp_path, 
     output = launcher.communicate(timeout=120)[0]
     assert launcher.returncode == 128 + number, output
     assert f"{number.name}: stopping after this step, with a checkpoint" in output
-    assert re.search(r"To go on from the newest checkpoint, type: .*slurm_train.py --cluster local", output)
+    assert re.search(r"To continue from the newest checkpoint, type: .*slurm_train.py --cluster local", output)
     assert newest(tmp_path / "runs/run/checkpoints") is not None
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     assert client.get_run(run_of(tmp_path / "runs/run")).info.status == "KILLED"

@@ -233,7 +233,7 @@ def test_a_decoder_that_dies_costs_one_video(tmp_path):
 
 
 def test_a_decoder_that_hangs_is_given_up(tmp_path):
-    """A named pipe blocks whoever opens it: the decoder is killed, twice, and the next video goes on."""
+    """A named pipe blocks whoever opens it: the decoder is killed, twice, and the next video continues."""
     os.mkfifo(write_frames(tmp_path / "a", cut(0), [f"{frame}.png" for frame in range(20)]) / "20.png")
     results = decode_all([tmp_path / "a", write_video(tmp_path / "b.mp4", cut(0))], timeout=4.0)
     assert results[0] == Rejected("decoder sent nothing for 4 s")

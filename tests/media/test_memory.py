@@ -28,7 +28,7 @@ print(faults(32) - first)
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
-def test_memory_that_is_kept_is_not_cleared_anew():
+def test_memory_that_is_kept_is_not_cleared_again():
     faults = [
         int(subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, check=True).stdout)
         for how in ("no", "keep")

@@ -343,4 +343,4 @@ def test_a_journal_of_version_0_1_is_read_sent_and_closed(client, config, tmp_pa
     again.metrics({"optim/lr": 0.3}, 3)
     again.close()
     assert again.run_id == run_id
-    assert history(client, run_id, "optim/lr") == [(1, 0.1), (2, 0.2), (3, 0.3)], "the curve goes on"
+    assert history(client, run_id, "optim/lr") == [(1, 0.1), (2, 0.2), (3, 0.3)], "the curve continues"

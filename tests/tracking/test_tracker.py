@@ -223,7 +223,7 @@ def test_a_training_whose_server_is_killed_in_its_middle_loses_no_metric(tmp_pat
         server.kill()
         away = steps()
         wait_until(lambda: steps() > away + 5)
-        assert training.poll() is None, "the training went on without the server"
+        assert training.poll() is None, "the training continued without the server"
         server.start()
         back, written_by_then = steps(), journal.stat().st_size
         wait_until(lambda: steps() > back + 5 and sent() > written_by_then)

@@ -122,7 +122,7 @@ def test_kill_9_and_the_same_command_again(latents, undisturbed, tmp_path, victi
 
 
 @pytest.mark.slow
-def test_a_run_whose_checkpoints_are_all_corrupt_stops_and_begins_anew_only_when_asked_to(
+def test_a_run_whose_checkpoints_are_all_corrupt_stops_and_begins_again_only_when_asked_to(
     latents, undisturbed, tmp_path
 ):
     shutil.copytree(undisturbed / "runs" / "run", tmp_path / "runs" / "run")
