@@ -54,7 +54,7 @@ class AblationConfig:
         frames: frames of a clip.
         clips: clips behind each FVD.
         guidance: of class-conditional models; 1 is none.
-        cluster: where the trainings run, as slurm_train.py has it.
+        cluster: where training runs are started, as for slurm_train.py.
         nodes: nodes, or processes here, of each training run.
         experiment: MLflow experiment.
         smoke: tiny models and few steps on made-up clips; takes minutes on two cores.
