@@ -6,6 +6,7 @@ other; rank r owns a slice of each group. Frozen parameters are in none of it.
 """
 
 import datetime
+import inspect
 import logging
 import os
 import re
@@ -34,9 +35,10 @@ def initialise(timeout: int) -> torch.device:
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         # DeepSpeed would compile a C++ extension here: 20 s, behind a lock that a killed run never releases.
+        # Asking what could be compiled starts compilers, too.
         import deepspeed.ops
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     else:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
         allow_gpu_names()
@@ -45,10 +47,11 @@ def initialise(timeout: int) -> torch.device:
 
 
 def _leave_out_unused_imports() -> None:
-    """Keep DeepSpeed from 3 s of imports on every rank, for parts that no run here uses.
+    """Keep every rank from 4 s of imports, for parts that no run here uses.
 
-    Its autotuner imports MLflow. Its Muon optimizer, which ZeRO imports at the first step whatever the optimizer is,
-    decorates its kernels with `torch.compile`, which imports the whole compiler.
+    DeepSpeed's autotuner imports MLflow. Its Muon optimizer, which ZeRO imports at the first step whatever the
+    optimizer is, decorates its kernels with `torch.compile`, which imports the whole compiler. So does PyTorch's
+    optimizer, to mark where a compiled step would break in two; here only a model's blocks are compiled.
     """
     autotuner = ModuleType("deepspeed.autotuning.autotuner")
     autotuner.__dict__["Autotuner"] = None
@@ -56,6 +59,9 @@ def _leave_out_unused_imports() -> None:
     from deepspeed.runtime import compiler
 
     compiler.compile = lambda: lambda function: function
+    adamw = torch.optim.AdamW
+    adamw.add_param_group = inspect.unwrap(adamw.add_param_group)  # type: ignore[method-assign]
+    adamw.step = torch.no_grad()(inspect.unwrap(adamw.step))  # type: ignore[method-assign]
 
 
 def allow_gpu_names() -> None:
