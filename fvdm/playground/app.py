@@ -21,6 +21,7 @@ from fvdm.playground.session import (
     Request,
     Snapshot,
     command_line,
+    given_pictures,
     missing_given,
     plan_of,
     request_of,
@@ -42,8 +43,8 @@ input[type=checkbox] {border: 1px solid #7c7f8a !important}
 """
 INTRO = """# FVDM playground
 Every frame has a timestep of its own. A **schedule** says how the timesteps fall, from noise (white) to clean (black):
-a column per frame, a row per step. Frames that you give are blue. Choose a task, or draw the schedule by hand in its
-table; then press *Generate*."""
+a column per frame, a row per step. Frames that you give are blue, and below each stands the image that it takes. Choose
+a task, or draw the schedule by hand in its table; then press *Generate*."""
 EMPTY = gr.update(value=None, visible=False)
 
 
@@ -196,9 +197,10 @@ class Page:
         try:
             request = self.request(values[:SHARED], values[SHARED : SHARED + 5])
             schedule, given = plan_of(self.model, request)
+            pictures = given_pictures(self.model, request)
         except ValueError as error:
             return None, str(error), gr.skip()
-        shown, note = image(schedule, given, self.num_timesteps), missing_given(self.model, request)
+        shown, note = image(schedule, given, self.num_timesteps, pictures), missing_given(self.model, request)
         if request.config.task == HAND:
             return shown, note, gr.skip()
         times = frame_times(schedule, given, self.num_timesteps)

@@ -4,15 +4,17 @@ A hand-drawn schedule has a row of numbers for each frame: the steps at which it
 the noise it starts from. The result is an ordinary schedule `(steps + 1, frames)`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 GIVEN = np.array([54, 118, 214])  # RGB of frames that are given
 MARGIN = 2  # pixels between two frames
+LEAST_PICTURE = 12  # pixels; a smaller picture shows nothing
 
 
 class FrameTimes(NamedTuple):
@@ -76,19 +78,27 @@ def frame_times(schedule: Tensor, given: Iterable[int], num_timesteps: int) -> l
 
 
 def image(
-    schedule: Tensor, given: Iterable[int], num_timesteps: int, height: int = 240, width: int = 640
+    schedule: Tensor,
+    given: Iterable[int],
+    num_timesteps: int,
+    pictures: Mapping[int, Tensor] | None = None,
+    height: int = 240,
+    width: int = 640,
 ) -> np.ndarray:
     """A schedule as an image: a column per frame, time goes down; white is noise, black is clean, blue is given.
+
+    Below it stand the pictures of the given frames, where the columns are wide enough for pictures.
 
     Args:
         schedule: int `(s + 1, f)`.
         given: indices of the frames whose content is given.
         num_timesteps: T.
-        height: of the image, in pixels.
+        pictures: of given frames, by their indices, uint8 `(3 h w)` each.
+        height: of the schedule, in pixels.
         width: of the image, in pixels; at least a few pixels per frame are used.
 
     Returns:
-        uint8 `(height, width', 3)`.
+        uint8 `(height', width', 3)`.
     """
     rows, frames = schedule.shape
     cell = max(2 * MARGIN + 2, width // frames)
@@ -101,4 +111,11 @@ def image(
         colour = GIVEN + (255 - GIVEN) * picked[:, frame, None] if frame in shown else grey
         canvas[:, frame * cell + MARGIN : (frame + 1) * cell - MARGIN] = colour[:, None].round()
     canvas[[0, -1]] = 128
-    return canvas
+    side = cell - 2 * MARGIN
+    if not pictures or side < LEAST_PICTURE:
+        return canvas
+    row = np.full((MARGIN + side, *canvas.shape[1:]), 255, dtype=np.uint8)
+    for frame, picture in pictures.items():
+        small = F.interpolate(picture[None].float(), size=(side, side), mode="area")[0].permute(1, 2, 0)
+        row[MARGIN:, frame * cell + MARGIN : (frame + 1) * cell - MARGIN] = small.round().byte().numpy()
+    return np.concatenate([canvas, row])

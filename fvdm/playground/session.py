@@ -19,6 +19,7 @@ from torch import Tensor
 from fvdm.diffusion.tasks import find
 from fvdm.generation.config import GenerationConfig
 from fvdm.generation.frames import make_frames
+from fvdm.generation.grid import choose_frames, runs
 from fvdm.generation.inputs import STEP_IN_TIME, file_rate, read_source
 from fvdm.generation.pipeline import Trained
 from fvdm.generation.plan import encode_given, length_of, make_plan, task_spec, with_noise
@@ -98,6 +99,24 @@ def plan_of(model: Trained, request: Request) -> tuple[Tensor, tuple[int, ...]]:
     clips = request.clips or ((blank,) if find(request.config.task).needs_given else ())
     plan = make_plan(model, request.config, clips, complete=True)
     return with_noise(model, request.config, plan)[0].schedule, plan.given
+
+
+def given_pictures(model: Trained, request: Request) -> dict[int, Tensor]:
+    """The given images at the frames of the schedule that take them, uint8 `(3 h w)`; of a group its first frame.
+
+    Raises:
+        ValueError: if there are too few frames.
+    """
+    if not request.clips:
+        return {}
+    plan, encoding = make_plan(model, request.config, request.clips), request.config.given_encoding
+    frames = choose_frames(request.clips, plan, model.stride, model.frame_map, encoding)[0]
+    shown, first = {}, 0
+    for run in runs(model.frame_map, plan.given, encoding):
+        for latent in run.latents:
+            shown[latent] = frames[first + max(0, model.frame_map.span(latent).start - run.frames[0])]
+        first += len(run.frames)
+    return shown
 
 
 def missing_given(model: Trained, request: Request) -> str:

@@ -17,6 +17,7 @@ from fvdm.playground.config import PlayConfig
 from fvdm.playground.session import (
     CancelledError,
     command_line,
+    given_pictures,
     missing_given,
     plan_of,
     request_of,
@@ -47,6 +48,17 @@ def request_for(model, rabbit, **changes):
 
 def last(model, request):
     return list(run(model, request, threading.Event()))[-1]
+
+
+def test_each_given_image_is_shown_at_the_frame_that_takes_it(model, rabbit):
+    other = rabbit.parent / "other.png"
+    Image.new("RGB", (64, 64), (255, 0, 0)).save(other)
+    config = GenerationConfig(task="any-frame", steps=3, frames="3,-1")
+    shown = given_pictures(model, request_of(model, config, [str(rabbit), str(other)]))
+    assert list(shown) == [3, 15]
+    assert torch.equal(shown[3], read_frames(str(rabbit), model.size)[0])
+    assert torch.equal(shown[15], read_frames(str(other), model.size)[0])
+    assert given_pictures(model, request_of(model, config, [])) == {}
 
 
 def test_the_clip_is_that_of_the_command_line_it_shows(model, rabbit, monkeypatch):

@@ -66,3 +66,12 @@ def test_the_image_shows_noise_above_and_given_frames_in_blue():
     assert tuple(canvas[50, 10]) == (54, 118, 214), "held: blue all the way"
     assert canvas[2, 30].min() > 240, "noise is white"
     assert canvas[97, 30].max() < 10, "clean is black"
+
+
+def test_pictures_stand_below_their_frames_where_there_is_room():
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None].expand(3, 9, 9)
+    canvas = image(full_sequence(10, 4), [2], T, {2: red}, height=100, width=80)
+    assert canvas.shape == (100 + 18, 80, 3)
+    assert (canvas[102:, 42:58] == (255, 0, 0)).all()
+    assert (canvas[102:, :40] == 255).all()
+    assert image(full_sequence(10, 40), [2], T, {2: red}, height=100, width=80).shape[0] == 100
