@@ -21,7 +21,7 @@ from fvdm.playground.session import (
     Request,
     Snapshot,
     command_line,
-    given_pictures,
+    given_images,
     missing_given,
     plan_of,
     request_of,
@@ -197,10 +197,10 @@ class Page:
         try:
             request = self.request(values[:SHARED], values[SHARED : SHARED + 5])
             schedule, given = plan_of(self.model, request)
-            pictures = given_pictures(self.model, request)
+            images = given_images(self.model, request)
         except ValueError as error:
             return None, str(error), gr.skip()
-        shown, note = image(schedule, given, self.num_timesteps, pictures), missing_given(self.model, request)
+        shown, note = image(schedule, given, self.num_timesteps, images), missing_given(self.model, request)
         if request.config.task == HAND:
             return shown, note, gr.skip()
         times = frame_times(schedule, given, self.num_timesteps)

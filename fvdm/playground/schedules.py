@@ -14,7 +14,7 @@ from torch import Tensor
 
 GIVEN = np.array([54, 118, 214])  # RGB of frames that are given
 MARGIN = 2  # pixels between two frames
-LEAST_PICTURE = 12  # pixels; a smaller picture shows nothing
+LEAST_SIDE = 12  # pixels; a smaller image shows nothing
 
 
 class FrameTimes(NamedTuple):
@@ -81,19 +81,19 @@ def image(
     schedule: Tensor,
     given: Iterable[int],
     num_timesteps: int,
-    pictures: Mapping[int, Tensor] | None = None,
+    images: Mapping[int, Tensor] | None = None,
     height: int = 240,
     width: int = 640,
 ) -> np.ndarray:
     """A schedule as an image: a column per frame, time goes down; white is noise, black is clean, blue is given.
 
-    Below it stand the pictures of the given frames, where the columns are wide enough for pictures.
+    Below it stand the given images, where the columns are wide enough for them.
 
     Args:
         schedule: int `(s + 1, f)`.
         given: indices of the frames whose content is given.
         num_timesteps: T.
-        pictures: of given frames, by their indices, uint8 `(3 h w)` each.
+        images: of given frames, by their indices, uint8 `(3 h w)` each.
         height: of the schedule, in pixels.
         width: of the image, in pixels; at least a few pixels per frame are used.
 
@@ -112,10 +112,10 @@ def image(
         canvas[:, frame * cell + MARGIN : (frame + 1) * cell - MARGIN] = colour[:, None].round()
     canvas[[0, -1]] = 128
     side = cell - 2 * MARGIN
-    if not pictures or side < LEAST_PICTURE:
+    if not images or side < LEAST_SIDE:
         return canvas
     row = np.full((MARGIN + side, *canvas.shape[1:]), 255, dtype=np.uint8)
-    for frame, picture in pictures.items():
-        small = F.interpolate(picture[None].float(), size=(side, side), mode="area")[0].permute(1, 2, 0)
+    for frame, shown_image in images.items():
+        small = F.interpolate(shown_image[None].float(), size=(side, side), mode="area")[0].permute(1, 2, 0)
         row[MARGIN:, frame * cell + MARGIN : (frame + 1) * cell - MARGIN] = small.round().byte().numpy()
     return np.concatenate([canvas, row])

@@ -101,7 +101,7 @@ def plan_of(model: Trained, request: Request) -> tuple[Tensor, tuple[int, ...]]:
     return with_noise(model, request.config, plan)[0].schedule, plan.given
 
 
-def given_pictures(model: Trained, request: Request) -> dict[int, Tensor]:
+def given_images(model: Trained, request: Request) -> dict[int, Tensor]:
     """The given images at the frames of the schedule that take them, uint8 `(3 h w)`; of a group its first frame.
 
     Raises:

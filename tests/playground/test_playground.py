@@ -17,7 +17,7 @@ from fvdm.playground.config import PlayConfig
 from fvdm.playground.session import (
     CancelledError,
     command_line,
-    given_pictures,
+    given_images,
     missing_given,
     plan_of,
     request_of,
@@ -54,11 +54,11 @@ def test_each_given_image_is_shown_at_the_frame_that_takes_it(model, rabbit):
     other = rabbit.parent / "other.png"
     Image.new("RGB", (64, 64), (255, 0, 0)).save(other)
     config = GenerationConfig(task="any-frame", steps=3, frames="3,-1")
-    shown = given_pictures(model, request_of(model, config, [str(rabbit), str(other)]))
+    shown = given_images(model, request_of(model, config, [str(rabbit), str(other)]))
     assert list(shown) == [3, 15]
     assert torch.equal(shown[3], read_frames(str(rabbit), model.size)[0])
     assert torch.equal(shown[15], read_frames(str(other), model.size)[0])
-    assert given_pictures(model, request_of(model, config, [])) == {}
+    assert given_images(model, request_of(model, config, [])) == {}
 
 
 def test_the_clip_is_that_of_the_command_line_it_shows(model, rabbit, monkeypatch):

@@ -68,7 +68,7 @@ def test_the_image_shows_noise_above_and_given_frames_in_blue():
     assert canvas[97, 30].max() < 10, "clean is black"
 
 
-def test_pictures_stand_below_their_frames_where_there_is_room():
+def test_images_stand_below_their_frames_where_there_is_room():
     red = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None].expand(3, 9, 9)
     canvas = image(full_sequence(10, 4), [2], T, {2: red}, height=100, width=80)
     assert canvas.shape == (100 + 18, 80, 3)
