@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.config import EncodeConfig
 from data_prep.job import exit_status, run_job
 from fvdm.files import write_text
+from fvdm.media.diffusers_import import declare_command
 
 if TYPE_CHECKING:
     from data_prep.reporting import EncodeReport
@@ -133,6 +134,7 @@ class ArrayJob:
         """Makes this job's shards; returns the exit status of the command."""
         import submitit
 
+        declare_command()
         submitit.JobEnvironment().paths.result_pickle.unlink(missing_ok=True)  # of the time before a requeue
         return run_job(self.config, self.number)
 
@@ -239,4 +241,5 @@ def _python_path() -> str:
 
 
 if __name__ == "__main__":
+    declare_command()
     sys.exit(_child())
