@@ -20,7 +20,6 @@ if __package__ in (None, ""):  # run as a file: the folder above holds the packa
 
 from fvdm import config as settings
 from fvdm.evaluation.config import FVDConfig
-from fvdm.media.diffusers_import import declare_command
 
 
 def report(result: dict[str, Any], config: FVDConfig) -> None:
@@ -67,5 +66,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    declare_command()
     main()

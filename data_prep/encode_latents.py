@@ -24,7 +24,6 @@ from data_prep.config import DEMO_CLIPS, EncodeConfig, StrictError, resolve
 from data_prep.job import exit_status
 from fvdm import config as settings
 from fvdm.files import LockHeldError, lock
-from fvdm.media.diffusers_import import declare_command
 from fvdm.tracking.config import check_uri, tracking_uri
 
 if TYPE_CHECKING:
@@ -151,5 +150,4 @@ def run(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    declare_command()
     sys.exit(run())

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from data_prep.config import EncodeConfig
 from data_prep.job import exit_status, run_job
 from fvdm.files import write_text
-from fvdm.media.diffusers_import import declare_command
 
 if TYPE_CHECKING:
     from data_prep.reporting import EncodeReport
@@ -134,7 +133,6 @@ class ArrayJob:
         """Makes this job's shards; returns the exit status of the command."""
         import submitit
 
-        declare_command()
         submitit.JobEnvironment().paths.result_pickle.unlink(missing_ok=True)  # of the time before a requeue
         return run_job(self.config, self.number)
 
@@ -241,5 +239,4 @@ def _python_path() -> str:
 
 
 if __name__ == "__main__":
-    declare_command()
     sys.exit(_child())

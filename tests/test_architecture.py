@@ -35,7 +35,7 @@ DOORS = {
     "flash_attn": {"fvdm/models/attention.py"},
     "filelock": {"fvdm/files.py"},
     "diffusers": {
-        "fvdm/media/diffusers_import.py",
+        "fvdm/media/vae.py",
         "fvdm/media/fast_layers.py",
         "data_prep/train_vae.py",
         "data_prep/vae_training.py",

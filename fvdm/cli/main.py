@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from fvdm import config as settings
-from fvdm.media.diffusers_import import declare_command
 
 COMMANDS = {
     "generate": "make videos with a trained model",
@@ -21,8 +20,6 @@ USAGE = "usage: fvdm COMMAND [OPTIONS]\n\n" + "".join(f"  {name:11s} {text}\n" f
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command that the first word names; `fvdm COMMAND --help` explains its options."""
-    if argv is None:
-        declare_command()
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(USAGE + "\n`fvdm COMMAND --help` explains the options of a command.")

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fvdm.hub import fetching
 from fvdm.media.chunks import decode_chunks, encode_chunks, to_pixels
-from fvdm.media.diffusers_import import import_diffusers
 from fvdm.media.fast_layers import save_passes
 from fvdm.media.normalisation import Normalisation, sample_latents
 from fvdm.media.vae_kinds import find_kind, normalisation_of
@@ -220,8 +219,10 @@ def load_vae(name: str = "builtin", device: torch.device | str = "cpu", dtype: t
     Raises:
         ValueError: if there is no such VAE, it cannot be read, or its class is not in the list.
     """
-    diffusers = import_diffusers()
-    diffusers.utils.logging.set_verbosity_error()
+    import diffusers
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
     try:
         source, options = _source(name)
         config = diffusers.AutoencoderKL.load_config(source, **options)
