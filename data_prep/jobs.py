@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.config import EncodeConfig
 from data_prep.job import exit_status, run_job
+from data_prep.slurm_queue import SlurmQueue
 from fvdm.files import write_text
 
 if TYPE_CHECKING:
@@ -193,21 +194,47 @@ def _cpus(options: dict[str, str]) -> int:
 
 
 def _run_slurm(config: EncodeConfig, work: "Work", report: "EncodeReport", jobs: Sequence[Any]) -> int:
+    queue = SlurmQueue([job.job_id for job in jobs])
+    lost: dict[str, str] = {}
+
     def ended() -> bool:
-        done = [job.done() for job in jobs]
-        stopped = config.strict and any(over and _stopped(job) for over, job in zip(done, jobs, strict=True))
-        for job in jobs:
-            if stopped:
+        done = _with_result(jobs)
+        stopped = config.strict and any(map(_stopped, done))
+        if stopped:
+            for job in jobs:
                 job.cancel(check=False)
-        return all(done) or stopped
+        waiting = [job.job_id for job in jobs if job not in done]
+        lost.clear()
+        lost.update(queue.lost(waiting))
+        return stopped or all(name in lost for name in waiting)
 
     frames = _wait(work, report, ended, 1.0)
-    if config.strict and any(job.done() and _stopped(job) for job in jobs):
+    done = _with_result(jobs)
+    if config.strict and any(map(_stopped, done)):
         return frames
-    for job in jobs:
+    for job in done:
         if job.exception() is not None:
             raise ValueError(f"Slurm job {job.job_id} failed: see {job.paths.stderr}. What is done is kept.")
+    missing = [job for job in jobs if job not in done]
+    if missing and not all(map(work.complete, work.plan.shards)):
+        raise ValueError(_what_was_lost(missing, lost[missing[0].job_id]))
     return frames
+
+
+def _what_was_lost(jobs: Sequence[Any], state: str) -> str:
+    """The sentence on jobs that have left Slurm's queue without a result, by the first and its last state there."""
+    log = jobs[0].paths.stderr
+    what = f"Slurm job {jobs[0].job_id}" + (f", like {len(jobs) - 1} more," if len(jobs) > 1 else "")
+    end = f"ended as {state}" if state else "is no longer in Slurm's queue"
+    where = f"its log is {log}" if log.exists() else "it never started"
+    return f"{what} {end} before its work was done; {where}. What is done is kept: start the same command again."
+
+
+def _with_result(jobs: Sequence[Any]) -> list[Any]:
+    """The jobs that have left a result: only these may be asked for it, as submitit waits for one without end."""
+    # Listing the folder makes network file systems look again, where asking for the name would be answered from memory.
+    names = set(os.listdir(jobs[0].paths.result_pickle.parent))
+    return [job for job in jobs if job.paths.result_pickle.name in names]
 
 
 def _stopped(job: Any) -> bool:
@@ -227,7 +254,8 @@ def queued(config: EncodeConfig) -> list[Any]:
     import submitit
 
     jobs: list[Any] = [submitit.SlurmJob(folder, job_id, tasks=[0]) for job_id in ids]
-    if all(job.done(force_check=True) for job in jobs):
+    ended = {job.job_id for job in _with_result(jobs)}
+    if not set(SlurmQueue(ids).active()) - ended:
         return []
     print(f"Slurm jobs {ids[0]} to {ids[-1]} are still there: watching them.")
     return jobs

@@ -12,6 +12,7 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import _make_sbatch_string
 
+from data_prep.slurm_queue import ENDED
 from fvdm.tracking.provenance import command_line
 from launchers.after import STATUS, Files, ask, close_mlflow_run
 from launchers.config import Resources, array_numbers
@@ -20,7 +21,6 @@ from launchers.local import follow_here, show, start_here
 from launchers.resources import ROOT, sbatch_parameters
 
 START = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'launchers' / 'start.py'))}"
-ACTIVE = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING", "SUSPENDED")
 
 
 class _Executor(submitit.SlurmExecutor):
@@ -107,10 +107,13 @@ def follow_on_slurm(files: Files) -> int:
     offset = 0
     try:
         while True:
-            state = ask("squeue", "-h", "-t", "all", "-j", files.job, "-o", "%T").stdout.strip()
+            asked = ask("squeue", "-h", "-t", "all", "-j", files.job, "-o", "%T")
+            state = asked.stdout.strip()
             offset = show(files.log, offset)
             outcome = files.outcome.read_text().split(None, 1) if files.outcome.exists() else []
-            if state in ACTIVE:
+            # Only Slurm's own word ends a job, however long its controller is away.
+            unknown = asked.returncode and "Invalid job id" not in asked.stderr
+            if unknown or state not in ("", *ENDED):
                 pass
             elif outcome[:1] == ["again"] and len(outcome) > 1:
                 files, offset = Files(files.folder, outcome[1].strip()), 0
@@ -124,5 +127,6 @@ def follow_on_slurm(files: Files) -> int:
     close_mlflow_run(files.run_folder, STATUS.get(what, "KILLED" if state == "CANCELLED" else "FAILED"))
     if what == "done":
         return 0
-    print(f"error: {sentence.strip() or f'job {files.job} ended as {state or what}'}", file=sys.stderr, flush=True)
+    end = f"job {files.job} " + (f"ended as {state}" if state else "is no longer in Slurm's queue")
+    print(f"error: {sentence.strip() or end}", file=sys.stderr, flush=True)
     return 2 if what == "error" else 1

@@ -17,6 +17,11 @@ logger = logging.getLogger(__name__)
 ENDS = ("FINISHED", "FAILED", "KILLED")  # the states of a run that has ended
 
 
+def sender_lock(folder: Path, timeout: float = 0) -> AbstractContextManager[None]:
+    """The lock of who sends the journal in `folder`; raises LockHeldError while another one sends, after `timeout`."""
+    return lock(folder / ".sender.lock", timeout)
+
+
 class Journal:
     """Events of one run, in the order in which they happened. One process writes; one process at a time sends.
 
@@ -34,10 +39,6 @@ class Journal:
             self._file.seek(-1, os.SEEK_END)
             if self._file.read(1) != b"\n":  # A kill cut the last line short: the next event begins a line of its own.
                 self._pending = b"\n"
-
-    def sender_lock(self) -> AbstractContextManager[None]:
-        """The lock of the thread that sends; raises LockHeldError at once while another one sends."""
-        return lock(self.folder / ".sender.lock", timeout=0)
 
     def append(self, event: dict[str, Any]) -> None:
         """Write an event with the time of now; on a full disk it is kept in memory until the next one."""

@@ -19,7 +19,7 @@ from fvdm.files import LockHeldError
 from fvdm.tracking.config import TrackingConfig, check_uri, experiment_name, tracking_uri
 from fvdm.tracking.delivery import Sender
 from fvdm.tracking.description import duration
-from fvdm.tracking.journal import Journal
+from fvdm.tracking.journal import Journal, sender_lock
 from fvdm.tracking.logged_model import LoggedModel
 from fvdm.tracking.pages import where_to_look
 from fvdm.tracking.provenance import git_commit, source_tags
@@ -29,6 +29,8 @@ from fvdm.tracking.system_metrics import SystemMetrics
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 30.0  # seconds that the end of a run waits for a server that does not answer
+# The same of a run that was stopped: Slurm leaves a cancelled job 30 seconds, and its launcher sends the rest.
+STOPPED_TIMEOUT = 10.0
 LONGEST_PAUSE = 30.0  # seconds between two attempts to reach a server that is away
 
 
@@ -138,7 +140,7 @@ class Tracker:
             self._system_metrics.stop()
         self._write({"status": status})
         self._wake.put(False)
-        self._thread.join(TIMEOUT)
+        self._thread.join(STOPPED_TIMEOUT if status == "KILLED" else TIMEOUT)
         while self._thread.is_alive() and self._sender.uploading.is_set():
             self._thread.join(1.0)  # A model of some gigabytes is on its way to a server that answers.
         self._over.set()  # The journal is the next sender's.
@@ -180,7 +182,7 @@ class Tracker:
                 return
             try:
                 if not locked:  # The process of an earlier start that was cut off may still be sending.
-                    held.enter_context(self._journal.sender_lock())
+                    held.enter_context(sender_lock(self.folder))
                     locked = True
                 self._sender.send()
                 outage.over()

@@ -45,8 +45,8 @@ class Slurm:
     ends: tuple[object, ...] = (0,)
 
     def __init__(self, folder, cluster, **settings):
-        self.settings, self.submitted = settings, []
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.settings, self.submitted, self.folder = settings, [], Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
         Slurm.last = self
 
     def update_parameters(self, **settings):
@@ -68,13 +68,14 @@ class Slurm:
                 raise crashed
             return end
 
+        result_pickle = self.folder / f"7_{number}_result.pkl"
+        result_pickle.touch()
         return SimpleNamespace(
             job_id=f"7_{number}",
-            done=lambda force_check=False: True,
             exception=lambda: crashed,
             result=result,
             cancel=lambda check: None,
-            paths=SimpleNamespace(stderr=f"7_{number}.err"),
+            paths=SimpleNamespace(stderr=f"7_{number}.err", result_pickle=result_pickle),
         )
 
 

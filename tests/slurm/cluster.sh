@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A real Slurm cluster on one machine, for tests: munged + slurmctld + N slurmd, no systemd, no accounting database
-# ("env" puts a sacct first in PATH that asks slurmctld); key, sockets, spool, logs and pids lie under one folder.
+# A real Slurm cluster on one machine, for tests: munged + slurmctld + N slurmd, no systemd, no accounting (as on many
+# small clusters, so nothing may need it); key, sockets, spool, logs and pids lie under one folder.
 #
 #   cluster.sh up [N]       start from scratch (default 4 nodes); a no-op if it is already up with N nodes
 #   cluster.sh down         stop everything, kill what jobs left behind, remove the folder
 #   cluster.sh status       daemons with their memory, sinfo, squeue; exit 0 only if all nodes are up
-#   cluster.sh env          prints the export lines a client needs:  eval "$(cluster.sh env)"
+#   cluster.sh env          prints the export line that a client needs:  eval "$(cluster.sh env)"
 #   cluster.sh kill NODE    kill -9 that node's slurmd only (tasks go on running); slurmctld is a NODE here
 #   cluster.sh crash NODE   kill -9 everything of that node: slurmd, slurmstepd and tasks
 #   cluster.sh start NODE   start that node's slurmd, or slurmctld, again
@@ -74,7 +74,7 @@ tree() { local c; echo "$1"; for c in $(pgrep -P "$1" || true); do tree "$c"; do
 write_conf() {
     local n=$1 i addr host
     host=$(hostname -s)
-    mkdir -p "$DIR"/{run,log,ctld,d,ns,munge,bin}
+    mkdir -p "$DIR"/{run,log,ctld,d,ns,munge}
     chmod 755 "$DIR" "$DIR"/{run,log,ctld,d,ns}
     chmod 711 "$DIR/munge"
     (umask 077; head -c 1024 /dev/urandom >"$DIR/munge/key")
@@ -147,16 +147,6 @@ EOF
         fi
         [ -z "${SLURM_TEST_EXTRA:-}" ] || printf '%s\n' "$SLURM_TEST_EXTRA"
     } >"$CONF"
-    # submitit asks for states with: sacct -o JobID,State,NodeList --parsable2 -j ID [-j ID ...]
-    cat >"$DIR/bin/sacct" <<'EOF'
-#!/bin/sh
-echo 'JobID|State|NodeList'
-while [ $# -gt 0 ]; do
-    if [ "$1" = -j ]; then squeue -h -t all -j "$2" -o '%i|%T|%N' 2>/dev/null; shift; fi
-    shift
-done
-EOF
-    chmod 755 "$DIR/bin/sacct"
     {
         echo "127.0.0.1 localhost"
         if [ "$NET" = net ]; then echo "$PREFIX24.1 $host"; else echo "127.0.0.1 $host"; fi
@@ -311,7 +301,7 @@ case ${1:-} in
     up) mkdir -p "$(dirname "$DIR")"; lock; up "${2:-4}" ;;
     down) mkdir -p "$(dirname "$DIR")"; lock; down; log "down" ;;
     status) status ;;
-    env) echo "export SLURM_CONF=$CONF"; [ ! -x "$DIR/bin/sacct" ] || echo "export PATH=$DIR/bin:\$PATH" ;;
+    env) echo "export SLURM_CONF=$CONF" ;;
     kill) kill -KILL "$(cat "$DIR/run/${2:?node}.pid")" ;;
     crash) left=$(node_procs "${2:?node}"); [ -z "$left" ] || kill -KILL $left ;;
     start) [ "${2:?node}" = slurmctld ] && start_ctld || start_node "$2" ;;

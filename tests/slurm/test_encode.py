@@ -1,11 +1,14 @@
 """The job array of an encoding on a real Slurm."""
 
+import json
+import re
 import subprocess
 
 import pytest
 
 from tests.data_fixtures import cut, make_vae, write_video
 from tests.data_prep.test_encode_latents import contents, encode
+from tests.runs import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
@@ -24,33 +27,51 @@ def vae(tmp_path_factory):
     return make_vae(tmp_path_factory.mktemp("vae"))
 
 
-def test_an_array_of_4_jobs_makes_the_same_shards(videos, vae, tmp_path, capsys):
-    assert encode(videos, tmp_path / "local", vae) == 3
+@pytest.fixture(scope="module")
+def local(videos, vae, tmp_path_factory):
+    """The same encoding by this process alone."""
+    out = tmp_path_factory.mktemp("local")
+    assert encode(videos, out, vae) == 3
+    return contents(out)
+
+
+def test_an_array_of_4_jobs_makes_the_same_shards(videos, vae, local, tmp_path, capsys):
     assert encode(videos, tmp_path / "slurm", vae, "--cluster", "slurm", "--jobs", "4") == 3
     assert "Submitted Slurm jobs" in capsys.readouterr().out
-    assert contents(tmp_path / "slurm") == contents(tmp_path / "local")
+    assert contents(tmp_path / "slurm") == local
 
 
-def test_jobs_that_were_killed_are_submitted_again(videos, vae, tmp_path, monkeypatch):
-    """The jobs are cancelled in the middle; the same command submits again, and the shards are the same."""
+def test_jobs_that_were_cancelled_are_submitted_again(videos, vae, local, tmp_path, monkeypatch, capsys):
+    """Before they start, where Slurm forgets the jobs themselves, and once they run; the shards are the same."""
     from data_prep import jobs
 
-    assert encode(videos, tmp_path / "local", vae) == 3
     wait = jobs._wait
 
-    def cancelled(work, report, ended, seconds):
-        import time
+    def slurm(*command):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
-        time.sleep(4)
-        subprocess.run(["scancel", "--name=encode"], check=True)
+    def before_the_start(work, report, ended, seconds):
+        names = json.loads((work.out / ".slurm" / "jobs.json").read_text())
+        slurm("scancel", names[1])
+        slurm("scancel", "--name=encode")
+        assert not set(names) & set(slurm("squeue", "--noheader", "--array", "--states=all", "--format=%i"))
         return wait(work, report, ended, seconds)
 
+    def running(work, report, ended, seconds):
+        wait_until(lambda: slurm("squeue", "--noheader", "--name=encode", "--states=RUNNING"))
+        slurm("scancel", "--name=encode")
+        return wait(work, report, ended, seconds)
+
+    words = (videos, tmp_path / "slurm", vae, "--cluster", "slurm", "--jobs", "3")
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, "_wait", cancelled)
-        first = encode(videos, tmp_path / "slurm", vae, "--cluster", "slurm", "--jobs", "2")
-    assert first in (2, 3)
-    assert encode(videos, tmp_path / "slurm", vae, "--cluster", "slurm", "--jobs", "3") == 3
-    assert contents(tmp_path / "slurm") == contents(tmp_path / "local")
+        patch.setattr(jobs, "_wait", before_the_start)
+        assert encode(*words, "--slurm", "begin=now+3600") == 2
+        assert re.search(r"error: Slurm job \d+_0, like 2 more, .*it never started.", capsys.readouterr().err)
+        patch.setattr(jobs, "_wait", running)
+        assert encode(*words) == 2
+        assert re.search(r"error: Slurm job \d+_0, like 2 more, ended as CANCELLED", capsys.readouterr().err)
+    assert encode(*words) == 3
+    assert contents(tmp_path / "slurm") == local
 
 
 def test_time_limits_without_end(videos, vae, tmp_path):

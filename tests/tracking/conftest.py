@@ -17,6 +17,7 @@ from fvdm.tracking import tracker as tracking
 from fvdm.tracking.config import TrackingConfig
 from fvdm.tracking.server import open_client, prepare
 
+OF_A_HOP = ("host", "transfer-encoding")
 QUIET = {"experiment": "tests", "system_metrics": False}
 
 
@@ -24,6 +25,7 @@ QUIET = {"experiment": "tests", "system_metrics": False}
 def timeout(monkeypatch):
     """A busy machine may take its time."""
     monkeypatch.setattr(tracking, "TIMEOUT", 120.0)
+    monkeypatch.setattr(tracking, "STOPPED_TIMEOUT", 120.0)
 
 
 @pytest.fixture(scope="session")
@@ -89,14 +91,24 @@ class FailingProxy:
         self.failing = failing = threading.Event()
 
         class Handler(http.server.BaseHTTPRequestHandler):
+            def body(self):
+                if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+                    return self.rfile.read(int(self.headers.get("Content-Length") or 0)) or None
+                chunks = [b""]  # As requests sends an empty file, such as the patch of a clean repository.
+                while size := int(self.rfile.readline(), 16):
+                    chunks.append(self.rfile.read(size))
+                    self.rfile.readline()
+                self.rfile.readline()
+                return b"".join(chunks)
+
             def forward(self):
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) or None
+                body = self.body()
                 status, answer = 500, b'{"error_code": "INTERNAL_ERROR", "message": "the disk is full"}'
                 if not failing.is_set():
-                    headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
+                    headers = {name: value for name, value in self.headers.items() if name.lower() not in OF_A_HOP}
                     request = urllib.request.Request(server.uri + self.path, body, headers, method=self.command)
                     try:
-                        with urllib.request.urlopen(request) as found:
+                        with urllib.request.urlopen(request, timeout=60) as found:
                             status, answer = found.status, found.read()
                     except urllib.error.HTTPError as error:
                         status, answer = error.code, error.read()

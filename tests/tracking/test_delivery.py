@@ -306,7 +306,7 @@ def test_a_run_that_reported_its_end_keeps_it_and_one_that_began_again_is_runnin
     again = Tracker(tmp_path / "run", config, "run")
     wait_until(lambda: not again.unsent())
     assert client.get_run(tracker.run_id).info.status == "RUNNING"
-    assert not close_run(tmp_path / "run", "KILLED"), "its process still reports"
+    assert not close_run(tmp_path / "run", "KILLED", timeout=0.1), "its process still reports"
     again.close("KILLED")
     assert client.get_run(tracker.run_id).info.status == "KILLED"
     assert close_run(tmp_path / "nothing", "KILLED")

@@ -1,12 +1,15 @@
 """A server that answers 500 in the last minute of a run: whoever comes next closes the run, with its own status."""
 
+import signal
+
 import pytest
 
 from fvdm.tracking import Tracker, run_of
 from fvdm.tracking import tracker as tracking
 from fvdm.tracking.config import TrackingConfig
 from launchers.after import close_mlflow_run
-from tests.runs import wait_until
+from tests.data_fixtures import make_shards
+from tests.runs import launch, losses, wait_until, words
 from tests.tracking.conftest import QUIET, FailingProxy, Server
 
 pytestmark = pytest.mark.slow
@@ -53,3 +56,22 @@ def test_the_end_that_a_run_could_not_report_is_reported_for_it(server, proxy, t
     close_mlflow_run(tmp_path / "run", "KILLED")
     assert run_on(server, tmp_path / "run").info.status == status, "its own, not that of the launcher"
     assert run_on(server, tmp_path / "run").data.metrics["loss"] == 0.5
+
+
+def test_a_training_run_on_this_machine_is_closed_by_its_launcher(server, proxy, tmp_path):
+    latents = make_shards(tmp_path / "latents", [12, 9, 10], labels=True)
+    (tmp_path / "c.yaml").write_text("name: run\n")
+    more = ["--steps", 10**6, "--tracking.uri", proxy.uri]
+    launcher = launch(words(latents, tmp_path, "run", *more), tmp_path)
+    journal = tmp_path / "runs" / "run" / "events.jsonl"
+    wait_until(lambda: run_of(journal.parent) and "loss/mean" in journal.read_text())
+    proxy.failing.set()
+    launcher.send_signal(signal.SIGTERM)
+    for line in launcher.stdout:
+        if "has not taken everything" in line:
+            proxy.failing.clear()  # Later than the run itself can report.
+    assert launcher.wait(timeout=60) == 128 + signal.SIGTERM
+    run = run_on(server, journal.parent)
+    assert run.info.status == "KILLED"
+    last = max(losses(tmp_path, "run").items())
+    assert run.data.metrics["loss/mean"] == pytest.approx(last[1])
