@@ -135,10 +135,9 @@ def test_the_frame_rate_of_a_checkpoint_is_that_of_its_training_data(tmp_path):
 def test_any_number_of_ranks_gives_the_same_digits(clips, tmp_path, monkeypatch):
     torch.set_num_threads(1)
     alone = ran(tmp_path, clips, monkeypatch)
-    for world_size in (2, 4):
-        done = torchrun(world_size, words(clips, tmp_path / str(world_size)), tmp_path)
-        assert [code for *_, code in done] == [0] * world_size, done
-        assert json.loads((tmp_path / str(world_size) / "fvd.json").read_text()) == alone
+    done = torchrun(4, words(clips, tmp_path / "4"), tmp_path)
+    assert [code for *_, code in done] == [0] * 4, done
+    assert json.loads((tmp_path / "4" / "fvd.json").read_text()) == alone
     (clips / "real" / "broken.mp4").write_bytes((clips / "real" / "0.mp4").read_bytes()[:-700])
     done = torchrun(2, words(clips, tmp_path / "broken"), tmp_path)
     (clips / "real" / "broken.mp4").unlink()
@@ -152,12 +151,12 @@ def test_so_does_a_checkpoint_that_is_sampled(clips, tmp_path):
     run = make_run(tmp_path / "run")
     shared = ["--real", str(clips / "real"), "--fake", str(run), *QUICK, "--clips", "7", "--steps", "2"]
     found = {}
-    for world_size in (1, 2, 4):
+    for world_size in (1, 3):
         out = tmp_path / str(world_size)
         done = torchrun(world_size, [*shared, "--out", str(out), "--run", str(out)], tmp_path)
         assert [code for *_, code in done] == [0] * world_size, done
         found[world_size] = json.loads((out / "fvd.json").read_text())
-    assert found[1] == found[2] == found[4]
+    assert found[1] == found[3]
     assert found[1]["clips"] == 7
     assert found[1]["card"]["fake steps"] == "2"
 
