@@ -26,7 +26,6 @@ from data_prep.config import InspectConfig
 from data_prep.job import exit_status
 from fvdm import config as settings
 from fvdm.data.format import ClipManifest
-from fvdm.media.diffusers_import import declare_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -275,5 +274,4 @@ def _open(folder: Path, split: str) -> "LatentShards":
 
 
 if __name__ == "__main__":
-    declare_command()
     sys.exit(run())

@@ -17,7 +17,6 @@ from PIL import Image
 
 from fvdm import config as settings
 from fvdm.cli.main import main as fvdm
-from fvdm.media import diffusers_import
 from tests.data_fixtures import real_frames, write_video
 from tests.runs import environment
 
@@ -116,7 +115,6 @@ def read_command_line(words, monkeypatch):
 
     monkeypatch.setattr(settings, "parse", stop(parse))
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop(parse_args))
-    monkeypatch.setattr(diffusers_import, "_in_command", False)  # Set back afterwards: the tests are no command.
     monkeypatch.setattr(sys, "argv", list(words))
     monkeypatch.setattr(sys, "path", [*sys.path])
     run = functools.partial(fvdm, words[1:])
