@@ -305,7 +305,8 @@ def chaos(folder: Path, events: int, seed: int, kinds: Sequence[str] = KINDS, un
     if missing := set(kinds) - set(possible):
         print(f"not possible here, as it needs root: {', '.join(sorted(missing))}")
     drawn = schedule(possible, events or len(possible), seed)
-    cluster = Cluster(NODES + 1, "chaos", 18000, "net" if cut else "")
+    # Of this process alone: another one on the machine has its own.
+    cluster = Cluster(NODES + 1, f"chaos-{os.getpid()}", 18000 + 20 * (os.getpid() % 90), "net" if cut else "")
     try:
         training = Chaos(cluster, folder, drawn, undisturbed or folder / "undisturbed")
         began = time.monotonic()

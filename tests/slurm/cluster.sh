@@ -30,7 +30,7 @@ MEM=${SLURM_TEST_MEM:-4000}
 GPUS=${SLURM_TEST_GPUS:-0}
 NET=${SLURM_TEST_NET:-$([ "$(id -u)" = 0 ] && echo uts || echo none)}
 CONF=$DIR/slurm.conf
-PREFIX24=198.51.100                       # TEST-NET-2 (RFC 5737), used only inside the namespaces
+PREFIX24=198.18.$((PORT / 20 % 256))      # for tests of networks (RFC 2544), used only inside the namespaces
 export SLURM_CONF=$CONF
 export PATH=$PATH:/usr/sbin:/sbin
 
