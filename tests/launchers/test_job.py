@@ -13,6 +13,7 @@ import pytest
 from launchers import after
 from launchers.after import Files, begin, end, failure
 from launchers.job import _meet, _note, address_of, ports
+from launchers.submission import follow_on_slurm
 from tests.runs import ROOT, wait_until
 
 
@@ -123,6 +124,27 @@ def test_a_controller_that_stays_away_is_no_cancellation(tmp_path, monkeypatch):
     assert files.outcome.read_text().startswith(
         "failed Slurm neither requeues nor takes the job again: Unable to contact"
     )
+
+
+FOLLOWED = """#!/bin/sh
+echo look >> {folder}/looks
+case $(wc -l < {folder}/looks) in
+    1) echo 'Unable to contact slurm controller' >&2; exit 1 ;;
+    2) echo RESIZING ;;
+    *) echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1 ;;
+esac
+"""
+
+
+def test_who_follows_a_job_takes_only_slurms_own_word_for_its_end(tmp_path, monkeypatch, capsys):
+    (tmp_path / "squeue").write_text(FOLLOWED.format(folder=tmp_path))
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(after, "TIMEOUT", 0)
+    monkeypatch.setattr(after.time, "sleep", lambda seconds: None)
+    assert follow_on_slurm(Files(tmp_path, "7")) == 1
+    assert capsys.readouterr().err == "error: job 7 is no longer in Slurm's queue\n"
+    assert len((tmp_path / "looks").read_text().splitlines()) == 3
 
 
 def test_the_first_rank_that_knows_the_cause_is_heard_in_one_sentence(tmp_path):
