@@ -6,6 +6,7 @@ the layout of a diffusers pipeline: FOLDER/vae, FOLDER/text_encoder, FOLDER/toke
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,21 +19,21 @@ CORPUS = (
 )
 
 
-def tiny_wan_vae(folder: Path, seed: int = 0) -> Path:
-    """An AutoencoderKLWan: 4 channels, 8 x smaller, 4 pixel frames per latent frame."""
+def tiny_wan_vae(folder: Path, seed: int = 0, **settings: Any) -> Path:
+    """An AutoencoderKLWan: 4 channels, 8 x smaller, 4 pixel frames per latent frame, unless its `settings` differ."""
     from diffusers import AutoencoderKLWan
 
     torch.manual_seed(seed)
-    model = AutoencoderKLWan(
-        base_dim=3,
-        z_dim=CHANNELS,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[0.5, 0.7, 0.9, 1.1],
-    )
-    model.save_pretrained(folder)
+    tiny: dict[str, Any] = {
+        "base_dim": 3,
+        "z_dim": CHANNELS,
+        "dim_mult": [1, 1, 1, 1],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False, True, True],
+        "latents_mean": [0.1, -0.2, 0.3, 0.0],
+        "latents_std": [0.5, 0.7, 0.9, 1.1],
+    }
+    AutoencoderKLWan(**tiny | settings).save_pretrained(folder)
     return folder
 
 

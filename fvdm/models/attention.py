@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fvdm.models.blockwise import blockwise_attention
 from fvdm.models.config import BACKENDS, Backend
 
 HALF = (torch.bfloat16, torch.float16)
@@ -37,8 +38,9 @@ class Choice(NamedTuple):
 # The first line that holds decides; where none does, PyTorch's own attention. `benchmarks/gpu_acceptance.py --part
 # attention` prints the lines that its measurements suggest.
 AUTO = (
-    # Plain products in bfloat16 beat PyTorch's fused attention on CPUs up to here, 2 to 8 times.
+    # Plain products in bfloat16 beat PyTorch's fused attention on CPUs: 2 to 8 times up to here, 2 times beyond.
     Choice("cpu", (torch.bfloat16,), 512, "math"),
+    Choice("cpu", (torch.bfloat16,), math.inf, "blockwise"),
     # Launches dominate below this length. Not measured yet.
     Choice("cuda", HALF, 199, "sdpa"),
     Choice("cuda", HALF, math.inf, "flash"),
@@ -82,7 +84,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "auto") -> Ten
         q: queries `(b n h e)`.
         k: keys `(b m h e)`.
         v: values `(b m h e)`.
-        backend: `auto` picks; `flash`, `sdpa` and `math` force one.
+        backend: `auto` picks; `flash`, `sdpa`, `math` and `blockwise` force one.
 
     Returns:
         `(b n h e)` in the dtype of `q`.
@@ -130,7 +132,7 @@ def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (weights.to(v.dtype) @ v).transpose(1, 2)
 
 
-_FUNCTIONS: dict[str, Function] = {"sdpa": _sdpa, "math": _math}
+_FUNCTIONS: dict[str, Function] = {"sdpa": _sdpa, "math": _math, "blockwise": blockwise_attention}
 
 
 def _reach(positions: int) -> float:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 
 from fvdm.config import in_range
 
-Backend = Literal["auto", "flash", "sdpa", "math"]
+Backend = Literal["auto", "flash", "sdpa", "math", "blockwise"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 

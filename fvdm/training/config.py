@@ -131,7 +131,7 @@ class TrainConfig:
         conditional: use the class labels of the data.
         condition_dropout: probability that a clip's label is hidden, or its text replaced by the empty prompt, for
             guidance.
-        attention: attention backend: auto, flash, sdpa or math.
+        attention: attention backend: auto, flash, sdpa, math or blockwise.
         activation_checkpointing: recompute the activations of every k-th block to save memory; 0 is none.
         compile: make the blocks faster with torch.compile; needs a C++ compiler, and a minute at the start.
         p: probability that a clip has a timestep per frame (PTSS), or as timesteps.rule says; 0 is a scalar-timestep

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fvdm.models import attention as module
+from fvdm.models import blockwise
 from fvdm.models.attention import attention, in_launches
 
 
@@ -34,6 +35,30 @@ def test_queries_may_be_fewer_than_keys():
     assert torch.allclose(*found, atol=1e-6)
 
 
+@pytest.mark.parametrize("scores", [1, 2**20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_queries_give_what_products_in_one_piece_give(monkeypatch, scores, dtype):
+    """Outputs and gradients, for queries that make several blocks and for those that make one."""
+    monkeypatch.setattr(blockwise, "SCORES", scores)
+    monkeypatch.setattr(blockwise, "FEWEST", 3)
+    q, (_, k, v) = heads(2, 7, 3, 8)[0], heads(2, 9, 3, 8, seed=1)
+    gradient = torch.randn(2, 7, 3, 8).to(dtype)
+    found = []
+    for backend in ("blockwise", "math"):
+        inputs = [z.to(dtype).requires_grad_() for z in (q, k, v)]
+        out = attention(*inputs, backend)
+        found.append([out.detach(), *torch.autograd.grad(out, inputs, gradient)])
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for ours, exact in zip(*found, strict=True):
+        assert ours.dtype == dtype
+        assert torch.allclose(ours, exact, atol=tolerance, rtol=tolerance)
+
+
+def test_attention_in_blocks_is_an_operator_that_compilers_know():
+    inputs = [z.requires_grad_() for z in heads(1, 5, 2, 4)]
+    torch.library.opcheck(blockwise.blockwise_attention, tuple(inputs))
+
+
 FLASH_2 = {"__init__.py": "def flash_attn_func(q, k, v):\n    return q + k + v\n"}
 FLASH_4 = {"cute/__init__.py": "def flash_attn_func(q, k, v):\n    return q + k + v, 'sums'\n"}
 BROKEN = {"__init__.py": "raise ImportError('libcudart.so: cannot open shared object file')\n"}
@@ -56,7 +81,7 @@ def test_flash_attn_is_found_by_importing_its_function(tmp_path, files, expected
     ("device", "dtype", "positions", "installed", "expected"),
     [
         ("cpu", torch.bfloat16, 512, True, "math"),
-        ("cpu", torch.bfloat16, 513, True, "sdpa"),
+        ("cpu", torch.bfloat16, 513, True, "blockwise"),
         ("cpu", torch.float32, 16, True, "sdpa"),
         ("cuda", torch.bfloat16, 199, True, "sdpa"),
         ("cuda", torch.bfloat16, 200, True, "flash"),
