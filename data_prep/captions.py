@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.config import EncodeConfig
-from fvdm.media.layouts import Listing
+from fvdm.media.layouts import Listing, caption_file
 
 Captions = dict[str, tuple[str, ...]]
 TEXT = ".txt"
@@ -61,10 +61,8 @@ def _beside(videos: Path, names: set[str], listing: Listing) -> tuple[Captions, 
     found: Captions = {}
     bad: dict[str, str] = {}
     for name in names:
-        path = videos / (os.path.splitext(name)[0] + TEXT)
-        if path.is_dir() or not os.path.lexists(path):
-            path = videos / (name + TEXT)  # a.mp4.txt; the name of a folder of frames may hold a dot
-        if path.is_dir() or not os.path.lexists(path):
+        path = caption_file(videos / name)
+        if path is None:
             continue
         listing.ignored[TEXT] -= 1
         try:

@@ -108,6 +108,35 @@ def tiny_wan(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def tiny_wan_run(root: Path, pipeline: Path, clip: tuple[int, int, int, int], tokens: int) -> Path:
+    """A run of an untrained Wan of `pipeline` for clips `(f c h w)` and so many tokens, saved by the real code."""
+    from fvdm import config as settings
+    from fvdm.checkpoints.layout import SLICES, group_key
+    from fvdm.checkpoints.save import save
+    from fvdm.models import build, preset
+    from fvdm.models.config import to_dict
+    from fvdm.training.config import TrainConfig
+    from tests.latte import randomised
+
+    frames, *latent_shape = clip
+    network = preset(f"wan:{pipeline}").fit(tuple(latent_shape), frames).fit_text(WIDTH, tokens)
+    model = randomised(build(network))
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    words = ["--name", "r", "--data.path", "p", "--diffusion.objective", "flow"]
+    config = settings.parse(TrainConfig, [*words, "--diffusion.learned_variance", "false"])
+    state = {
+        "names": {name: list(p.shape) for name, p in model.named_parameters()},
+        "settings": settings.plain(config),
+        "network": to_dict(network),
+        "vae": str(pipeline / "vae"),
+        "classes": [],
+        "text": {"name": str(pipeline), "identity": "0", "width": WIDTH, "max_tokens": tokens},
+        "size": latent_shape[1] * 8,
+    }
+    save(root / "checkpoints", 5, {group_key(name, 0): flat.clone() for name in SLICES}, [0], state, 0, 1, lambda: None)
+    return root
+
+
 def tiny_pipeline(folder: Path) -> Path:
     """All of them, in the layout of a diffusers pipeline."""
     tiny_wan_vae(folder / "vae")

@@ -21,7 +21,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"the playground needs the package {error.name}; type: pip install 'fvdm[play]'") from None
         from fvdm import load
 
-        model = load(config.checkpoint, config.weights, device=config.device, precision=config.precision)
+        model = load(
+            config.checkpoint,
+            config.weights,
+            config.vae,
+            config.device,
+            config.precision,
+            text_encoder=config.text_encoder,
+            base=config.base,
+        )
         page = serve(model, config, block=False)
         print(f"the playground is at {page.local_url}  (Ctrl-C ends it)", flush=True)
         page.block_thread()

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -67,6 +67,17 @@ def read_clip(data: bytes) -> Clip:
     fields = json.loads(data)
     lists = {name: tuple(fields[name]) for name in ("captions", "tokens")}
     return Clip(**fields | lists | {"window": Window(**fields["window"])})
+
+
+def read_captions(shard: BinaryIO) -> dict[str, tuple[str, ...]]:
+    """The captions of every sample of a shard, by its key."""
+    found = {}
+    with tarfile.open(fileobj=shard) as tar:
+        for member in tar:
+            key, _, suffix = member.name.partition(".")
+            if suffix == "json" and (content := tar.extractfile(member)):
+                found[key] = read_clip(content.read()).captions
+    return found
 
 
 def index_shard(path: Path) -> Iterator[dict[str, Any]]:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from fvdm.data.clips import read_captions
+from fvdm.data.format import ClipManifest
 from fvdm.data.location import CorruptShardError, Location, MissingError, retry
 from fvdm.data.opening import Shard, check_sizes, open_samples, read_manifest
 
@@ -61,6 +63,7 @@ class LatentShards:
         if not self.location.remote:
             check_sizes(self.location, self.shards)
         self._open: OrderedDict[int, int] = OrderedDict()
+        self._captions: dict[int, dict[str, tuple[str, ...]]] = {}
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -198,6 +201,17 @@ class LatentShards:
             raise self._corrupt(shard, sample, "the text embeddings of ")
         begin = sum(tokens[:caption])
         return to_float32(bytes(data), self.manifest.dtype).reshape(-1, width)[begin : begin + tokens[caption]]
+
+    def captions(self, sample: int) -> tuple[str, ...]:
+        """The texts that were stored with a sample; those of its shard are read together. None in format 1."""
+        if not isinstance(self.manifest, ClipManifest):
+            return ()
+        shard = self._shard(sample)
+        if shard not in self._captions:
+            with os.fdopen(os.dup(self._file(shard)), "rb") as file:
+                file.seek(0)
+                self._captions[shard] = read_captions(file)
+        return self._captions[shard][self.keys[sample]]
 
     @cached_property
     def empty_prompt(self) -> np.ndarray:

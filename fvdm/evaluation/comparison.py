@@ -16,6 +16,7 @@ from fvdm.evaluation.i3d import I3D, MIN_FRAMES
 from fvdm.evaluation.measure import clip_features
 from fvdm.evaluation.protocols import Clip, departures, protocol, select_fake, select_real
 from fvdm.evaluation.sources import ClipSource, Samples, Shards, device, open_source
+from fvdm.generation.prompts import read_prompts
 
 LOG_EVERY = 30.0  # seconds between two lines in a log
 TOO_SHORT = (
@@ -59,6 +60,8 @@ class Comparison:
             config.weights,
             config.vae,
             config.precision,
+            config.text_encoder,
+            config.base,
         )
         self.fake = open_source(config.fake, config.size, config.fake_pattern, config.fake_split, sampling)
         # Both sides at one size, or sharpness alone would tell them apart.
@@ -69,6 +72,32 @@ class Comparison:
                 f"real clips have {self.real.size} pixels, generated ones {self.fake.size}: sharpness would tell them "
                 f"apart; give --size {min(self.real.size, self.fake.size)}, or encode at one size"
             )
+        if isinstance(self.fake, Samples) and self.fake.trained.text:
+            self.fake.prompts, self.fake.origin = self._prompts()
+        elif config.prompts:
+            raise ValueError(f"--prompts {config.prompts}: {config.fake} takes no texts; leave the prompts out")
+
+    def _prompts(self) -> tuple[list[str], str]:
+        """The prompt of every sample, and where they are from: the real clips that it is compared with, or a file.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self.config.prompts:
+            given = read_prompts(self.config.prompts)
+            return [given[k % len(given)] for k in range(self.count * self.repeats)], self.config.prompts
+        found = [""] * (self.count * self.repeats)
+        for draw in range(self.repeats):
+            real, fake = self.clips(draw)
+            for k, clip in enumerate(fake):
+                captions = self.real.captions(real[k % len(real)].video)
+                if not captions:
+                    raise ValueError(
+                        f"{self.config.fake} takes texts, and not every video of {self.config.real} has a caption: "
+                        "write it into a text file beside the video, or name a file of prompts with --prompts"
+                    )
+                found[clip.video] = captions[0]
+        return found, "the first caption of each real clip"
 
     @property
     def usable(self) -> int:

@@ -18,6 +18,8 @@ class SampleConfig:
         weights: ema or model.
         vae: VAE by name or path; empty takes the one the model was trained with.
         precision: bf16 or fp32; empty takes bf16 on a GPU.
+        text_encoder: text encoder by name or path; empty takes the one the model was trained with.
+        base: base model of a LoRA; empty is where it was in training.
     """
 
     frames: int = 16
@@ -29,6 +31,8 @@ class SampleConfig:
     weights: Literal["ema", "model"] = "ema"
     vae: str = ""
     precision: Literal["", "bf16", "fp32"] = ""
+    text_encoder: str = ""
+    base: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,14 @@ class FVDConfig:
         fake_split: split of generated latent shards.
         steps: sampling steps of a checkpoint.
         solver: solver of a checkpoint.
-        guidance: guidance of a class-conditional checkpoint; 1 is none.
+        guidance: guidance of a checkpoint with classes or texts; 1 is none.
         weights: weights of a checkpoint.
         vae: VAE of a checkpoint; empty takes the one it was trained with.
         precision: of sampling; empty takes bf16 on a GPU.
+        prompts: file of prompts for a checkpoint that takes texts, one a line, used in turn; empty takes the captions
+            of the real clips.
+        text_encoder: text encoder of a checkpoint; empty takes the one it was trained with.
+        base: base model of a LoRA, where it is no longer where it was in training; a path, or wan: and a hub name.
         still: also compare the middle frames alone, as still clips.
         bootstrap: resamplings behind the interval; 0 is none.
         chunk: clips that go through the networks at once.
@@ -83,6 +91,9 @@ class FVDConfig:
     weights: Literal["ema", "model"] = "ema"
     vae: str = ""
     precision: Literal["", "bf16", "fp32"] = ""
+    prompts: str = ""
+    text_encoder: str = ""
+    base: str = ""
     still: bool = False
     bootstrap: int = 100
     chunk: int = 4

@@ -22,8 +22,9 @@ from fvdm.data.shards import LatentShards
 from fvdm.diffusion.solvers import solver
 from fvdm.evaluation.config import SampleConfig
 from fvdm.evaluation.protocols import Clip
+from fvdm.generation.grid import latent_length
 from fvdm.generation.pipeline import Trained, load
-from fvdm.media.layouts import PAPER, list_videos
+from fvdm.media.layouts import PAPER, caption_file, list_videos
 from fvdm.media.vae import load_vae, sample_latents
 from fvdm.media.videos import Info, VideoError, codec_of, count_frames, frame_rate_of, read_video
 
@@ -44,6 +45,9 @@ class ClipSource(Protocol):
 
     def frame_rate(self, stride: int) -> str:
         """Frames per second of clips that take every `stride`-th frame."""
+
+    def captions(self, video: int) -> Sequence[str]:
+        """The texts that describe a video; none where nothing does."""
 
     def describe(self) -> dict[str, str]:
         """What the card says of it."""
@@ -125,6 +129,15 @@ class Files:
         looked_at = self.names[:: -(-len(self.names) // RATES)]
         return describe_rates([frame_rate_of(os.path.join(self.path, name)) for name in looked_at], stride)
 
+    def captions(self, video: int) -> Sequence[str]:
+        """The lines of the text file beside a video. ValueError if it cannot be read."""
+        file = caption_file(Path(self.path, self.names[video]))
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines() if file else []
+        except (OSError, UnicodeError) as error:
+            raise ValueError(f"cannot read the captions in {file}: {error}") from None
+        return [line.strip() for line in lines if line.strip()]
+
     def describe(self) -> dict[str, str]:
         """What the card says of it."""
         crop = "shorter side, then centre" if self.preprocess.resize == "shorter-side" else "centre square, then scaled"
@@ -146,15 +159,27 @@ class Shards:
         self.path, self.split = path, split
         self.shards = LatentShards(path, split)
         self.size = self.shards.manifest.size
-        self.lengths = self.shards.frames.tolist()
         self.vae = load_vae(self.shards.manifest.vae, device())
         self.shards.require(vae_identity=self.vae.identity)
+        self.lengths = [self.vae.frame_map.pixel_frames(frames) for frames in self.shards.frames.tolist()]
 
     def read(self, clips: Sequence[Clip]) -> Tensor:
         """uint8 `(b f 3 size size)` of the means of the stored posteriors."""
+        if self.vae.is_video:
+            return torch.cat([self._decode(clip.video, clip.frames[-1] + 1)[:, list(clip.frames)] for clip in clips])
         moments = np.stack([self.shards.read(clip.video, np.array(clip.frames)) for clip in clips])
         latents = sample_latents(torch.from_numpy(moments), self.shards.normalisation, None)
         return self.vae.decode(latents).cpu()
+
+    def _decode(self, video: int, frames: int) -> Tensor:
+        """uint8 `(1 f 3 size size)`, the first frames of a clip of a causal VAE, whole latent frames of them."""
+        latent_frames = np.arange(latent_length(self.vae.frame_map, frames))
+        moments = torch.from_numpy(self.shards.read(video, latent_frames))
+        return self.vae.decode(sample_latents(moments, self.shards.normalisation, None)[None]).cpu()
+
+    def captions(self, video: int) -> Sequence[str]:
+        """Those that were stored with a clip."""
+        return self.shards.captions(video)
 
     def frame_rate(self, stride: int) -> str:
         """Frames per second of clips that take every `stride`-th frame."""
@@ -175,18 +200,33 @@ class Shards:
 
 
 class Samples:
-    """Videos of a checkpoint, made when they are asked for; video k from the seed `seed + k`."""
+    """Videos of a checkpoint, made when they are asked for; video k from the seed `seed + k`.
+
+    Attributes:
+        prompts: of the videos, for a model that takes texts; whoever compares them with real videos sets it.
+        origin: where the prompts are from, in words.
+    """
 
     generated = True
+    prompts: Sequence[str] = ()
+    origin = ""
 
     def __init__(self, path: str, config: SampleConfig, trained: Trained | None = None) -> None:
         self.path, self.config = path, config
-        self.trained = trained or load(path, config.weights, config.vae, str(device()), config.precision)
+        self.trained = trained or load(
+            path,
+            config.weights,
+            config.vae,
+            str(device()),
+            config.precision,
+            text_encoder=config.text_encoder,
+            base=config.base,
+        )
         height, width = self.trained.frame_size
         if height != width:
             raise ValueError(f"{path} makes videos of {height} x {width}; FVD compares square ones only")
         self.size = height
-        window = self.trained.model.config.frames
+        window = self.trained.frame_map.pixel_frames(self.trained.window)
         self.task = "long" if config.frames > window else "generate"
         self.lengths = [max(config.frames, window)] * config.num
 
@@ -208,6 +248,7 @@ class Samples:
             solver=self.config.solver,
             guidance=self.config.guidance,
             length=self.lengths[0],
+            prompts=self.prompts[first : first + len(clips)],
         )
         return videos[:, list(clips[0].frames)]
 
@@ -215,6 +256,10 @@ class Samples:
         """Frames per second of clips that take every `stride`-th frame: the model knows its training data's stride."""
         every = self.trained.stride * stride
         return "that of its training data" + (f", every {ordinal(every)} frame" if every > 1 else "")
+
+    def captions(self, video: int) -> Sequence[str]:
+        """The prompt of a video."""
+        return self.prompts[video : video + 1]
 
     def describe(self) -> dict[str, str]:
         """What the card says of it."""
@@ -230,7 +275,8 @@ class Samples:
             "checkpoint": f"{trained.folder} ({origin})",
             "sampler": f"{config.solver}, steps spaced {solver(config.solver).spacing}",
             "steps": str(config.steps),
-            "guidance": f"{config.guidance:g}" if trained.classes else "none: no classes",
+            "guidance": f"{config.guidance:g}" if trained.classes or trained.text else "none: no classes",
+            **({"prompts": self.origin, "text encoder": trained.text.name} if trained.text else {}),
             "precision": str(next(trained.model.parameters()).dtype).removeprefix("torch."),
             "VAE": f"{trained.vae.name} ({trained.vae.identity[:23]})",
         }

@@ -38,6 +38,7 @@ class Trained(Components):
         *,
         given: Tensor | Sequence[Tensor] | None = None,
         progress: Progress = iter,
+        prompts: Sequence[str] = (),
         **settings: Any,
     ) -> Tensor:
         """Make videos.
@@ -46,6 +47,7 @@ class Trained(Components):
             task: a name of docs/tasks.md.
             given: images or clips, uint8 `(3 h w)` or `(n 3 h w)`; several in a list.
             progress: wraps the sequence of steps, such as `tqdm`.
+            prompts: one for each of the `num` samples, in place of `prompt`.
             **settings: of `GenerationConfig`, such as `seed=3, steps=25, solver="dpm++", class_="dog"`, or
                 `prompt="a dog runs"`.
 
@@ -59,10 +61,15 @@ class Trained(Components):
         clips = fitted(self, given)
         plan = make_plan(self, config, clips)
         latents = encode_given(self, config, plan, clips)
+        if prompts and len(prompts) != config.num:
+            raise ValueError(f"{len(prompts)} prompts for {config.num} samples: give one for each")
         seeds = range(config.seed, config.seed + config.num)
-        batches = [seeds[k : k + config.batch_size] for k in range(0, config.num, config.batch_size)]
+        batches = [slice(k, k + config.batch_size) for k in range(0, config.num, config.batch_size)]
         length = length_of(self, config)
-        made = (make_frames(self, config, plan, latents, batch, progress) for batch in batches)
+        made = (
+            make_frames(self, config, plan, latents, seeds[batch], progress, prompts=prompts[batch])
+            for batch in batches
+        )
         return torch.cat([torch.stack(list(islice(frames, length)), dim=1) for frames in made])
 
     def stream(self, *, given: Tensor | Sequence[Tensor] | None = None, **settings: Any) -> Iterator[Tensor]:

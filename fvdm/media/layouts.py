@@ -57,6 +57,13 @@ VIDEO_SUFFIXES = frozenset(
 
 Kind = Literal["file", "frames", "image"]
 
+
+def caption_file(video: Path) -> Path | None:
+    """The text file beside a video that holds its captions, one a line: `a.txt` or `a.mp4.txt` for `a.mp4`."""
+    beside = (Path(os.path.splitext(video)[0] + ".txt"), Path(f"{video}.txt"))
+    return next((path for path in beside if os.path.lexists(path) and not path.is_dir()), None)
+
+
 PAPER: dict[str, Preprocess] = {
     "ffs": Preprocess(flip=True),
     "ucf101": Preprocess(flip=True),

@@ -1,8 +1,8 @@
 """Exact softmax attention a head and a block of queries at a time, by plain matrix products: for bfloat16 on CPUs.
 
-PyTorch's fused attention on CPUs multiplies small tiles, which takes 2 to 3 times as long in bfloat16 as the same products in
-one piece. Here a block of queries meets all keys of its head at once, its scores stay in the processor's cache, and the
-backward pass computes them again, so that nothing but queries, keys and values is kept.
+PyTorch's fused attention on CPUs multiplies small tiles, which takes twice as long in bfloat16 as the same products in
+larger pieces. Here a block of queries meets all keys of its head at once, its scores stay in the processor's cache, and
+the backward pass computes them again, so that nothing but queries, keys and values is kept.
 
 The scores are rounded to bfloat16 before the softmax, which is computed in float32, as with the backend `math`. The two
 functions are operators of PyTorch's own kind: a compiler calls them as they are.

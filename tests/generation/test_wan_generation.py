@@ -6,10 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fvdm import config as settings
 from fvdm.checkpoints import find
-from fvdm.checkpoints.layout import SLICES, group_key
-from fvdm.checkpoints.save import save
 from fvdm.diffusion.tasks import TASKS, TaskPlan
 from fvdm.diffusion.timesteps import full_sequence, hold_clean
 from fvdm.generation.config import GenerateCommand, generation_config, given_noise
@@ -21,14 +18,10 @@ from fvdm.generation.plan import encode_given, make_plan, with_noise
 from fvdm.generation.videos import prepare
 from fvdm.media.frames import FrameMap
 from fvdm.media.text import load_text_encoder
-from fvdm.models import build, preset
-from fvdm.models.config import to_dict
 from fvdm.models.export import export_model
 from fvdm.serving.registry import predict
-from fvdm.training.config import TrainConfig
 from tests.data_fixtures import real_frames
-from tests.latte import randomised
-from tests.tiny_models import tiny_pipeline, tiny_text_encoder
+from tests.tiny_models import tiny_pipeline, tiny_text_encoder, tiny_wan_run
 
 WINDOW, SIDE, TOKENS = 4, 32, 8  # latent frames, pixels, tokens of a text
 FRAMES = 13  # of the video
@@ -42,24 +35,7 @@ def pipeline(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(pipeline, tmp_path_factory):
-    """A run of an untrained tiny Wan, saved by the real code."""
-    network = preset(f"wan:{pipeline}").fit((4, SIDE // 8, SIDE // 8), WINDOW).fit_text(16, TOKENS)
-    model = randomised(build(network))
-    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
-    words = ["--name", "r", "--data.path", "p", "--diffusion.objective", "flow"]
-    config = settings.parse(TrainConfig, [*words, "--diffusion.learned_variance", "false"])
-    state = {
-        "names": {name: list(p.shape) for name, p in model.named_parameters()},
-        "settings": settings.plain(config),
-        "network": to_dict(network),
-        "vae": str(pipeline / "vae"),
-        "classes": [],
-        "text": {"name": str(pipeline), "identity": "0", "width": 16, "max_tokens": TOKENS},
-        "size": SIDE,
-    }
-    root = tmp_path_factory.mktemp("run")
-    save(root / "checkpoints", 5, {group_key(name, 0): flat.clone() for name in SLICES}, [0], state, 0, 1, lambda: None)
-    return root
+    return tiny_wan_run(tmp_path_factory.mktemp("run"), pipeline, (WINDOW, 4, SIDE // 8, SIDE // 8), TOKENS)
 
 
 @pytest.fixture(scope="module")
