@@ -61,7 +61,7 @@ class Event(NamedTuple):
     seed: int
 
 
-def schedule(kinds: Sequence[str], events: int, seed: int) -> list[Event]:
+def schedule(kinds: Sequence[str], events: int, seed: int, between: int = BETWEEN) -> list[Event]:
     """What happens when: a function of its arguments, in which no kind comes again before all others have come."""
     draw = random.Random(seed)
     drawn: list[Event] = []
@@ -69,7 +69,7 @@ def schedule(kinds: Sequence[str], events: int, seed: int) -> list[Event]:
     for number in range(events):
         bag = bag or draw.sample(kinds, len(kinds))
         delay = draw.uniform(0, 12) if number and draw.random() < AT_START else None
-        step = (number + 1) * BETWEEN - draw.randint(0, 10)
+        step = (number + 1) * between - draw.randint(0, 10)
         drawn.append(Event(bag.pop(), step, delay, draw.getrandbits(32)))
     return drawn
 
@@ -77,10 +77,10 @@ def schedule(kinds: Sequence[str], events: int, seed: int) -> list[Event]:
 class Chaos:
     """A training run under attack."""
 
-    def __init__(self, cluster: Cluster, folder: Path, events: list[Event], undisturbed: Path) -> None:
+    def __init__(self, cluster: Cluster, folder: Path, events: list[Event], undisturbed: Path, between: int) -> None:
         self.cluster, self.folder, self.events = cluster, folder.resolve(), events
         self.undisturbed = undisturbed.resolve()
-        self.steps = (len(events) + 1) * BETWEEN
+        self.steps = (len(events) + 1) * between
         self.run = self.folder / "runs" / "run"
         self.job = ""
 
@@ -290,10 +290,17 @@ class Chaos:
         assert {m.step: m.value for m in history} == wanted
 
 
-def chaos(folder: Path, events: int, seed: int, kinds: Sequence[str] = KINDS, undisturbed: Path | None = None) -> None:
+def chaos(
+    folder: Path,
+    events: int,
+    seed: int,
+    kinds: Sequence[str] = KINDS,
+    undisturbed: Path | None = None,
+    between: int = BETWEEN,
+) -> None:
     """Train under `events` events (0: one of each kind) in `folder`, on a cluster of its own, and check the end.
 
-    The run that nothing hits is trained in `undisturbed`, unless it is there.
+    The run that nothing hits is trained in `undisturbed`, unless it is there. Events are `between` steps apart.
     """
     latents = make_shards(folder / "latents", [12, 9, 10, 30, 8, 11, 6], labels=True)
     (folder / "runs").mkdir()
@@ -304,11 +311,11 @@ def chaos(folder: Path, events: int, seed: int, kinds: Sequence[str] = KINDS, un
     possible = [kind for kind in kinds if {"fill_disk": mounted}.get(kind, cut or kind not in CUTS)]
     if missing := set(kinds) - set(possible):
         print(f"not possible here, as it needs root: {', '.join(sorted(missing))}")
-    drawn = schedule(possible, events or len(possible), seed)
+    drawn = schedule(possible, events or len(possible), seed, between)
     # Of this process alone: another one on the machine has its own.
     cluster = Cluster(NODES + 1, f"chaos-{os.getpid()}", 18000 + 20 * (os.getpid() % 90), "net" if cut else "")
     try:
-        training = Chaos(cluster, folder, drawn, undisturbed or folder / "undisturbed")
+        training = Chaos(cluster, folder, drawn, undisturbed or folder / "undisturbed", between)
         began = time.monotonic()
         training.start(latents)
         training.check(training.attack())

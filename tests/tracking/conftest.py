@@ -15,7 +15,8 @@ import pytest
 from fvdm.distributed import free_port
 from fvdm.tracking import tracker as tracking
 from fvdm.tracking.config import TrackingConfig
-from fvdm.tracking.server import open_client, prepare
+from fvdm.tracking.server import open_client
+from tests.runs import empty_database
 
 OF_A_HOP = ("host", "transfer-encoding")
 QUIET = {"experiment": "tests", "system_metrics": False}
@@ -28,21 +29,12 @@ def timeout(monkeypatch):
     monkeypatch.setattr(tracking, "STOPPED_TIMEOUT", 120.0)
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory):
-    """A database with MLflow's tables and nothing in them; making it takes seconds."""
-    prepare()
-    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    open_client(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
-def config(tmp_path, monkeypatch, empty_database):
+def config(tmp_path, monkeypatch):
     """Settings for a database of this test, from whose folder it runs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    shutil.copy(empty_database(), tmp_path / "mlflow.db")
     return TrackingConfig(f"sqlite:///{tmp_path}/mlflow.db", **QUIET)
 
 
@@ -60,6 +52,8 @@ class Server:
         self.uri = f"http://127.0.0.1:{self.port}"
 
     def start(self):
+        if not (self.folder / "server.db").exists():
+            shutil.copy(empty_database(), self.folder / "server.db")
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]

@@ -228,11 +228,11 @@ def test_a_training_whose_server_is_killed_in_its_middle_loses_no_metric(tmp_pat
         back, written_by_then = steps(), journal.stat().st_size
         wait_until(lambda: steps() > back + 5 and sent() > written_by_then)
         training.send_signal(signal.SIGTERM)
-        assert training.wait(timeout=120) in (75, -signal.SIGABRT)
+        assert training.wait(timeout=120) == 75
         # What a slow server had not taken when the run ended, the next start of the run sends.
         last = max(losses(tmp_path, "run"))
         again = subprocess.run([*command, "--steps", str(last + 1)], cwd=tmp_path, **shared, timeout=240)
-        assert again.returncode in (0, -signal.SIGABRT)
+        assert again.returncode == 0
         events = [json.loads(line) for line in journal.read_text().splitlines()]
         written: dict[str, list[tuple[int, float]]] = {}
         for event in events:

@@ -80,7 +80,7 @@ def test_killed_on_two_ranks_and_resumed_on_one_it_is_the_unbroken_run(captioned
     with torch.no_grad():
         (other := diffusers_model(text_dim=3)).proj_out.bias += 1
     other.save_pretrained(tmp_path / "other")
-    (output,) = train(1, arguments(captioned, tmp_path, tmp_path / "other", *LORA, "--steps", 7), tmp_path, codes=(2,))
+    (output,) = train(1, arguments(captioned, tmp_path, tmp_path / "other", *LORA, "--steps", 7), tmp_path, code=2)
     assert "has trained a LoRA of the base model" in output
     assert "Traceback" not in output
 

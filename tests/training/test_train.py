@@ -121,13 +121,13 @@ def test_a_run_begins_with_the_weights_of_another(latents, undisturbed, tmp_path
     flat = torch.cat([p.detach().flatten() for p in load_backbone(tmp_path / "folder").parameters()])
     assert torch.equal(state(tmp_path, "other")[1]["master"], flat)
     wrong = words(latents, tmp_path, "wrong", *still, "--init", tmp_path / "folder", "--model", "T/1")
-    (output,) = train(1, wrong, tmp_path, codes=(2,))
+    (output,) = train(1, wrong, tmp_path, code=2)
     assert "do not fit the model of this run" in output
 
 
 @pytest.mark.slow
 def test_a_run_of_another_model_is_refused(latents, undisturbed):
-    (output,) = train(1, words(latents, undisturbed, "run", "--steps", 9, "--model", "T/1"), undisturbed, codes=(2,))
+    (output,) = train(1, words(latents, undisturbed, "run", "--steps", 9, "--model", "T/1"), undisturbed, code=2)
     assert "model of another shape (T/2) than T/1" in output
     assert "Traceback" not in output
 
@@ -141,7 +141,7 @@ def test_a_run_goes_on_with_the_latents_it_has_learnt_and_tells_of_other_videos(
     ):
         other = make_shards(tmp_path / name, [12, 9], **field)
         arguments = words(other, tmp_path, "run", "--steps", 9)
-        (output,) = train(1, arguments, tmp_path, codes=(2,))
+        (output,) = train(1, arguments, tmp_path, code=2)
         assert sentence in output
         assert "Traceback" not in output
         with pytest.raises(ValueError, match=re.escape(sentence)):  # before the job waits in a queue
