@@ -13,7 +13,7 @@ In MLflow: one parent run with the three figures, and each training run below it
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,15 +21,13 @@ from typing import TYPE_CHECKING, Literal
 if __package__ in (None, ""):  # run as a file: the folder above holds the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.experiment import ROOT, Arm, Bench, Experiment, TrainingRun, Trial
 from fvdm import config as settings
 from fvdm.evaluation.config import FVDConfig
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from benchmarks.training_runs import TrainingRun
-
-ROOT = Path(__file__).parent.parent
 TITLES = {
     "p": "probability p of a timestep per frame",
     "samplers": "samplers, on the base model",
@@ -101,97 +99,115 @@ SMOKE = AblationConfig(
 )
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One training run: a model and the probability of a timestep per frame."""
+class Ablation(Experiment):
+    """The paper's grid of training runs, and what of it is done.
 
-    model: str
-    p: float
-
-    @property
-    def name(self) -> str:
-        """The run's name."""
-        return f"{self.model.replace('/', '-')}_p{self.p:g}"
-
-
-@dataclass(frozen=True)
-class Spot:
-    """One measurement: a training run at a step, and the sampler."""
-
-    cell: Cell
-    step: int
-    sampler: str
-
-    def file(self, out: Path) -> Path:
-        """Where its result is kept."""
-        return out / "fvd" / self.cell.name / f"{self.step:08d}-{self.sampler.replace(':', '-')}.json"
-
-
-class Ablation:
-    """The grid, and what of it is done."""
+    Attributes:
+        base: the arm at which p, samplers and sizes are varied.
+    """
 
     def __init__(self, config: AblationConfig, words: Sequence[str]) -> None:
-        self.config, self.words, self.out = config, list(words), Path(config.out)
-        self.base = Cell(config.base, config.base_p)
-        cells = [Cell(config.base, p) for p in config.p] + [Cell(model, config.base_p) for model in config.models]
-        self.cells = list(dict.fromkeys([self.base, *cells]))
-        self.features: dict[str, np.ndarray] = {}
+        """With settings of its own, and words of the training runs."""
+        super().__init__(config.experiment, Path(config.out))
+        self.config, self.words = config, list(words)
+        self.base = Arm("", config.base, config.base_p)
+        self.bench = FVDBench(self)
 
-    def run(self, cell: Cell) -> "TrainingRun":
-        """The training run of a cell."""
-        from benchmarks.training_runs import TrainingRun
+    def arms(self) -> list[Arm]:
+        """Each p at the base size, and each size at the base p; the base first."""
+        config = self.config
+        varied = [(config.base, p) for p in config.p] + [(model, config.base_p) for model in config.models]
+        return list(dict.fromkeys([self.base, *(Arm("", model, p) for model, p in varied)]))
 
+    def run(self, arm: Arm) -> TrainingRun:
+        """The training run of an arm."""
         config = self.config
         launcher = ["--cluster", config.cluster, "--nodes", str(config.nodes), *self.words]
-        settings = {
-            "model": cell.model,
-            "p": cell.p,
+        fixed = {
             "checkpoint.every": config.interval,
             "checkpoint.keep_every": config.interval,
             "checkpoint.keep_last": 1,
             "register_as": "none",
             "tracking.experiment": config.experiment,
         }
-        return TrainingRun(cell.name, self.out / "runs", config.steps, launcher, settings)
+        return TrainingRun(arm.name, self.out / "runs", config.steps, launcher, arm.settings | fixed)
 
-    def steps(self) -> list[int]:
-        """Iterations at which is measured."""
-        every = self.config.interval
-        return [*range(every, self.config.steps, every), self.config.steps]
+    @property
+    def benches(self) -> dict[str, Bench]:
+        """The one that measures FVD."""
+        return {"": self.bench}
 
-    def points(self) -> Iterator[Spot]:
-        """Everything to measure: each run by the first sampler, the base by all."""
-        for cell in self.cells:
-            for sampler in self.config.samplers if cell == self.base else self.config.samplers[:1]:
-                for step in self.steps():
-                    yield Spot(cell, step, sampler)
+    def draw(self, found: Mapping[Trial, float]) -> dict[str, Path]:
+        """The three figures: p, samplers, model scales."""
+        from benchmarks.plots import curves
 
-    def train(self) -> bool:
-        """Do, or submit, the training runs that are not done; whether all are.
+        first = self.config.samplers[0]
+        lines: dict[str, dict[str, list[tuple[float, float]]]] = {"p": {}, "samplers": {}, "models": {}}
+        for trial, value in found.items():
+            assert trial.arm
+            arm, at = trial.arm, (float(trial.step), value)
+            if trial.sampler == first and arm.model == self.base.model and arm.p in self.config.p:
+                lines["p"].setdefault(f"p = {arm.p:g}", []).append(at)
+            if arm == self.base:
+                lines["samplers"].setdefault(trial.sampler.replace(":", " "), []).append(at)
+            if trial.sampler == first and arm.p == self.base.p:
+                lines["models"].setdefault(arm.model, []).append(at)
+        shown = {name: dict(sorted(series.items())) for name, series in lines.items() if series}
+        return {
+            name: curves(series, self.out / f"{name}.png", TITLES[name], "training iterations", "FVD")
+            for name, series in shown.items()
+        }
+
+    def publish(self, found: Mapping[Trial, float]) -> None:
+        """Write results.json and the figures, and report them as the parent run."""
+        from fvdm.files import write_text
+
+        rows = [
+            {"model": k.arm.model, "p": k.arm.p, "step": k.step, "sampler": k.sampler, "fvd": v}
+            for k, v in found.items()
+            if k.arm
+        ]
+        table, steps = self.out / "results.json", self.config.steps
+        write_text(table, json.dumps(rows, indent=1))
+        last = {
+            f"fvd/{k.arm.name}_{k.sampler.replace(':', '_')}": v for k, v in found.items() if k.arm and k.step == steps
+        }
+        tags = {"kind": "ablation", "config": " ".join(self.words)}
+        params = settings.flatten(self.config)
+        self.report(f"ablation {self.out.name}", params, tags, last, {table: ""}, self.draw(found), steps)
+
+
+class FVDBench(Bench):
+    """Measures FVD, by fvdm.evaluation.comparison: each arm by the first sampler, the base by all.
+
+    Attributes:
+        trials: the measurements, of every checkpoint that is kept.
+    """
+
+    def __init__(self, ablation: Ablation) -> None:
+        """Of an ablation."""
+        config, every = ablation.config, ablation.config.interval
+        self.ablation = ablation
+        self.features: dict[str, np.ndarray] = {}
+        self.trials = [
+            Trial("", arm, "generate", "sampled", sampler, config.clips, step)
+            for arm in ablation.arms()
+            for sampler in (config.samplers if arm == ablation.base else config.samplers[:1])
+            for step in (*range(every, config.steps, every), config.steps)
+        ]
+
+    def parts(self, trial: Trial) -> list[Path]:
+        """One file a measurement."""
+        assert trial.arm
+        name = f"{trial.step:08d}-{trial.sampler.replace(':', '-')}.json"
+        return [self.ablation.out / "fvd" / trial.arm.name / name]
+
+    def make(self, trial: Trial, number: int, path: Path) -> None:
+        """Sample a checkpoint and measure FVD; to the file, and to the MLflow run of its training run.
 
         Raises:
-            ValueError: if one fails.
+            ValueError: if the real clips or the checkpoint cannot be used.
         """
-        from benchmarks.training_runs import train
-
-        return train([self.run(cell) for cell in self.cells])
-
-    def measure(self) -> dict[Spot, float]:
-        """The distances of all checkpoints that are there; those measured before are read.
-
-        Raises:
-            ValueError: if the real clips or a checkpoint cannot be used.
-        """
-        found: dict[Spot, float] = {}
-        for point in self.points():
-            file = point.file(self.out)
-            if not file.exists() and self.run(point.cell).checkpoint(point.step).exists():
-                self._measure(point, file)
-            if file.exists():
-                found[point] = float(json.loads(file.read_text())["fvd"])
-        return found
-
-    def _measure(self, point: Spot, file: Path) -> None:
         from benchmarks.reporting import BenchmarkReport, send
         from fvdm.distributed import Ranks
         from fvdm.evaluation import comparison
@@ -199,79 +215,45 @@ class Ablation:
         from fvdm.tracking.config import TrackingConfig
         from fvdm.tracking.tracker import run_of
 
-        config, run, (solver, _, steps) = self.config, self.run(point.cell), point.sampler.partition(":")
+        assert trial.arm
+        config, (solver, steps) = self.ablation.config, trial.solver
         fvd = FVDConfig(
             config.real,
-            str(run.checkpoint(point.step)),
+            str(self.ablation.checkpoint(trial)),
             config.protocol,
             frames=config.frames,
             clips=config.clips,
-            steps=int(steps),
+            steps=steps,
             solver=solver,
             guidance=config.guidance,
             bootstrap=0,
         )
         result = comparison.measure(fvd, Ranks(), self.features)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(result, indent=1))
-        print(f"{point.cell.name}, step {point.step}, {point.sampler}: FVD {result['fvd']:.1f}", flush=True)
-        run_id = run_of(run.folder)
+        write_text(path, json.dumps(result, indent=1))
+        run_id = run_of(self.ablation.run(trial.arm).folder)
         if run_id:
-            name = f"fvd/{config.protocol}_{config.frames}f_{point.sampler.replace(':', '_')}"
-            found = BenchmarkReport("fvd", "fvd", [(point.step, {name: result["fvd"]})])
-            send(found, self.out, run_id=run_id, tracking=TrackingConfig(experiment=config.experiment), show=False)
+            name = f"fvd/{config.protocol}_{config.frames}f_{trial.sampler.replace(':', '_')}"
+            found = BenchmarkReport("fvd", "fvd", [(trial.step, {name: result["fvd"]})])
+            tracking = TrackingConfig(experiment=config.experiment)
+            send(found, self.ablation.out, run_id=run_id, tracking=tracking, show=False)
 
-    def draw(self, found: dict[Spot, float]) -> dict[str, Path]:
-        """The three figures: p, samplers, model scales."""
-        from benchmarks.plots import curves
+    def outcome(self, trial: Trial) -> str:
+        """The distance."""
+        return f"FVD {self.values()[trial]:.1f}"
 
-        first = self.config.samplers[0]
-        lines: dict[str, dict[str, list[tuple[float, float]]]] = {"p": {}, "samplers": {}, "models": {}}
-        for point, value in found.items():
-            cell, at = point.cell, (float(point.step), value)
-            if point.sampler == first and cell.model == self.base.model and cell.p in self.config.p:
-                lines["p"].setdefault(f"p = {cell.p:g}", []).append(at)
-            if cell == self.base:
-                lines["samplers"].setdefault(point.sampler.replace(":", " "), []).append(at)
-            if point.sampler == first and cell.p == self.base.p:
-                lines["models"].setdefault(cell.model, []).append(at)
-        shown = {name: dict(sorted(series.items())) for name, series in lines.items() if series}
+    def values(self) -> dict[Trial, float]:
+        """The distances that are measured."""
         return {
-            name: curves(series, self.out / f"{name}.png", TITLES[name], "training iterations", "FVD")
-            for name, series in shown.items()
+            trial: float(json.loads(path.read_text())["fvd"])
+            for trial in self.trials
+            for path in self.parts(trial)
+            if path.exists()
         }
-
-
-def report(ablation: Ablation, found: dict[Spot, float]) -> None:
-    """Write results.json and the figures, and report them as the parent run."""
-    from benchmarks.reporting import machine
-    from fvdm.files import write_text
-    from fvdm.tracking.config import TrackingConfig
-    from fvdm.tracking.tracker import Tracker, run_of
-
-    out, config = ablation.out, ablation.config
-    rows = [
-        {"model": k.cell.model, "p": k.cell.p, "step": k.step, "sampler": k.sampler, "fvd": v} for k, v in found.items()
-    ]
-    write_text(out / "results.json", json.dumps(rows, indent=1))
-    tracking = TrackingConfig(experiment=config.experiment, system_metrics=False)
-    tags = {"kind": "ablation", "config": " ".join(ablation.words)} | machine()
-    # In one folder, so that the same command continues in the same MLflow run.
-    tracker = Tracker(out / ".tracking" / "parent", tracking, f"ablation {out.name}", settings.flatten(config), tags)
-    last = {f"fvd/{k.cell.name}_{k.sampler.replace(':', '_')}": v for k, v in found.items() if k.step == config.steps}
-    tracker.figures(last, final=False)
-    for name, path in ablation.draw(found).items():
-        tracker.artifact(path, "figures")
-        tracker.image(path, f"figures/{name}", config.steps)
-    tracker.artifact(out / "results.json")
-    for child in filter(None, (run_of(ablation.run(cell).folder) for cell in ablation.cells)):
-        tracker.set_parent(child)
-    tracker.close()
 
 
 def smoke_settings(out: Path) -> tuple[AblationConfig, list[str]]:
     """The small grid, and the settings of its training runs."""
-    from benchmarks.smoke import smoke_clips, smoke_latents
+    from benchmarks.clips import smoke_clips, smoke_latents
 
     clips, latents = smoke_clips(out / "data"), smoke_latents(out / "data")
     tiny = {"data.path": latents, "data.frames": 9, "data.stride": 1, "data.batch_size": 2, "data.workers": 0}
@@ -294,11 +276,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"--samplers {' '.join(config.samplers)}: each is SOLVER:STEPS, such as ddim:50")
         ablation = Ablation(config, words)
         done = ablation.train()
-        found = ablation.measure()
+        ablation.work()
     except ValueError as error:
         settings.fail(error)
-    report(ablation, found)
-    print(f"{len(found)} of {len(list(ablation.points()))} measurements; figures and results.json in {config.out}")
+    found = ablation.bench.values()
+    ablation.publish(found)
+    print(f"{len(found)} of {len(ablation.bench.trials)} measurements; figures and results.json in {config.out}")
     if not done:
         print("type the same command again when the jobs are over")
 

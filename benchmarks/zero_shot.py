@@ -269,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config = settings.parse(ZeroShotConfig, argv, __doc__)
         if config.smoke:
-            from benchmarks.smoke import smoke_clips
+            from benchmarks.clips import smoke_clips
 
             small = replace(SMOKE, real=str(smoke_clips(Path(config.out) / "data")))
             config = settings.parse(ZeroShotConfig, argv, defaults=small)

@@ -12,7 +12,6 @@ In MLflow: one parent run with the tables and figures; each training and each me
 
 import sys
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         evidence = Evidence(options.budget, read_budget(options.budget), options)
         if "worker" in options.stages:
-            evidence.work()
+            evidence.work(options.only)
             return
         run_stages(evidence)
     except ValueError as error:
@@ -47,13 +46,14 @@ def run_stages(evidence: "Evidence") -> None:
     Raises:
         ValueError: if one cannot be done; says why.
     """
-    from benchmarks.evidence.report import publish, report
+    from benchmarks.evidence.pages import publish
+    from benchmarks.evidence.report import report
 
     options, done = evidence.options, True
     if "data" in options.stages:
         evidence.prepare()
     if "train" in options.stages:
-        done = evidence.train([arm for arm in evidence.arms() if fnmatch(arm.name, options.only)])
+        done = evidence.train(options.only, evidence.at_once, quiet=True)
     if "measure" in options.stages:
         evidence.measure()
     if "report" in options.stages:

@@ -2,15 +2,16 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from benchmarks.evidence.plan import ROOT, SetConfig
-from data_prep.moving_digits import read_digits
+from benchmarks.clips import encode
+from benchmarks.evidence.plan import SetConfig
+from data_prep import moving_digits
+from data_prep.config import MovingDigitsConfig
 from fvdm.evaluation.digits import DigitClassifier, train_classifier
 from fvdm.files import atomic_write, write_text
 from fvdm.media.layouts import list_videos
@@ -75,25 +76,26 @@ def prepare(name: str, config: SetConfig, out: Path, videos: Path | None, digits
         digits = digits or os.environ.get(DIGITS, "")
         if digits:
             write_text(out / "digits.txt", f"{Path(digits).resolve()}\n")
-        shared = ["--size", str(config.size), *(["--digits", digits] if digits else [])]
-        _make_digits(out / "train", ["--clips", str(config.clips_made), "--frames", str(2 * config.frames), *shared])
-        frames = str(max(config.length, config.frames))
-        _make_digits(out / "test", ["--clips", str(config.clips_held_out), "--frames", frames, "--held-out", *shared])
+        frames = max(config.length, config.frames)
+        _make_digits(out / "train", config, digits, clips=config.clips_made, frames=2 * config.frames)
+        _make_digits(out / "test", config, digits, clips=config.clips_held_out, frames=frames, held_out=True)
     elif videos is None and not (out / "split.txt").exists():
         raise ValueError(
             f"the set {name} needs real videos: give a folder of them with --videos {name}=DIR, or name it in {VIDEOS}"
         )
     elif videos is not None:
         _split(videos, out, config.hold_out, bool(config.train.get("conditional")))
+    shortest = {"min_frames": config.frames} if config.kind == "digits" else {}
+    flip = None if config.train.get("data.flip", True) else False
     for split in SPLITS:
-        _encode(out / split, out / f"latents-{split}", config)
+        encode(out / split, out / f"latents-{split}", config.size, vae=config.vae, flip=flip, **shortest)
     if config.kind == "digits":
         _train_classifier(out, digits, config.size)
 
 
-def _make_digits(out: Path, words: Sequence[str]) -> None:
+def _make_digits(out: Path, config: SetConfig, digits: str, **settings: Any) -> None:
     if not (out / "paths.json").exists():
-        _run("moving_digits.py", "--out", str(out), *words)
+        moving_digits.main(MovingDigitsConfig(str(out), digits, size=config.size, **settings))
 
 
 def _train_classifier(out: Path, digits: str, size: int) -> None:
@@ -103,7 +105,7 @@ def _train_classifier(out: Path, digits: str, size: int) -> None:
     """
     if (out / CLASSIFIER).exists() or not all((out / split / "digits.json").exists() for split in SPLITS):
         return
-    images, labels = read_digits(digits)
+    images, labels = moving_digits.read_digits(digits)
     flown = {split: json.loads((out / split / "digits.json").read_text()) for split in SPLITS}
     others = sorted(set(range(len(images))) - {number for shown in flown.values() for number in shown.values()})
     if labels is None or len(others) < 2:
@@ -150,19 +152,3 @@ def _split(videos: Path, out: Path, every: int, conditional: bool) -> None:
         link.unlink(missing_ok=True)
         link.symlink_to((videos / name).resolve())
     write_text(record, text)
-
-
-def _encode(videos: Path, latents: Path, config: SetConfig) -> None:
-    if (latents / "manifest.json").exists():
-        return
-    words = ["--videos", str(videos), "--out", str(latents), "--size", str(config.size), "--vae", config.vae]
-    more = ["--no-flip"] if not config.train.get("data.flip", True) else []
-    more += ["--min-frames", str(config.frames)] if config.kind == "digits" else []
-    _run("encode_latents.py", *words, *more, "--mlflow", "none")
-
-
-def _run(script: str, *words: str) -> None:
-    """Run a script of data_prep; ValueError if it fails, with the sentence it has printed above."""
-    command = [sys.executable, str(ROOT / "data_prep" / script), *words]
-    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-        raise ValueError(f"{script} could not make the clips; see above")

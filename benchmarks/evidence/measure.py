@@ -1,22 +1,19 @@
-"""The measurements of benchmarks/evidence.py: clips are sampled and scored a few at a time, each part a file.
-
-Several processes share the parts: who holds a part's lock does it. A killed process leaves no lock, so the next start
-does what it left.
-"""
+"""The measurements of benchmarks/evidence.py: clips are sampled and scored a few at a time, each part a file."""
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.evidence.data import read_classifier
-from benchmarks.evidence.plan import SetConfig, Trial
+from benchmarks.evidence.plan import SetConfig, trials
+from benchmarks.experiment import Bench, Trial
 from benchmarks.models import open_model
 from data_prep.moving_digits import SPEEDS
 from fvdm.diffusion.tasks import given_frames
@@ -32,10 +29,10 @@ from fvdm.evaluation.digits import (
     straight_line,
 )
 from fvdm.evaluation.i3d import I3D, load_i3d
-from fvdm.evaluation.protocols import Clip, protocol, select_real
+from fvdm.evaluation.protocols import Clip, departures, protocol, select_real
 from fvdm.evaluation.scores import drawn, neighbour_table, psnr
 from fvdm.evaluation.sources import Files, device
-from fvdm.files import LockHeldError, atomic_write, lock
+from fvdm.files import atomic_write
 from fvdm.generation.pipeline import Trained
 
 FIRST_SEED = 1000  # of the first sampled clip; clip k has this + k in every arm, so that arms are compared on the same
@@ -72,7 +69,7 @@ def windows(config: SetConfig, lengths: list[int], frames: int, clips: int, stri
     return [found[k * len(found) // count] for k in range(count)]
 
 
-class Bench:
+class ClipBench(Bench):
     """What the measurements of one set share."""
 
     def __init__(
@@ -80,6 +77,7 @@ class Bench:
     ) -> None:
         self.name, self.config, self.out, self.batch = name, config, out, batch
         self.checkpoint = checkpoint
+        self.trials = list(trials(name, config))
         self._opened: tuple[Path, Trained] | None = None
 
     def folder(self, trial: Trial) -> Path:
@@ -154,27 +152,19 @@ class Bench:
         """The files of a measurement."""
         return [self.folder(trial) / f"part-{k:04d}.npz" for k in range(-(-self.count(trial) // self.batch))]
 
-    def done(self, trial: Trial) -> bool:
-        """Whether all of it is there."""
-        return all(path.exists() for path in self.parts(trial))
-
     def read(self, trial: Trial) -> dict[str, np.ndarray]:
         """All parts of a measurement, joined; what is shown, of the first part."""
         tables = [dict(np.load(path, allow_pickle=False)) for path in self.parts(trial)]
         joined = {name: np.concatenate([t[name] for t in tables]) for name in tables[0] if not name.startswith("shown")}
         return joined | {name: value for name, value in tables[0].items() if name.startswith("shown")}
 
-    def work(self, trial: Trial) -> None:
-        """Do the parts that nobody has done or is doing."""
-        for number, path in enumerate(self.parts(trial)):
-            if path.exists():
-                continue
-            with claimed(path) as mine:
-                if mine and not path.exists():
-                    began = time.monotonic()
-                    result = self.measure(trial, range(number * self.batch, (number + 1) * self.batch))
-                    result["seconds"] = np.array([time.monotonic() - began])
-                    _save(result, path)
+    def make(self, trial: Trial, number: int, path: Path) -> None:
+        """Measure a few clips, and keep their scores."""
+        began = time.monotonic()
+        result = self.measure(trial, range(number * self.batch, (number + 1) * self.batch))
+        result["seconds"] = np.array([time.monotonic() - began])
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **result)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def measure(self, trial: Trial, numbers: range) -> dict[str, np.ndarray]:
@@ -196,25 +186,19 @@ class Bench:
         return self._score(trial, self._draw(trial, truth, seeds), truth, real)
 
     def _sample(self, trial: Trial, seeds: range) -> Tensor:
-        solver, _, steps = trial.sampler.partition(":")
-        guidance = self.config.guidance
+        solver, steps = trial.solver
+        count, guidance = len(seeds), self.config.guidance
         return self.trained(trial).generate(
-            num=len(seeds),
-            batch_size=len(seeds),
-            seed=seeds.start,
-            steps=int(steps),
-            solver=solver,
-            guidance=guidance,
+            num=count, batch_size=count, seed=seeds.start, steps=steps, solver=solver, guidance=guidance
         )
 
     def _draw(self, trial: Trial, truth: Tensor, seeds: range) -> Tensor:
-        solver, _, steps = (trial.sampler or "ddim:1").partition(":")
         given = given_frames(trial.task, self.config.frames)
         if trial.method == "frozen":
             return freeze_given(truth, given)
         if trial.method == "straight":
             return straight_line(truth, given)
-        completion = Completion(trial.method, self.trained(trial), solver, int(steps))
+        completion = Completion(trial.method, self.trained(trial), *(trial.solver if trial.sampler else ("ddim", 1)))
         return completion(trial.task, truth, given, seeds)
 
     def _score(self, trial: Trial, video: Tensor, truth: Tensor | None, real: list[Clip]) -> dict[str, np.ndarray]:
@@ -259,20 +243,32 @@ class Bench:
         resize = protocol(self.config.protocol).resize
         return {key: fvd.features(self.net, part, resize=resize).cpu().numpy() for key, part in ends.items()}
 
-
-@contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """Whether this process, and no other, may write a file for now."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as held:
-        try:
-            held.enter_context(lock(path.with_suffix(".lock"), timeout=0))
-        except LockHeldError:
-            yield False
-            return
-        yield True
-
-
-def _save(result: dict[str, np.ndarray], path: Path) -> None:
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **result)  # type: ignore[arg-type]
+    def card(self) -> dict[str, Any]:
+        """How FVD is measured, and where that departs from its protocol."""
+        config, rules = self.config, protocol(self.config.protocol)
+        real = self.count(Trial(self.name, None, "generate", config.reference, "", config.clips))
+        source = self.sources[config.reference]
+        span = (config.frames - 1) * self.stride + 1
+        departed = departures(
+            rules,
+            clips=(real, config.clips),
+            frames=config.frames,
+            size=config.size,
+            stride=self.stride,
+            usual=rules.stride_on(self.name),
+            videos=sum(length >= span for length in source.lengths),
+            repeats=1,
+            seed=rules.seed,
+            split=config.reference,
+        )
+        return {
+            "protocol": f"{rules.name}: {rules.source}",
+            "departs from it": departed + ([] if config.published else [f"{config.windows} windows of each video"]),
+            "real clips": f"{real} of the split {config.reference}, which has {len(source.names)} videos",
+            "generated clips": config.clips,
+            "frames": config.frames,
+            "stride": f"real {self.stride}, generated 1",
+            "resolution": f"{config.size} pixels",
+            "covariance": f"divided by n - {rules.ddof}",
+            "codec": source.describe()["codec"],
+        }

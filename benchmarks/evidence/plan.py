@@ -1,19 +1,35 @@
-"""What benchmarks/evidence.py does, as data: sets of clips, arms, training runs and measurements of a budget. Pure."""
+"""What benchmarks/evidence.py does, as data: a budget's sets of clips, arms and measurements, and what they decide.
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, get_args
+Pure, and written before anything is measured.
+"""
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, get_args
+
+from benchmarks.experiment import PTSS, ROOT, Arm, Trial
 from fvdm import config as settings
 
-ROOT = Path(__file__).parents[2]
 BudgetName = Literal["cpu-2h", "cpu-overnight", "gpu-20min", "paper", "smoke"]
 BUDGETS: tuple[str, ...] = get_args(BudgetName)
 Stage = Literal["data", "train", "measure", "report", "worker"]
 STAGES: tuple[Stage, ...] = ("data", "train", "measure", "report")
 SCALAR = 0.0  # p of the baseline, Latte's one timestep per clip
-PTSS = "ptss"  # the paper's rule: each frame on its own
+BASELINES = {"frozen": "a frozen frame", "straight": "a straight line"}
+LOWER = {"fvd": True, "distance": True, "motion": True, "residual": True, "psnr": False, "named": False}  # is better
+MEASURES = {  # how each is called, and with how many digits it is shown
+    "fvd": ("FVD", 0),
+    "kvd": ("KVD", 1),
+    "residual": ("path residual, px", 2),
+    "named": ("frames whose digit is named right", 3),
+    "identity": ("frames with the clip's commonest digit", 3),
+    "sure": ("certainty of the name", 3),
+    "motion": ("motion error, px", 2),
+    "psnr": ("PSNR, dB", 2),
+    "distance": ("I3D distance", 2),
+    "residual_last": ("path residual at the end, px", 2),
+    "fvd_last": ("FVD at the end", 0),
+}
 
 
 @dataclass(frozen=True)
@@ -129,57 +145,24 @@ class Budget:
     batch: int = 8
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One training run.
+class Claim(NamedTuple):
+    """What the paper says of two arms, as it can be measured here.
 
     Attributes:
-        data: name of its set.
-        model: size and patch.
-        p: probability of a timestep per frame.
-        seed: of initial weights, data order and noise: equal in all arms of that seed.
-        rule: how the timesteps of a clip differ where they do.
+        name: for people.
+        paper: what the paper reports.
+        better: the measurements, one a training seed, that it says win.
+        worse: those that it says lose, of the same seeds.
+        measures: the deciding one first; chosen before anything was measured.
+        same: the claim is that both are about as good.
     """
 
-    data: str
-    model: str
-    p: float
-    seed: int
-    rule: str = PTSS
-
-    @property
-    def name(self) -> str:
-        """The run's name."""
-        rule = "" if self.rule == PTSS else f"_{self.rule}"
-        return f"{self.data}_{self.model.replace('/', '-')}_p{self.p:g}{rule}_s{self.seed}"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One measurement: clips of one arm (or of none), made in one way.
-
-    Attributes:
-        data: name of the set.
-        arm: what makes the clips; None for real clips and for what needs no model.
-        task: generate, image-to-video, interpolate, long, or validation.
-        method: sampled, held, replacement, frozen, straight (the digit flies on in a line), vae, test or train (real
-            clips of that split), or loss.
-        sampler: SOLVER:STEPS; empty where nothing is sampled.
-        clips: how many.
-    """
-
-    data: str
-    arm: Arm | None
-    task: str
-    method: str
-    sampler: str
-    clips: int
-
-    @property
-    def name(self) -> str:
-        """Its folder, and what `--only` matches."""
-        who = self.arm.name if self.arm else self.data
-        return "/".join(filter(None, (who, self.task, self.method, self.sampler.replace(":", "-"))))
+    name: str
+    paper: str
+    better: Sequence[Trial]
+    worse: Sequence[Trial]
+    measures: tuple[str, ...]
+    same: bool = False
 
 
 def read_budget(name: str) -> Budget:
@@ -244,3 +227,52 @@ def rank(trial: Trial, config: SetConfig) -> int:
     if trial.sampler != config.samplers[0]:
         return 4
     return 1 + (trial.task != "generate") if main else 3
+
+
+def find(among: Sequence[Trial], arm: Arm | None, task: str, sampler: str = "") -> Trial | None:
+    """The measurement of an arm, with a sampler where one is named."""
+    for trial in among:
+        if (trial.arm, trial.task) == (arm, task) and trial.method != "vae" and sampler in ("", trial.sampler):
+            return trial
+    return None
+
+
+def group(among: Sequence[Trial], arm: Arm, seeds: Sequence[int], task: str, sampler: str = "") -> list[Trial]:
+    """The measurements of an arm, one a seed."""
+    found = [find(among, replace(arm, seed=seed), task, sampler) for seed in seeds]
+    return [trial for trial in found if trial]
+
+
+def claims(name: str, config: SetConfig) -> Iterator[Claim]:
+    """The paper's claims that a set can speak of."""
+    best, planned = base_p(config), list(trials(name, config))
+    plain = ("fvd",) if config.i3d else ("residual",)
+    first = config.samplers[0]
+
+    def of(p: float, task: str = "generate", model: str = "", sampler: str = first) -> list[Trial]:
+        return group(planned, Arm(name, model or config.model, p), config.seeds, task, sampler)
+
+    def by(sampler: str) -> list[Trial]:
+        return of(best, sampler=sampler)[:1]  # Only the first seed has them all.
+
+    yield Claim(f"p = {best:g} beats p = 0, plain generation", "FVD 74.31 against 82.28", of(best), of(SCALAR), plain)
+    for p in config.p:
+        if p not in (SCALAR, best):
+            yield Claim(f"p = {best:g} beats p = {p:g}, plain generation", "0.2 is the best p", of(best), of(p), plain)
+    for model in config.models:
+        title = f"bigger is better: {config.model} beats {model}"
+        yield Claim(title, "S to XL: FVD falls with size", of(best), of(best, model=model), plain)
+    if {"ddim:50", "ddpm:250"} <= set(config.samplers):
+        words = ("DDIM-50 is about as good as DDPM-250", "nearly equal FVD")
+        yield Claim(*words, by("ddim:50"), by("ddpm:250"), plain, same=True)
+    if {"ddim:50", "ddim:10"} <= set(config.samplers):
+        yield Claim("DDIM-10 is clearly worse than DDIM-50", "clearly worse", by("ddim:50"), by("ddim:10"), plain)
+    for task in config.tasks:
+        digits = config.kind == "digits"
+        deciding = ("motion" if task != "image-to-video" else "residual", "psnr") if digits else ()
+        title = f"{task}: a timestep per frame (p = {best:g}) beats "
+        paper, measures = "zero-shot, no number against a baseline", deciding or ("fvd", "distance", "psnr")
+        yield Claim(f"{title}the scalar arm with replacement", paper, of(best, task), of(SCALAR, task), measures)
+        for trial in (trial for trial in planned if digits and trial.task == task and trial.method in BASELINES):
+            words = (f"{title}{BASELINES[trial.method]}", "none: a baseline that a model must beat")
+            yield Claim(*words, of(best, task), [trial], measures)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,55 +13,31 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from benchmarks.evidence import tables as text
-from benchmarks.evidence.claims import collect
-from benchmarks.evidence.measure import Bench
-from benchmarks.evidence.plan import Trial, trials
-from benchmarks.evidence.results import MEASURES
-from benchmarks.evidence.run import EXPERIMENT, Evidence
+from benchmarks.evidence import pages
+from benchmarks.evidence.measure import ClipBench
+from benchmarks.evidence.plan import BASELINES, MEASURES
+from benchmarks.evidence.results import collect
+from benchmarks.evidence.run import Evidence
+from benchmarks.experiment import Trial
+from benchmarks.plots import curves, spans
 from benchmarks.reporting import BenchmarkReport, Data, machine, send
 from fvdm.files import write_text
 from fvdm.media.writing import write_mp4, write_strips
 from fvdm.tracking.config import TrackingConfig
 from fvdm.tracking.provenance import git_commit
-from fvdm.tracking.tracker import Tracker, run_of
 
 ZOOM = 64  # pixels of a frame in the images, at least
 COLUMNS = 8
-FOLDER = "evidence"  # of images and numbers, beside the documents
-
-
-def _parent(evidence: Evidence, figures: dict[str, float], files: Sequence[Path], images: dict[str, Path]) -> str:
-    """Report to the run that all others are below; its id, empty while the server is away."""
-    tracker = Tracker(
-        evidence.out / ".tracking" / "parent",
-        TrackingConfig(experiment=EXPERIMENT, system_metrics=False),
-        f"evidence {evidence.name}",
-        {"budget": evidence.name, "sets": " ".join(evidence.budget.sets)},
-        {"kind": "evidence", "command": evidence.again} | machine(),
-    )
-    tracker.set_tags({"command": evidence.again})
-    if figures:
-        tracker.figures(figures, final=False)
-    for name, path in images.items():
-        tracker.artifact(path, "figures")
-        tracker.image(path, f"figures/{name}", 0)
-    for path in files:
-        tracker.artifact(path, "videos" if path.suffix == ".mp4" else "")
-    for arm in evidence.arms():
-        run = run_of(evidence.out / "runs" / arm.name)
-        if run:
-            tracker.set_parent(run)
-    tracker.close()
-    return tracker.run_id or ""
 
 
 def report(evidence: Evidence) -> Path:
     """Numbers, tables, figures and videos; to files and to MLflow. Returns the file of the tables."""
     sets = collect(list(evidence.benches.values()), print)
-    parent = _parent(evidence, {}, [], {})
-    runs = {arm.name: run_of(evidence.out / "runs" / arm.name) for arm in evidence.arms()}
-    runs |= _send_trials(evidence, sets, parent)
+    title = f"evidence {evidence.name}"
+    params = {"budget": evidence.name, "sets": " ".join(evidence.budget.sets)}
+    tags = {"kind": "evidence", "command": evidence.again}
+    parent = evidence.report(title, params, tags, {}, {}, {})
+    runs = evidence.run_ids() | _send_trials(evidence, sets, parent)
     results: dict[str, Any] = {
         "budget": evidence.name,
         "command": evidence.shown,
@@ -77,7 +52,7 @@ def report(evidence: Evidence) -> Path:
     write_text(evidence.out / "results.json", json.dumps(results, indent=1))
     figures = evidence.out / "figures"
     figures.mkdir(exist_ok=True)
-    images, videos = text.figures(results, figures), []
+    images, videos = draw(results, figures), []
     own = set(
         images
     )  # What the page shows; frames of somebody's videos are not ours to publish, and go to MLflow only.
@@ -87,10 +62,11 @@ def report(evidence: Evidence) -> Path:
         own |= set(shown) if bench.config.kind == "digits" else set()
         videos += [path for path in shown.values() if path.suffix == ".mp4"]
     tables = evidence.out / "evidence.md"
-    beside = FOLDER if evidence.options.docs else "figures"
+    beside = pages.FOLDER if evidence.options.docs else "figures"
     links = {name: f"{beside}/{path.name}" for name, path in images.items() if name in own}
-    write_text(tables, text.render(results, links))
-    _parent(evidence, _overview(results), [tables, evidence.out / "results.json", *videos], images)
+    write_text(tables, pages.render(results, links))
+    files = {tables: "", evidence.out / "results.json": ""} | dict.fromkeys(videos, "videos")
+    evidence.report(title, params, tags, _overview(results), files, images)
     return tables
 
 
@@ -98,7 +74,7 @@ def _send_trials(evidence: Evidence, sets: Mapping[str, Any], parent: str) -> di
     """A run for every measurement that is done, brought up to date where its numbers are others; their ids by name."""
     runs = {}
     for name, bench in evidence.benches.items():
-        for trial in trials(name, bench.config):
+        for trial in bench.trials:
             record = bench.folder(trial) / "run.json"
             sent = json.loads(record.read_text()) if record.exists() else {}
             if bench.done(trial):
@@ -113,16 +89,16 @@ def _send_trials(evidence: Evidence, sets: Mapping[str, Any], parent: str) -> di
 
 
 def _send(
-    evidence: Evidence, bench: Bench, trial: Trial, found: BenchmarkReport, parent: str, before: str
+    evidence: Evidence, bench: ClipBench, trial: Trial, found: BenchmarkReport, parent: str, before: str
 ) -> dict[str, str]:
-    tracking = TrackingConfig(experiment=EXPERIMENT, system_metrics=False)
+    tracking = TrackingConfig(experiment=evidence.experiment, system_metrics=False)
     files = [] if before else bench.parts(trial)
     found = replace(found, files=files)
     return {"run_id": send(found, evidence.out, parent=parent, renew=before, tracking=tracking, show=False)}
 
 
 def _report_of(
-    evidence: Evidence, bench: Bench, trial: Trial, numbers: Mapping[str, Sequence[float]]
+    evidence: Evidence, bench: ClipBench, trial: Trial, numbers: Mapping[str, Sequence[float]]
 ) -> BenchmarkReport:
     """What the run of a measurement shows: its numbers with their intervals, its data, and its command."""
     metrics = {f"{trial.task}/{name}": value for name, value in spread(numbers).items()}
@@ -146,7 +122,7 @@ def spread(numbers: Mapping[str, Sequence[float]]) -> dict[str, float]:
     }
 
 
-def _data(bench: Bench, trial: Trial) -> Iterator[Data]:
+def _data(bench: ClipBench, trial: Trial) -> Iterator[Data]:
     """The clips behind a measurement, and those that its model was trained on."""
     role = {"sampled": "reference", "test": "measured", "train": "measured"}.get(trial.method, "truth")
     if role != "reference" or bench.config.i3d:
@@ -165,7 +141,7 @@ def _overview(results: Mapping[str, Any]) -> dict[str, float]:
             found |= {f"claims/{name} {row['claim']} {m}": one["difference"] for m, one in row["measures"].items()}
         for task, rows in entry["tasks"].items():
             for row in (row for row in rows if len(row["jobs"]) > 1):
-                found |= {f"tables/{name} {task} {text.who(row)} {m}": row[m] for m in MEASURES if m in row}
+                found |= {f"tables/{name} {task} {pages.who(row)} {m}": row[m] for m in MEASURES if m in row}
         for measure in (m for m in ("motion", "psnr") if m in entry["drift"]):
             for part in entry["drift"][measure]["eighths"]:
                 first, last = (entry["drift"]["frames"][end] for end in part["part"])
@@ -173,28 +149,65 @@ def _overview(results: Mapping[str, Any]) -> dict[str, float]:
     return spread({name[:230]: value for name, value in found.items()})
 
 
-def publish(out: Path, documents: Sequence[Path]) -> None:
-    """Put the tables, and the summary, into documents, and images and numbers into the folder `evidence` beside them.
+def draw(results: Mapping[str, Any], out: Path) -> dict[str, Path]:
+    """The plots: generation, samplers, tasks, drift and validation of each set."""
+    images: dict[str, Path] = {}
 
-    Raises:
-        ValueError: if one cannot be read, or has no place for tables.
-    """
-    results = json.loads((out / "results.json").read_text())
-    parts = {text.TABLES: (out / "evidence.md").read_text(), text.SUMMARY: text.summary(results)}
-    for document in documents:
-        try:
-            page = text.replace_parts(document.read_text(), parts)
-        except OSError as error:
-            raise ValueError(f"--docs {document} cannot be read: {error.strerror}") from None
-        folder = document.parent / FOLDER
-        folder.mkdir(exist_ok=True)
-        images = [path for path in (out / "figures").glob("*.png") if f"({FOLDER}/{path.name})" in page]
-        for path in (*images, out / "results.json"):
-            shutil.copyfile(path, folder / path.name)
-        write_text(document, page)
+    def save(name: str, rows: Sequence[tuple[str, Sequence[float]]], title: str, measure: str) -> None:
+        if len(rows) > 1:
+            images[name] = spans(dict(rows), out / f"{name}.png", title, MEASURES[measure][0])
+
+    for name, entry in results["sets"].items():
+        plain = next((m for m in ("fvd", "residual") if any(m in row for row in entry["generation"])), "fvd")
+        rows = [
+            (f"{pages.who(row)}" + (f", seed {row['seeds'][0]}" if "seeds" in row else ""), row[plain])
+            for row in entry["generation"]
+            if plain in row
+        ]
+        save(f"{name}_generation", rows, f"{name}: plain generation", plain)
+        rows = [(row["sampler"].replace(":", " "), row[plain]) for row in entry["samplers"] if plain in row]
+        save(f"{name}_samplers", rows, f"{name}: samplers, one training", plain)
+        for task, found in entry["tasks"].items():
+            best = next((m for m in ("motion", "residual", "fvd") if any(m in row for row in found)), "psnr")
+            save(
+                f"{name}_{task}_numbers", [(pages.who(r), r[best]) for r in found if best in r], f"{name}: {task}", best
+            )
+        images |= _lines(name, entry, out)
+    series = {name: list(zip(*pages.points(found), strict=True)) for name, found in results["training_runs"].items()}
+    if any(series.values()):
+        title = "held-out loss against compute"
+        images["compute"] = curves(series, out / "compute.png", title, "PFLOP", "loss", logarithmic=True)
+    return images
 
 
-def side_by_side(bench: Bench, out: Path) -> dict[str, Path]:
+def _lines(name: str, entry: Mapping[str, Any], out: Path) -> dict[str, Path]:
+    images = {}
+    drift = entry["drift"]
+    measure = next((m for m in ("motion", "psnr") if m in drift), "")
+    if measure:
+        series = {
+            method: list(zip(map(float, drift["frames"]), curve, strict=True))
+            for method, curve in drift[measure]["curves"].items()
+        }
+        path = out / f"{name}_drift.png"
+        images[f"{name}_drift"] = curves(series, path, f"{name}: long video", "frame", MEASURES[measure][0])
+    found = entry["validation"]
+    if found:
+        series = {
+            f"p = {p}, own t = {own}": [
+                (float(at), value) for at, (value, *_) in zip(found["neighbour"], row, strict=True)
+            ]
+            for p, tables in found["p"].items()
+            for own, row in zip(found["own"], tables["error"], strict=True)
+            if own in (500, 1000)
+        }
+        path = out / f"{name}_validation.png"
+        title = f"{name}: error of a frame beside a cleaner one"
+        images[f"{name}_validation"] = curves(series, path, title, "timestep of the neighbour", "mean squared error")
+    return images
+
+
+def side_by_side(bench: ClipBench, out: Path) -> dict[str, Path]:
     """For each task an image (a row for each arm, the truth on top) and a video (the same clips in a row each).
 
     Args:
@@ -206,7 +219,7 @@ def side_by_side(bench: Bench, out: Path) -> dict[str, Path]:
     """
     images: dict[str, Path] = {}
     for task in ("generate", *bench.config.tasks):
-        found = [trial for trial in trials(bench.name, bench.config) if trial.task == task and _is_shown(bench, trial)]
+        found = [trial for trial in bench.trials if trial.task == task and _is_shown(bench, trial)]
         if not found:
             continue
         rows = [torch.from_numpy(bench.read(trial)["shown"]) for trial in found]
@@ -224,11 +237,11 @@ def side_by_side(bench: Bench, out: Path) -> dict[str, Path]:
     return images
 
 
-def _is_shown(bench: Bench, trial: Trial) -> bool:
+def _is_shown(bench: ClipBench, trial: Trial) -> bool:
     """One row for each arm: those of the first seed, with the sampler that all share; and real clips."""
     first = trial.arm is None or trial.arm.seed == bench.config.seeds[0]
     shared = trial.sampler in ("", bench.config.samplers[0])
-    return first and shared and trial.method not in ("train", "vae", "frozen", "straight") and bench.done(trial)
+    return first and shared and trial.method not in ("train", "vae", *BASELINES) and bench.done(trial)
 
 
 def _zoom(video: Tensor) -> Tensor:

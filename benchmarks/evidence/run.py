@@ -5,26 +5,23 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
-from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.clips import smoke_clips
 from benchmarks.evidence.data import VIDEOS, folders, made_of, prepare
-from benchmarks.evidence.measure import Bench
-from benchmarks.evidence.plan import PTSS, ROOT, Arm, Budget, EvidenceConfig, Trial, arms, is_deciding, rank, trials
+from benchmarks.evidence.measure import ClipBench
+from benchmarks.evidence.plan import Budget, EvidenceConfig, arms, is_deciding, rank
+from benchmarks.experiment import ROOT, Arm, Bench, Experiment, TrainingRun, Trial
 from benchmarks.models import network
-from benchmarks.smoke import smoke_clips
-from benchmarks.training_runs import TrainingRun, train
 from fvdm.data.config import DataConfig
 from fvdm.data.shards import LatentShards
 from fvdm.evaluation.sources import device
 from fvdm.training.plan import flops
 
-EXPERIMENT = "evidence"
 SPEED = "speed/seconds_per_step"
 HELD_OUT = ("validation/loss", "validation/loss_one_t", "validation/loss_t_per_frame")
 
@@ -34,17 +31,12 @@ def fast_bf16() -> bool:
     return torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-class Evidence:
+class Evidence(Experiment):
     """One budget, carried out in one folder."""
 
     def __init__(self, name: str, budget: Budget, options: EvidenceConfig) -> None:
+        super().__init__("evidence", Path(options.out or f"runs/evidence-{name}"))
         self.name, self.budget, self.options = name, budget, options
-        self.out = Path(options.out or f"runs/evidence-{name}")
-
-    def checkpoint(self, arm: Arm) -> Path:
-        """The last checkpoint of an arm."""
-        run = self.run(arm)
-        return run.checkpoint(run.steps)
 
     def prepare(self) -> list[str]:
         """Make the clips; returns the sets that have some.
@@ -68,15 +60,11 @@ class Evidence:
             raise ValueError(f"no set has videos: name folders with --videos NAME=DIR, or in {VIDEOS}")
         return ready
 
-    def train(self, chosen: Sequence[Arm]) -> bool:
-        """Do, or submit, the training runs that are not done, some side by side; whether all are.
-
-        Raises:
-            ValueError: if one fails.
-        """
-        # A run that takes every GPU shares none; on Slurm this only submits.
-        alone = self.budget.gpus == -1 and torch.cuda.is_available()
-        return train([self.run(arm) for arm in chosen], 1 if alone else self.budget.workers, quiet=True)
+    @property
+    def at_once(self) -> int:
+        """Training runs that go on side by side; on Slurm they are only submitted."""
+        alone = self.budget.gpus == -1 and torch.cuda.is_available()  # A run that takes every GPU shares none.
+        return 1 if alone else self.budget.workers
 
     @property
     def cores(self) -> int:
@@ -90,17 +78,12 @@ class Evidence:
         if budget.cluster == "local":
             launcher += ["--cpus-per-task", str(max(1, self.cores // budget.nodes))]
         launcher += ["--config", str(ROOT / "configs" / "ffs_xl.yaml")]
-        settings = {
-            "model": arm.model,
-            "p": arm.p,
-            "seed": arm.seed,
+        settings = arm.settings | {
             "data.path": self.out / "data" / arm.data / "latents-train",
             "data.frames": config.frames,
             "data.stride": config.stride,
-            "tracking.experiment": EXPERIMENT,
+            "tracking.experiment": self.experiment,
         }
-        if arm.rule != PTSS:
-            settings["timesteps.rule"] = arm.rule
         if config.validate_every:
             held_out = self.out / "data" / arm.data / "latents-test"  # It has one split.
             settings |= {"validation.every": config.validate_every, "validation.path": held_out}
@@ -111,62 +94,49 @@ class Evidence:
         return TrainingRun(arm.name, self.out / "runs", config.steps, launcher, settings)
 
     @cached_property
-    def benches(self) -> dict[str, Bench]:
+    def benches(self) -> dict[str, ClipBench]:
         """The sets that have clips."""
         found = {}
         for name, config in self.budget.sets.items():
             if (self.out / "data" / name / "latents-test" / "manifest.json").exists():
-                found[name] = Bench(name, config, self.out, self._checkpoint_of, self.budget.batch)
+                found[name] = ClipBench(name, config, self.out, self.checkpoint, self.budget.batch)
         return found
 
-    def _checkpoint_of(self, trial: Trial) -> Path:
-        assert trial.arm
-        return self.checkpoint(trial.arm)
-
-    def open_trials(self) -> list[tuple[Bench, Trial]]:
-        """The measurements that were asked for and are not done, and whose training is; the first questions first."""
-        found = []
-        for name, bench in self.benches.items():
-            for trial in trials(name, bench.config):
-                ready = trial.arm is None or self.checkpoint(trial.arm).exists()
-                if ready and fnmatch(trial.name, self.options.only) and not bench.done(trial):
-                    found.append((bench, trial))
-        return sorted(found, key=lambda entry: rank(entry[1], entry[0].config))
+    def open_trials(self, only: str = "*") -> list[tuple[Bench, Trial]]:
+        """The measurements that are not done, and whose training run is; the first questions first."""
+        return sorted(super().open_trials(only), key=lambda entry: rank(entry[1], self.budget.sets[entry[1].data]))
 
     def measure(self) -> None:
-        """Do the measurements that are not done, in some processes side by side.
+        """Do the measurements that are not done, in this process and some beside it.
 
         Raises:
             ValueError: if a process fails.
         """
-        number = len(self.open_trials())
+        number = len(self.open_trials(self.options.only))
         print(f"measurements: {number} to do", flush=True)
         if not number:
             return
-        command = [
-            sys.executable,
-            str(Path(__file__).resolve().parents[1] / "evidence.py"),
-            "--budget",
-            self.name,
-            "--out",
-            str(self.out),
-        ]
+        program = str(Path(__file__).resolve().parents[1] / "evidence.py")
+        command = [sys.executable, program, "--budget", self.name, "--out", str(self.out)]
         command += ["--only", self.options.only, "--stages", "worker"]
         shared = os.environ | {"OMP_NUM_THREADS": str(self.cores)}
-        workers = min(number, self.budget.workers)
-        running = [subprocess.Popen(command, env=shared | {"LOCAL_RANK": str(k)}) for k in range(workers)]
-        codes = [process.wait() for process in running]
+        others = range(1, min(number, self.budget.workers))  # beside this process
+        running = [subprocess.Popen(command, env=shared | {"LOCAL_RANK": str(k)}) for k in others]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.cores)
+        try:
+            self.work(self.options.only)
+        finally:
+            torch.set_num_threads(threads)
+            codes = [process.wait() for process in running]
         if any(codes):
             raise ValueError("a process that measures has failed: see above, and type the command again")
 
-    def work(self) -> None:
-        """One process that measures: every part that no other has."""
+    def work(self, only: str = "*") -> None:
+        """Measure, as one of the processes that do, on a GPU of its own where there are some."""
         if torch.cuda.is_available():
             torch.cuda.set_device(device())  # A model goes to the current GPU.
-        for bench, trial in self.open_trials():
-            bench.work(trial)
-            if bench.done(trial):
-                print(f"{trial.name}: measured", flush=True)
+        super().work(only)
 
     @property
     def again(self) -> str:

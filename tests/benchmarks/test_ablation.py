@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import ablation, table1
-from benchmarks.training_runs import TrainingRun
+from benchmarks.experiment import TrainingRun
 from fvdm.config import split_words
 from tests.data_fixtures import cut, write_video
 from tests.generation.test_pipeline import make_run
@@ -50,12 +50,14 @@ def test_the_figure_is_one_command_that_goes_on(tmp_path, monkeypatch, capsys):
 
 def test_the_grid_is_the_papers():
     grid = ablation.Ablation(ablation.AblationConfig(out="x"), [])
-    assert len(grid.cells) == 8 + 3, "eight p at the base size, three more sizes at the base p"
-    assert len({cell.name for cell in grid.cells}) == 11
-    points = list(grid.points())
-    assert len(points) == (11 + 2) * 10
-    assert len({point.file(grid.out) for point in points}) == len(points)
-    assert "--p=0.2" in grid.run(grid.cells[0]).command
+    arms, trials = grid.arms(), grid.bench.trials
+    assert len(arms) == 8 + 3, "eight p at the base size, three more sizes at the base p"
+    assert len({arm.name for arm in arms}) == 11
+    assert len(trials) == (11 + 2) * 10
+    assert len({path for trial in trials for path in grid.bench.parts(trial)}) == len(trials)
+    assert "--p=0.2" in grid.run(arms[0]).command
+    assert arms[0].name == "S-2_p0.2"
+    assert str(grid.bench.parts(trials[0])[0]) == "x/fvd/S-2_p0.2/00020000-ddim-50.json", "as earlier versions have it"
 
 
 def test_words_that_are_no_options_are_settings_of_the_training_runs():
@@ -72,7 +74,8 @@ def test_a_run_in_the_queue_is_not_submitted_again(tmp_path, monkeypatch):
     grid = ablation.Ablation(ablation.AblationConfig(out=str(tmp_path), p=(0.0,), models=("S/2",), every=10), [])
     monkeypatch.setattr(TrainingRun, "command", property(lambda run: pytest.fail(f"{run} was submitted again")))
     assert not grid.train()
-    assert grid.measure() == {}
+    grid.work()
+    assert grid.bench.values() == {}
 
 
 @pytest.mark.parametrize(

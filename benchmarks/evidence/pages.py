@@ -1,11 +1,14 @@
-"""The tables of benchmarks/evidence.py as Markdown, from its results.json, and its figures."""
+"""The tables of benchmarks/evidence.py as Markdown, from its results.json; and the documents that they stand in."""
 
+import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plots import curves, spans
+from benchmarks.evidence.plan import MEASURES
 from fvdm.evaluation.scaling import fit_power_law
+from fvdm.files import write_text
 
 Numbers = Mapping[str, Any]
 PFLOP = 1e15
@@ -14,19 +17,7 @@ HELD_OUT_WORDS = (
     "averaged weights. The fit is floor + scale * compute ^ -exponent, to the losses from a tenth of the steps on.\n"
 )
 TABLES, SUMMARY = "tables", "summary"  # parts of documents
-MEASURES = {
-    "fvd": ("FVD", 0),
-    "kvd": ("KVD", 1),
-    "residual": ("path residual, px", 2),
-    "named": ("frames whose digit is named right", 3),
-    "identity": ("frames with the clip's commonest digit", 3),
-    "sure": ("certainty of the name", 3),
-    "motion": ("motion error, px", 2),
-    "psnr": ("PSNR, dB", 2),
-    "distance": ("I3D distance", 2),
-    "residual_last": ("path residual at the end, px", 2),
-    "fvd_last": ("FVD at the end", 0),
-}
+FOLDER = "evidence"  # of images and numbers, beside the documents
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -291,57 +282,22 @@ def replace_parts(document: str, parts: Mapping[str, str]) -> str:
     return document
 
 
-def figures(results: Numbers, out: Path) -> dict[str, Path]:
-    """The plots: generation, samplers, tasks, drift and validation of each set."""
-    images: dict[str, Path] = {}
+def publish(out: Path, documents: Sequence[Path]) -> None:
+    """Put the tables, and the summary, into documents, and images and numbers into the folder `evidence` beside them.
 
-    def save(name: str, rows: Sequence[tuple[str, Sequence[float]]], title: str, measure: str) -> None:
-        if len(rows) > 1:
-            images[name] = spans(dict(rows), out / f"{name}.png", title, MEASURES[measure][0])
-
-    for name, entry in results["sets"].items():
-        plain = next((m for m in ("fvd", "residual") if any(m in row for row in entry["generation"])), "fvd")
-        rows = [
-            (f"{who(row)}" + (f", seed {row['seeds'][0]}" if "seeds" in row else ""), row[plain])
-            for row in entry["generation"]
-            if plain in row
-        ]
-        save(f"{name}_generation", rows, f"{name}: plain generation", plain)
-        rows = [(row["sampler"].replace(":", " "), row[plain]) for row in entry["samplers"] if plain in row]
-        save(f"{name}_samplers", rows, f"{name}: samplers, one training", plain)
-        for task, found in entry["tasks"].items():
-            best = next((m for m in ("motion", "residual", "fvd") if any(m in row for row in found)), "psnr")
-            save(f"{name}_{task}_numbers", [(who(r), r[best]) for r in found if best in r], f"{name}: {task}", best)
-        images |= _lines(name, entry, out)
-    series = {name: list(zip(*points(found), strict=True)) for name, found in results["training_runs"].items()}
-    if any(series.values()):
-        title = "held-out loss against compute"
-        images["compute"] = curves(series, out / "compute.png", title, "PFLOP", "loss", logarithmic=True)
-    return images
-
-
-def _lines(name: str, entry: Numbers, out: Path) -> dict[str, Path]:
-    images = {}
-    drift = entry["drift"]
-    measure = next((m for m in ("motion", "psnr") if m in drift), "")
-    if measure:
-        series = {
-            method: list(zip(map(float, drift["frames"]), curve, strict=True))
-            for method, curve in drift[measure]["curves"].items()
-        }
-        path = out / f"{name}_drift.png"
-        images[f"{name}_drift"] = curves(series, path, f"{name}: long video", "frame", MEASURES[measure][0])
-    found = entry["validation"]
-    if found:
-        series = {
-            f"p = {p}, own t = {own}": [
-                (float(at), value) for at, (value, *_) in zip(found["neighbour"], row, strict=True)
-            ]
-            for p, tables in found["p"].items()
-            for own, row in zip(found["own"], tables["error"], strict=True)
-            if own in (500, 1000)
-        }
-        path = out / f"{name}_validation.png"
-        title = f"{name}: error of a frame beside a cleaner one"
-        images[f"{name}_validation"] = curves(series, path, title, "timestep of the neighbour", "mean squared error")
-    return images
+    Raises:
+        ValueError: if one cannot be read, or has no place for tables.
+    """
+    results = json.loads((out / "results.json").read_text())
+    parts = {TABLES: (out / "evidence.md").read_text(), SUMMARY: summary(results)}
+    for document in documents:
+        try:
+            page = replace_parts(document.read_text(), parts)
+        except OSError as error:
+            raise ValueError(f"--docs {document} cannot be read: {error.strerror}") from None
+        folder = document.parent / FOLDER
+        folder.mkdir(exist_ok=True)
+        images = [path for path in (out / "figures").glob("*.png") if f"({FOLDER}/{path.name})" in page]
+        for path in (*images, out / "results.json"):
+            shutil.copyfile(path, folder / path.name)
+        write_text(document, page)
