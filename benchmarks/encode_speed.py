@@ -191,7 +191,7 @@ def _pure(config: "EncodeConfig", vae: "VAE", chunks: "list[Tensor]") -> None:
     """The VAE alone, on as many threads as encode_latents.py uses."""
     import torch
 
-    from data_prep.config import processes
+    from data_prep.encoding import processes
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -203,8 +203,8 @@ def _pure(config: "EncodeConfig", vae: "VAE", chunks: "list[Tensor]") -> None:
 def _decoding(config: "EncodeConfig", names: list[str]) -> None:
     """The decoders of encode_latents.py, with nobody to wait for."""
 
-    from data_prep.config import processes
     from data_prep.decoding import Task, decode
+    from data_prep.encoding import processes
     from fvdm.media.clips import ClipSpec
     from fvdm.media.layouts import PAPER
 
@@ -216,7 +216,8 @@ def _decoding(config: "EncodeConfig", names: list[str]) -> None:
 
 def _command(config: "EncodeConfig", vae: "VAE") -> float:
     """What encode_latents.py does from its plan to its last shard; seconds."""
-    from data_prep.encoder import Models, encode_shards
+    from data_prep.encoder import Models
+    from data_prep.encoding import encode_shards
     from data_prep.planning import make_plan
     from data_prep.shards import Work
 

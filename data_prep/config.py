@@ -221,16 +221,6 @@ def _asks_for_gpus(word: str) -> bool:
     return key.startswith("gpus") or (key.startswith(("gres", "tres")) and "gpu" in value)
 
 
-def processes(config: EncodeConfig) -> tuple[int, int]:
-    """How many decoder processes one job has, and how many threads that call the VAE, on the machine it runs on."""
-    if config.cluster == "slurm":
-        cores = int(os.environ.get("SLURM_CPUS_PER_TASK", 1))
-    else:
-        cores = max(1, len(os.sched_getaffinity(0)) // config.jobs)
-    encoders = min(16, cores) if config.device == "cpu" else 1
-    return config.workers or min(8, cores), config.encoders or encoders
-
-
 @dataclass(frozen=True)
 class InspectConfig:
     """What is shown.

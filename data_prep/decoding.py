@@ -7,6 +7,7 @@ video is rejected with the reason.
 
 import contextlib
 import multiprocessing
+import os
 import queue
 import resource
 import signal
@@ -87,8 +88,16 @@ def decode(tasks: Iterable[Task], *, workers: int, timeout: float = 120.0) -> Ge
                 thread.join(0.05)
 
 
-def estimate(paths: list[str], spec: ClipSpec, *, workers: int, timeout: float = 60.0) -> list[int]:
-    """About how many frames are encoded of each video, from the headers; 0 if unknown."""
+def estimate(paths: list[str], spec: ClipSpec, *, workers: int | None = None, timeout: float = 60.0) -> list[int]:
+    """About how many frames are encoded of each video, from the headers; 0 if unknown.
+
+    Args:
+        paths: the videos.
+        spec: which clips are read.
+        workers: number of processes; None takes one for each core, at most 8.
+        timeout: seconds after which a decoder that has sent nothing is killed.
+    """
+    workers = workers or min(8, len(os.sched_getaffinity(0)))
     frames = [0] * len(paths)
     tasks = (Task(key, path, spec, estimate=True) for key, path in enumerate(paths))
     for key, item in decode(tasks, workers=min(workers, max(1, len(paths))), timeout=timeout):

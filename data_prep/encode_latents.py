@@ -60,17 +60,8 @@ def main(config: EncodeConfig) -> int:
         plan = make_plan(config, models.vae, models.text, replace_idle=not jobs)
         if not config.here:
             models = Models(models.vae)  # a text encoder may be large
-        report = EncodeReport(config, plan)
-        status = "FAILED"
-        try:
-            code = _run(config, plan, models, report, jobs)
-            status = "FINISHED"
-            return code
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        finally:
-            report.close(status)
+        with EncodeReport(config, plan) as report:
+            return _run(config, plan, models, report, jobs)
 
 
 def _make_demo_clips(config: EncodeConfig) -> None:
@@ -90,9 +81,9 @@ def _run(
     config: EncodeConfig, plan: "EncodePlan", models: "Models", report: "EncodeReport", jobs: Sequence[object]
 ) -> int:
     """Makes the shards that are not complete yet, then the manifest; returns the exit status."""
-    from data_prep.encoder import encode_shards
+    from data_prep.encoding import encode_shards
     from data_prep.jobs import run_jobs
-    from data_prep.manifest import finish, make_manifest
+    from data_prep.manifest import finish
     from data_prep.shards import Work
 
     work = Work(Path(config.out), plan)
@@ -118,8 +109,7 @@ def _run(
         raise StrictError(rejected[0]["source"], rejected[0]["reason"])
     if not all(work.complete(shard) for shard in plan.shards):
         raise ValueError("Some shards are not made, though no job has failed: start the same command again.")
-    manifest = make_manifest(config, work.out, plan, models.vae, len(rejected))
-    finish(work.out, plan, manifest)
+    manifest = finish(config, work.out, plan, models.vae, len(rejected))
     print(report.finish(manifest, frames))
     if not manifest.shards:
         raise ValueError(f"No video of {len(plan.sources)} could be used; {config.out}/rejected.jsonl says why.")

@@ -1,47 +1,25 @@
-"""Encodes the videos of a plan: decoder processes feed one VAE, finished videos become parts, full shards are
-sealed.
+"""The VAE and the text encoder of an encoding: opened, and as its threads call them."""
 
-What is written does not depend on what else was in flight, nor on how often the run was interrupted; see
-`data_prep/in_flight.py`.
-"""
-
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+import secrets
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from data_prep.config import EncodeConfig, processes
-from data_prep.decoding import Rejected, Restarted, Task, decode
-from data_prep.in_flight import Encoder, Moments, VideoInFlight
-from data_prep.manifest import write_empty_prompt
-from data_prep.planning import ShardPlan
-from data_prep.shards import Work, stamp_of
-from fvdm.media.clips import Piece
-from fvdm.media.memory import keep_freed_memory
-from fvdm.media.videos import Info
+from data_prep.config import EncodeConfig
+from data_prep.samples import Array, VideoMoments
+from data_prep.spec import EncodeSpec
+from fvdm.data.clips import npy
+from fvdm.data.format import EMPTY_PROMPT
+from fvdm.files import atomic_write
 
 if TYPE_CHECKING:
     from fvdm.media.text import TextEncoder
     from fvdm.media.vae import VAE
-
-DEPTH = 8  # pieces in flight per thread that encodes: its next ones are there while finished videos are written
-TICK = 1.0  # seconds between two looks at the progress while all threads encode
-
-
-@dataclass
-class EncodeProgress:
-    """Counts of a run: videos encoded, frames encoded; `(name, reason)` of the videos rejected, `(name, note)` of what
-    was done to others."""
-
-    videos: int = 0
-    frames: int = 0
-    rejected: list[tuple[str, str]] = field(default_factory=list)
-    notes: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -85,147 +63,89 @@ def check_device(config: EncodeConfig) -> None:
         ) from None
 
 
-def encode_shards(
-    config: EncodeConfig,
-    work: Work,
-    shards: list[ShardPlan],
-    models: Models,
-    report: Callable[[EncodeProgress], None] = lambda progress: None,
-) -> EncodeProgress:
-    """Makes every shard of `shards` that is not complete yet; with `config.strict`, stops at a rejected video.
+class Encoder:
+    """The VAE and the text encoder as threads call them; counts the pixel frames that are encoded.
 
-    Args:
-        config: the settings, resolved.
-        work: where parts and shards go.
-        shards: those this job has to make.
-        models: the encoders, on their device.
-        report: called after every piece and every video, and about once a second.
+    Attributes:
+        frames: encoded so far.
     """
-    videos = Path(config.videos)
-    shard_of = {video: shard for shard in shards for video in work.missing(shard)}
-    left = Counter(shard.name for shard in shard_of.values())
-    work.folder.mkdir(exist_ok=True)
-    if models.text is not None:
-        write_empty_prompt(work.out, models.text, work.plan.spec)
-    for shard in shards:
-        if not left[shard.name]:
-            work.assemble(shard)
-    decoders, threads = processes(config)
-    tasks = (Task(number, str(videos / work.plan.sources[number].name), work.plan.spec.read) for number in shard_of)
-    items = decode(tasks, workers=max(1, min(decoders, len(shard_of))), timeout=config.timeout)
-    with _threads(threads) as pool, closing(items):
-        depth = threads + 1 if work.plan.spec.read.frames else DEPTH * threads
-        in_flight = _InFlight(models, work, pool, depth, report)
-        with closing(in_flight):
-            for number, item in items:
-                in_flight.take(number, item)
-                if not in_flight.store(shard_of, left, strict=config.strict):
-                    return in_flight.progress
-            in_flight.wait_for_all()
-            in_flight.store(shard_of, left, strict=config.strict)
-    return in_flight.progress
 
+    def __init__(self, models: Models, spec: EncodeSpec) -> None:
+        """Takes the models, on their device, and what is made."""
+        self.vae, self.text, self.spec = models.vae, models.text, spec
+        self.frames = 0
+        self._lock = threading.Lock()
 
-class _InFlight:
-    """The videos that are being decoded or encoded."""
+    def piece(self, frames: np.ndarray) -> np.ndarray | None:
+        """Moments as they are stored of frames that are encoded one by one, uint8 (n 3 h w).
 
-    def __init__(
-        self,
-        models: Models,
-        work: Work,
-        pool: ThreadPoolExecutor,
-        depth: int,
-        report: Callable[[EncodeProgress], None],
-    ) -> None:
-        self.work, self.pool, self.depth, self.report = work, pool, depth, report
-        self.encoder = Encoder(models.vae, models.text, work.plan)
-        self.progress = EncodeProgress()
-        self.videos: dict[int, VideoInFlight] = {}
-        self.queued: deque[Moments] = deque()
+        Returns:
+            (1 or 2, n, 2c, h, w), the second half of the flipped frames; None where a number is not finite, or too
+            large for the stored type.
+        """
+        pixels = torch.from_numpy(frames)
+        if self.spec.flip:
+            pixels = torch.cat([pixels, pixels.flip(-1)])
+        moments = self.vae.encode(pixels).cpu()
+        self._count(len(frames))
+        array = self._stored(moments)
+        return None if array is None else array.reshape(2 if self.spec.flip else 1, -1, *moments.shape[1:])
 
-    def take(self, number: int, item: object) -> None:
-        """Takes what a decoder says of a video; waits while too many calls are in flight."""
-        if isinstance(item, Restarted):
-            if number in self.videos:
-                self.videos.pop(number).close()
-            return
-        if number not in self.videos:
-            self.videos[number] = VideoInFlight(number, self.work.plan, self.encoder, self.pool, self.work.folder)
-        video = self.videos[number]
-        if not isinstance(item, Piece):
-            assert isinstance(item, Info | Rejected)
-            video.end = video.end or item
-            return
-        call = video.take(item)
-        if call is not None:
-            self.queued.append(call)
-            if len(self.queued) > self.depth:
-                self._wait(self.queued.popleft())
+    def clip(self, pixels: Array, moments: VideoMoments) -> np.ndarray | None:
+        """Encodes a clip from its first frame, and adds its moments to `moments` as they come.
 
-    def _wait(self, call: Moments) -> None:
-        while wait([call], timeout=TICK).not_done:
-            self._report()
+        Returns:
+            moments of no frame; None where a number is not finite.
+        """
+        streams = [self.vae.encode_stream(self._spans(pixels, flip)) for flip in range(2 if self.spec.flip else 1)]
+        encoded = None
+        for parts in zip(*streams, strict=True):
+            stored = self._stored(torch.stack(parts).cpu())
+            if stored is None:
+                return None
+            moments.append(stored)
+            encoded = stored[:, :0]
+        return encoded
 
-    def _report(self) -> None:
-        self.progress.frames = self.encoder.frames
-        self.report(self.progress)
+    def _spans(self, pixels: Array, flip: int) -> Iterator[torch.Tensor]:
+        total, begin = pixels.shape[0], 0
+        while begin < total:
+            latent = self.vae.frame_map.latent_frames(begin + 1) if begin else 0
+            end = self.vae.frame_map.span(latent).stop if self.vae.is_video else begin + self.spec.read.chunk
+            frames = torch.from_numpy(pixels.rows(begin, min(end, total)))
+            yield frames.flip(-1) if flip else frames
+            if not flip:
+                self._count(len(frames))
+            begin = end
 
-    def wait_for_all(self) -> None:
-        """Until all is encoded."""
-        while self.queued:
-            self._wait(self.queued.popleft())
+    def captions(self, captions: tuple[str, ...]) -> list[np.ndarray] | None:
+        """Embeddings (n e) as they are stored; None where a number is not finite."""
+        assert self.text is not None
+        stored = [self._stored(embedding) for embedding in self.text.encode(captions)]
+        return None if any(array is None for array in stored) else [array for array in stored if array is not None]
 
-    def store(self, shard_of: dict[int, ShardPlan], left: Counter[str], *, strict: bool) -> bool:
-        """Stores the videos that have ended and are encoded, and seals shards that are full; False to stop."""
-        for video in self.videos.values():
-            video.collect()
-        self._report()
-        for number, video in list(self.videos.items()):
-            if not video.ended:
-                continue
-            try:
-                self._store(self.videos.pop(number), shard_of[number])
-            finally:
-                video.close()
-            self._report()
-            if strict and self.progress.rejected:
-                return False
-            left[shard_of[number].name] -= 1
-            if not left[shard_of[number].name]:
-                self.work.assemble(shard_of[number])
-        return True
+    def _stored(self, values: torch.Tensor) -> np.ndarray | None:
+        stored = values.to(getattr(torch, self.spec.dtype))
+        if not torch.isfinite(stored).all():
+            return None
+        return stored.view(torch.uint16).numpy() if self.spec.dtype == "bfloat16" else stored.numpy()
 
-    def _store(self, video: VideoInFlight, shard: ShardPlan) -> None:
-        name, end = video.source.name, video.store(self.work, shard)
-        if isinstance(end, Rejected):
-            stamp = None if end.unread else stamp_of(Path(self.work.plan.videos) / name)
-            self.work.reject(shard, video.number, end.reason, stamp)
-            self.progress.rejected.append((name, end.reason))
-        else:
-            self.progress.videos += 1
-            self.progress.notes += [(name, note) for note in end.notes]
+    def _count(self, frames: int) -> None:
+        with self._lock:
+            self.frames += frames
 
-    def close(self) -> None:
-        """Frees what is in flight."""
-        for call in self.queued:
-            call.cancel()
-        for video in self.videos.values():
-            video.close()
+    def write_empty_prompt(self, out: Path) -> None:
+        """Writes the empty prompt's embedding, where captions are embedded, unless it is there.
 
-
-@contextmanager
-def _threads(encoders: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that call the VAE.
-
-    On a CPU each uses one core: that is up to twice as fast as one call on all cores, and the last bits of a
-    latent do not depend on how many cores a job has. On a GPU there is one thread.
-    """
-    keep_freed_memory()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(encoders, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(before)
+        Raises:
+            ValueError: a number is not finite in the stored type.
+        """
+        if self.text is not None and not (out / EMPTY_PROMPT).exists():
+            stored = self.captions(("",))
+            if stored is None:
+                raise ValueError(
+                    f"The empty prompt's embedding is not finite in {self.spec.dtype}: use another --dtype."
+                )
+            # Several jobs may write it at once.
+            with atomic_write(out / EMPTY_PROMPT, mark=f".{secrets.token_hex(8)}") as temporary:
+                temporary.write_bytes(npy(stored[0]))

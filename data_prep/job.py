@@ -26,7 +26,8 @@ def run_job(config: EncodeConfig, number: int) -> int:
     Returns:
         0 when the shards are made, 3 if `config.strict` and a video cannot be used.
     """
-    from data_prep.encoder import encode_shards, open_models
+    from data_prep.encoder import open_models
+    from data_prep.encoding import encode_shards
     from data_prep.planning import read_plan
     from data_prep.reporting import FrameCount
     from data_prep.shards import Work

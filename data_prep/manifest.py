@@ -9,15 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from data_prep.config import EncodeConfig
 from data_prep.planning import WORK, EncodePlan
 from data_prep.samples import file_sha256, video_key
-from data_prep.shards import atomic
 from data_prep.spec import EncodeSpec
 from fvdm.data import former
-from fvdm.data.clips import npy
 from fvdm.data.format import (
     CLIP_FORMAT,
     EMPTY_PROMPT,
@@ -29,20 +25,11 @@ from fvdm.data.format import (
     index_file,
 )
 from fvdm.data.index import write_index
-from fvdm.files import atomic_write
+from fvdm.files import atomic_write, write_text
 
 if TYPE_CHECKING:
     from fvdm.media.frames import FrameMap
-    from fvdm.media.text import TextEncoder
     from fvdm.media.vae import VAE
-
-
-def write_empty_prompt(out: Path, text: "TextEncoder", spec: EncodeSpec) -> None:
-    """Writes the empty prompt's embedding, unless it is there."""
-    if not (out / EMPTY_PROMPT).exists():
-        stored = text.encode([""])[0].to(getattr(torch, spec.dtype))
-        with atomic(out / EMPTY_PROMPT) as file:
-            file.write(npy(stored.view(torch.uint16).numpy() if spec.dtype == "bfloat16" else stored.numpy()))
 
 
 def make_buckets(spec: EncodeSpec, frame_map: "FrameMap", factor: int) -> list[Bucket]:
@@ -61,17 +48,10 @@ def _images_apart(spec: EncodeSpec) -> bool:
     return spec.read.images and spec.read.frames != 1
 
 
-def finish(out: Path, plan: EncodePlan, manifest: former.Manifest | ClipManifest) -> None:
-    """Writes the manifest, when every shard is complete, and removes what is left of the work."""
-    with atomic(out / "manifest.json") as file:
-        file.write(manifest.to_json().encode())
-    shutil.rmtree(out / WORK, ignore_errors=True)
-    for leftover in out.glob(".tmp-*"):  # of processes that were killed
-        leftover.unlink(missing_ok=True)
-
-
-def make_manifest(config: EncodeConfig, out: Path, plan: EncodePlan, vae: "VAE", rejected: int) -> Any:
-    """The manifest of the plan's format; of format 2 this writes the tables of samples, too.
+def finish(
+    config: EncodeConfig, out: Path, plan: EncodePlan, vae: "VAE", rejected: int
+) -> former.Manifest | ClipManifest:
+    """Ends an encoding: writes the manifest of the plan's format, and of format 2 the tables of samples before it.
 
     Args:
         config: the settings, for the names of the models.
@@ -80,9 +60,10 @@ def make_manifest(config: EncodeConfig, out: Path, plan: EncodePlan, vae: "VAE",
         vae: what encoded it.
         rejected: number of videos that could not be used.
     """
+    manifest: former.Manifest | ClipManifest
     if plan.spec.format == 1:
         height, width = plan.spec.read.sizes[0]
-        return former_manifest(
+        manifest = former_manifest(
             out,
             plan,
             vae=config.vae,
@@ -95,7 +76,18 @@ def make_manifest(config: EncodeConfig, out: Path, plan: EncodePlan, vae: "VAE",
             preprocess=plan.settings["preprocess"],
             rejected=rejected,
         )
-    return _clip_manifest(config, out, plan, vae, rejected)
+    else:
+        manifest = _clip_manifest(config, out, plan, vae, rejected)
+    write_manifest(out, manifest)
+    return manifest
+
+
+def write_manifest(out: Path, manifest: former.Manifest | ClipManifest) -> None:
+    """Writes the manifest, when every shard is complete, and removes what is left of the work."""
+    write_text(out / "manifest.json", manifest.to_json())
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    for leftover in out.glob(".tmp-*"):  # of processes that were killed
+        leftover.unlink(missing_ok=True)
 
 
 def former_manifest(out: Path, plan: EncodePlan, **metadata: Any) -> former.Manifest:

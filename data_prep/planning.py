@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.captions import Captions, find_captions
-from data_prep.config import EncodeConfig, StrictError, processes
+from data_prep.config import EncodeConfig, StrictError
 from data_prep.spec import EncodeSpec, make_spec
 from fvdm.files import write_text
 from fvdm.media.layouts import Listing, Source, list_videos
@@ -132,13 +132,14 @@ def make_plan(
         images=config.images,
     )
     spec = make_spec(config, listing.layout, vae, text)
+    settings = spec.to_dict()
     captions = find_captions(config, listing)
     print(f"{config.videos}: {listing.sentence()}")
     if config.strict and listing.rejected:
         write_rejected(out, [{"source": name, "reason": reason} for name, reason in listing.rejected])
         raise StrictError(*listing.rejected[0])
     before = read_plan(out / "plan.json") if (out / "plan.json").exists() else None
-    mismatch = _mismatch(config, before, listing, spec, captions) if before else ""
+    mismatch = _mismatch(config, before, listing, settings, captions) if before else ""
     if mismatch and not (replace_idle and _is_idle(out)):
         raise ValueError(mismatch)
     if before and not mismatch:
@@ -148,7 +149,7 @@ def make_plan(
         if mismatch:
             print(f"{config.out}: nothing was encoded there yet; it is planned again")
             shutil.rmtree(out / WORK, ignore_errors=True)
-        plan = _new_plan(config, listing, spec, captions, vae)
+        plan = _new_plan(config, listing, spec, settings, captions, vae)
     else:
         if listing.rejected:
             write_rejected(out, [{"source": name, "reason": reason} for name, reason in listing.rejected])
@@ -182,19 +183,26 @@ def write_rejected(out: Path, rows: list[dict[str, str]]) -> None:
     write_text(out / "rejected.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _new_plan(config: EncodeConfig, listing: Listing, spec: EncodeSpec, captions: Captions, vae: "VAE") -> EncodePlan:
+def _new_plan(
+    config: EncodeConfig,
+    listing: Listing,
+    spec: EncodeSpec,
+    settings: dict[str, Any],
+    captions: Captions,
+    vae: "VAE",
+) -> EncodePlan:
     from data_prep.decoding import estimate
 
     sources = sorted(listing.sources, key=lambda source: (source.split, os.fsencode(source.name)))
     paths = [str(Path(config.videos) / source.name) for source in sources]
-    frames = estimate(paths, spec.read, workers=processes(config)[0])
+    frames = estimate(paths, spec.read, workers=config.workers)
     texts = [captions[source.name] for source in sources] if spec.captioned else []
     sizes = _stored_bytes(spec, frames, vae)
     if spec.text_identity:
         sizes = [size + 2 * 4096 * sum(len(text) // 3 for text in of) for size, of in zip(sizes, texts, strict=True)]
     return EncodePlan(
         videos=os.path.abspath(config.videos),
-        settings=spec.to_dict(),
+        settings=settings,
         layout=listing.layout,
         classes=listing.classes,
         sources=sources,
@@ -215,9 +223,9 @@ def _stored_bytes(spec: EncodeSpec, frames: list[int], vae: "VAE") -> list[int]:
     return [-(-count // spec.read.frames) * each for count in frames]
 
 
-def _mismatch(config: EncodeConfig, plan: EncodePlan, listing: Listing, spec: EncodeSpec, captions: Captions) -> str:
+def _mismatch(config: EncodeConfig, plan: EncodePlan, listing: Listing, now: dict[str, Any], captions: Captions) -> str:
     """Why a run cannot continue with these settings or videos, as a sentence; empty where it can."""
-    now, begun = spec.to_dict(), plan.spec.to_dict()
+    begun = plan.spec.to_dict()
     other = [name for name in now if now[name] != begun.get(name)]
     if other:
         was = ", ".join(f"{name} {begun.get(name)!r} (now {now[name]!r})" for name in other)
@@ -230,7 +238,7 @@ def _mismatch(config: EncodeConfig, plan: EncodePlan, listing: Listing, spec: En
             f"The videos are not those that {config.out!r} was begun with ({len(new)} new, {len(gone)} gone, "
             f"for example {example.name!a}): put them back, or use another --out."
         )
-    pairs = zip(plan.sources, plan.captions, strict=True) if spec.captioned else ()
+    pairs = zip(plan.sources, plan.captions, strict=True) if plan.captions else ()
     changed = [source.name for source, texts in pairs if captions[source.name] != texts]
     if changed:
         return (

@@ -13,7 +13,7 @@ from fvdm.data.format import ClipManifest
 
 if TYPE_CHECKING:
     from data_prep.config import EncodeConfig
-    from data_prep.encoder import EncodeProgress
+    from data_prep.encoding import EncodeProgress
     from fvdm.data.former import Manifest
     from fvdm.tracking.tracker import Tracker
 
@@ -122,11 +122,16 @@ class EncodeReport:
             self.bar.close()
         self.notes.close()
 
-    def close(self, status: str) -> None:
-        """Ends the MLflow run as FINISHED, FAILED or KILLED."""
+    def __enter__(self) -> "EncodeReport":
+        """Itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Ends the MLflow run as FINISHED, or, by what was raised, as KILLED or FAILED."""
         self.end_bar()
         if self.tracker:
-            self.tracker.close(status)
+            stopped = "KILLED" if kind and issubclass(kind, KeyboardInterrupt) else "FAILED"
+            self.tracker.close(stopped if kind else "FINISHED")
 
 
 def _samples(manifest: "Manifest | ClipManifest") -> dict[str, int]:

@@ -147,7 +147,7 @@ def make_shards(
 
     The video `spoilt` holds nan instead; `manifest` are other fields of it than those of `manifest_fields`.
     """
-    from data_prep.manifest import finish, former_manifest
+    from data_prep.manifest import former_manifest, write_manifest
     from data_prep.planning import EncodePlan, ShardPlan
     from data_prep.samples import make_sample
     from data_prep.shards import Work
@@ -169,7 +169,7 @@ def make_shards(
             mirrored = np.concatenate([-moments[:, :4], moments[:, 4:]], axis=1) if flip else None
             work.keep(shard, video, make_sample(video, sources[video], 25.0, moments, mirrored))
         work.assemble(shard)
-    finish(folder, plan, former_manifest(folder, plan, **manifest_fields(flip) | manifest))
+    write_manifest(folder, former_manifest(folder, plan, **manifest_fields(flip) | manifest))
     return folder
 
 

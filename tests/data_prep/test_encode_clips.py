@@ -17,7 +17,8 @@ from PIL import Image
 from data_prep.config import EncodeConfig, resolve
 from data_prep.decoding import Restarted, decode
 from data_prep.encode_latents import run
-from data_prep.encoder import encode_shards, open_models
+from data_prep.encoder import open_models
+from data_prep.encoding import encode_shards
 from data_prep.planning import make_plan
 from data_prep.shards import Work
 from fvdm.config import parse
@@ -181,7 +182,7 @@ def test_bytes_do_not_depend_on_decoders_that_begin_again(videos, models, encode
             yield number, Restarted()
             yield from ((number, item) for item in found)
 
-    monkeypatch.setattr("data_prep.encoder.decode", decode_again)
+    monkeypatch.setattr("data_prep.encoding.decode", decode_again)
     assert encode(videos, tmp_path / "out", models, "--uncaptioned", "empty") == 3
     assert contents(tmp_path / "out") == contents(encoded)
 
@@ -324,13 +325,14 @@ import os, random, signal, sys, time
 from pathlib import Path
 
 import av, diffusers, torch, transformers, webdataset, pyarrow
-import data_prep.encoder, fvdm.media.text, fvdm.media.vae
+import data_prep.encoding, fvdm.media.text, fvdm.media.vae
 from diffusers import AutoencoderKL, AutoencoderKLWan
 from transformers import AutoConfig, AutoTokenizer, UMT5EncoderModel
 from data_prep.config import EncodeConfig, resolve
 from data_prep.decoding import Restarted, decode
 from data_prep.encode_latents import run
-from data_prep.encoder import encode_shards, open_models
+from data_prep.encoder import open_models
+from data_prep.encoding import encode_shards
 from data_prep.planning import make_plan
 from data_prep.shards import Work
 from fvdm.config import parse

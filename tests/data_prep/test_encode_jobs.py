@@ -15,7 +15,8 @@ import torch
 from data_prep import jobs
 from data_prep.config import EncodeConfig, resolve
 from data_prep.encode_latents import run
-from data_prep.encoder import EncodeProgress, open_models
+from data_prep.encoder import open_models
+from data_prep.encoding import EncodeProgress
 from data_prep.job import run_job
 from data_prep.planning import make_plan
 from data_prep.reporting import FrameCount
@@ -163,7 +164,7 @@ def test_flags_come_first(slurm):
 
 def test_a_job_takes_precision_and_chunk_from_the_plan(videos, vae, tmp_path, monkeypatch):
     """Whatever the machine's default is."""
-    from data_prep import encoder
+    from data_prep import encoding
 
     given = words(videos, tmp_path, vae, "--precision", "bfloat16", "--chunk", "5")
     config = resolve(parse(EncodeConfig, given))
@@ -172,9 +173,9 @@ def test_a_job_takes_precision_and_chunk_from_the_plan(videos, vae, tmp_path, mo
 
     def encode_shards(config, work, shards, models, report):
         seen.update(vae=models.vae, plan=work.plan)
-        return encoder.EncodeProgress()
+        return encoding.EncodeProgress()
 
-    monkeypatch.setattr(encoder, "encode_shards", encode_shards)
+    monkeypatch.setattr(encoding, "encode_shards", encode_shards)
     assert run_job(replace(config, precision="float32", chunk=4), 0) == 3
     assert seen["vae"].dtype == torch.bfloat16
     assert seen["plan"].settings["chunk"] == 5

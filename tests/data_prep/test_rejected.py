@@ -106,16 +106,16 @@ def test_what_cannot_be_listed(videos, vae, tmp_path, capsys, strict):
 
 
 def test_rejected_is_written_at_every_exit(videos, vae, tmp_path, monkeypatch):
-    from data_prep import in_flight
+    from data_prep import encoding
 
-    sample = in_flight.VideoMoments.sample
+    sample = encoding.VideoMoments.sample
 
     def interrupted(moments, video, *args):
         if video == 5:
             raise KeyboardInterrupt
         return sample(moments, video, *args)
 
-    monkeypatch.setattr(in_flight.VideoMoments, "sample", interrupted)
+    monkeypatch.setattr(encoding.VideoMoments, "sample", interrupted)
     assert encode(videos, tmp_path / "out", vae, "--workers", "1") == 130
     assert set(rejected(tmp_path / "out")) == {"1.mp4", "4.mp4"}
 
