@@ -251,25 +251,30 @@ class FVDBench(Bench):
         }
 
 
-def smoke_settings(out: Path) -> tuple[AblationConfig, list[str]]:
-    """The small grid, and the settings of its training runs."""
-    from benchmarks.clips import smoke_clips, smoke_latents
+def small(config: AblationConfig) -> AblationConfig:
+    """The settings of `--smoke`, on clips that are made in the folder of the results."""
+    from benchmarks.clips import smoke_clips
 
-    clips, latents = smoke_clips(out / "data"), smoke_latents(out / "data")
-    tiny = {"data.path": latents, "data.frames": 9, "data.stride": 1, "data.batch_size": 2, "data.workers": 0}
-    tiny |= {"previews.every": 0, "log_every": 1, "engine.precision": "fp32", "tracking.system_metrics": "false"}
+    return replace(SMOKE, real=str(smoke_clips(Path(config.out) / "data")))
+
+
+def smoke_words(out: Path) -> list[str]:
+    """The settings of the training runs of `--smoke`, on latents that are made in a folder."""
+    from benchmarks.clips import smoke_latents
+
+    tiny = {"data.path": smoke_latents(out / "data"), "data.frames": 9, "data.stride": 1, "data.batch_size": 2}
+    tiny |= {"data.workers": 0, "previews.every": 0, "log_every": 1, "engine.precision": "fp32"}
     words = [f"--{name}={value}" for name, value in tiny.items()]
-    return replace(SMOKE, real=str(clips)), ["--config", str(ROOT / "configs" / "ffs_xl.yaml"), *words]
+    return ["--config", str(ROOT / "configs" / "ffs_xl.yaml"), *words, "--tracking.system_metrics=false"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     own, words = settings.split_words(AblationConfig, sys.argv[1:] if argv is None else argv)
     try:
-        config = settings.parse(AblationConfig, own, __doc__)
+        config = settings.parse_small(AblationConfig, own, __doc__, small)
         if config.smoke:
-            small, fixed = smoke_settings(Path(config.out))
-            config, words = settings.parse(AblationConfig, own, defaults=small), [*fixed, *words]
+            words = [*smoke_words(Path(config.out)), *words]
         if not config.real:
             raise ValueError("--real is missing: name the real videos or latent shards that FVD compares with")
         if any(not sampler.partition(":")[2].isdigit() for sampler in config.samplers):

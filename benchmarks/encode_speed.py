@@ -20,7 +20,6 @@ error, and the PSNR of the decoded frames against those decoded from exact laten
 """
 
 import multiprocessing
-import os
 import statistics
 import sys
 import tempfile
@@ -79,24 +78,9 @@ def main(argv: list[str] | None = None) -> None:
         results = measure(config, vae, options.repeats)
     except ValueError as error:
         settings.fail(error)
-    width = max(map(len, results))
-    for name, value in results.items():
-        print(f"{name:<{width}}  {value:8.2f}")
-    if options.mlflow != "none":
-        report(options, results)
+    from benchmarks.reporting import log_rates
 
-
-def report(options: EncodeSpeedConfig, results: dict[str, float]) -> None:
-    """Log the numbers to MLflow."""
-    from fvdm.tracking.config import TrackingConfig
-    from fvdm.tracking.tracker import Tracker
-
-    folder = Path(tempfile.mkdtemp(prefix="encode_speed-"))
-    tracking = TrackingConfig(options.mlflow, "benchmarks", system_metrics=False)
-    params = {"vae": options.vae, "size": options.size, "cores": len(os.sched_getaffinity(0))}
-    tracker = Tracker(folder, tracking, "encode_speed", params, {"kind": "benchmark"})
-    tracker.figures({name.replace(" ", "_").replace("/", "_per_"): value for name, value in results.items()})
-    tracker.close()
+    log_rates(results, "encode_speed", options.mlflow, {"vae": options.vae, "size": options.size})
 
 
 def measure(config: "EncodeConfig", vae: "VAE", repeats: int) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Training runs that differ in a few settings, and the measurements of them: what evidence.py and ablation.py compare.
 
-Everything is made once, and the same command goes on: a training run is done when its last checkpoint is there, a
+Everything is made once, and the same command continues: a training run is done when its last checkpoint is there, a
 measurement when its files are. In MLflow one run is the parent of the others.
 """
 
@@ -202,7 +202,7 @@ class Experiment(ABC):
 
         Args:
             only: pattern of the names of those that are done.
-            at_once: how many go on side by side.
+            at_once: how many run side by side.
             quiet: hide what the launcher prints.
 
         Raises:

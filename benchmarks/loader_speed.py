@@ -77,23 +77,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             results["loader with buckets, clips/s"] = rate
     except ValueError as error:
         settings.fail(error)
-    width = max(map(len, results))
-    for name, value in results.items():
-        print(f"{name:<{width}}  {value:9.1f}")
-    if config.mlflow != "none":
-        _log(config, shards.manifest.size, results)
+    from benchmarks.reporting import log_rates
 
-
-def _log(config: LoaderSpeedConfig, size: int, results: dict[str, float]) -> None:
-    from fvdm.tracking.config import TrackingConfig
-    from fvdm.tracking.tracker import Tracker
-
-    folder = Path(tempfile.mkdtemp(prefix="loader_speed-"))
-    tracking = TrackingConfig(config.mlflow, "benchmarks", system_metrics=False)
-    params = {"size": size, "workers": config.workers, "cores": len(os.sched_getaffinity(0))}
-    tracker = Tracker(folder, tracking, "loader_speed", params, {"kind": "benchmark"})
-    tracker.figures({name.replace(", ", "_").replace("/", "_per_"): value for name, value in results.items()})
-    tracker.close()
+    log_rates(results, "loader_speed", config.mlflow, {"size": shards.manifest.size, "workers": config.workers})
 
 
 def measure(videos: str, shards: "LatentShards", path: str, workers: int, seconds: float) -> dict[str, float]:

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import platform
+import re
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -148,3 +151,24 @@ def conclude(figures: Mapping[str, float], config: Benchmark, name: str, kind: s
     tracker.figures(dict(figures))
     tracker.close()
     print(f"MLflow: {where_to_look(tracker.folder)}")
+
+
+def log_rates(rates: Mapping[str, float], name: str, uri: str, params: Mapping[str, Any]) -> None:
+    """Print figures of a program that keeps no folder, and report them as an MLflow run.
+
+    Args:
+        rates: by name, such as `loader, clips/s`.
+        name: of the program.
+        uri: MLflow server or database; none for no MLflow.
+        params: settings; the number of cores is added.
+    """
+    width = max(map(len, rates))
+    for label, value in rates.items():
+        print(f"{label:<{width}}  {value:9.2f}")
+    if uri == "none":
+        return
+    tracking = TrackingConfig(uri, EXPERIMENT, system_metrics=False)
+    params = dict(params) | {"cores": len(os.sched_getaffinity(0))}
+    tracker = Tracker(Path(tempfile.mkdtemp(prefix=f"{name}-")), tracking, name, params, {"kind": "benchmark"})
+    tracker.figures({re.sub(r",? ", "_", label).replace("/", "_per_"): value for label, value in rates.items()})
+    tracker.close()

@@ -77,9 +77,7 @@ def report(rows: "Sequence[Row]", config: SamplerSpeedConfig) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     try:
-        config = settings.parse(SamplerSpeedConfig, argv, __doc__)
-        if config.smoke:
-            config = settings.parse(SamplerSpeedConfig, argv, defaults=SMOKE)
+        config = settings.parse_small(SamplerSpeedConfig, argv, __doc__, lambda _: SMOKE)
         from benchmarks.solver_costs import run_all
 
         rows = run_all(config)

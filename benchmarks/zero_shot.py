@@ -264,15 +264,17 @@ def report(results: Mapping[str, Mapping[str, Mapping[str, Any]]], config: ZeroS
     send(found, out)
 
 
+def small(config: ZeroShotConfig) -> ZeroShotConfig:
+    """The settings of `--smoke`, on clips that are made in the folder of the results."""
+    from benchmarks.clips import smoke_clips
+
+    return replace(SMOKE, real=str(smoke_clips(Path(config.out) / "data")))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     try:
-        config = settings.parse(ZeroShotConfig, argv, __doc__)
-        if config.smoke:
-            from benchmarks.clips import smoke_clips
-
-            small = replace(SMOKE, real=str(smoke_clips(Path(config.out) / "data")))
-            config = settings.parse(ZeroShotConfig, argv, defaults=small)
+        config = settings.parse_small(ZeroShotConfig, argv, __doc__, small)
         if not (config.checkpoint and config.real):
             raise ValueError("give --checkpoint and --real: a trained model, and videos that it was not trained on")
         results = run_all(config)

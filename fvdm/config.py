@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -81,6 +81,22 @@ def parse(
         return cls(**vars(parser.instantiate(values)))
     except ArgumentError as error:
         raise ValueError(_explain(str(error), _names(parser.get_defaults()))) from None
+
+
+def parse_small(cls: type[T], argv: Sequence[str] | None, description: str | None, small: Callable[[T], T]) -> T:
+    """As `parse`, of a dataclass with a switch `smoke`: with it, other defaults, which show only that all works.
+
+    Args:
+        cls: the dataclass.
+        argv: the words; those of the command line when not given.
+        description: what the program does.
+        small: from the settings that are given, and the usual defaults, to the settings of `--smoke`.
+
+    Raises:
+        ValueError: as `parse`.
+    """
+    config = parse(cls, argv, description)
+    return parse(cls, argv, defaults=small(config)) if config.smoke else config  # type: ignore[attr-defined]
 
 
 def join_repeated(words: Sequence[str], name: str) -> list[str]:

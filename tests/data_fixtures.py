@@ -87,6 +87,13 @@ def cut(number: int, length: int = 20) -> np.ndarray:
     return frames[start : start + length]
 
 
+def make_clips(folder: Path, number: int) -> Path:
+    """A folder of small clips of 16 frames, 17 frames, and so on."""
+    for k in range(number):
+        write_video(folder / f"{k}.mp4", cut(k, 16 + k)[:, ::2, ::2])
+    return folder
+
+
 def make_tree(root: Path, layout: str) -> dict[str, object]:
     """Builds a small tree of real clips in a layout; returns what must be found: videos, labels, frames."""
     if layout == "ffs":

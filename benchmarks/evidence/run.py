@@ -62,7 +62,7 @@ class Evidence(Experiment):
 
     @property
     def at_once(self) -> int:
-        """Training runs that go on side by side; on Slurm they are only submitted."""
+        """How many training runs run side by side; on Slurm they are only submitted."""
         alone = self.budget.gpus == -1 and torch.cuda.is_available()  # A run that takes every GPU shares none.
         return 1 if alone else self.budget.workers
 

@@ -21,7 +21,7 @@ from data_prep.job import run_job
 from data_prep.planning import make_plan
 from data_prep.reporting import FrameCount
 from fvdm.config import parse
-from tests.data_fixtures import cut, make_vae, rejected, write_video
+from tests.data_fixtures import make_clips, make_vae, rejected
 from tests.data_prep.test_encode_latents import contents, encode, words
 
 GPU_WORDS = ("gpus=1", "gpus_per_node=2", "gpus-per-task=1", "gres=gpu:h200:1", "tres_per_task=gres/gpu:1")
@@ -34,10 +34,7 @@ def vae(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("videos")
-    for number in range(4):
-        write_video(folder / f"{number}.mp4", cut(number, 16 + number)[:, ::2, ::2])
-    return folder
+    return make_clips(tmp_path_factory.mktemp("videos"), 4)
 
 
 class Slurm:

@@ -28,7 +28,17 @@ from fvdm.data.shards import LatentShards
 from fvdm.media.layouts import PAPER, Source
 from fvdm.media.vae import load_vae
 from fvdm.media.videos import Info, Preprocess, read_video
-from tests.data_fixtures import LAYOUTS, cut, make_tree, make_vae, rejected, test_data, write_frames, write_video
+from tests.data_fixtures import (
+    LAYOUTS,
+    cut,
+    make_clips,
+    make_tree,
+    make_vae,
+    rejected,
+    test_data,
+    write_frames,
+    write_video,
+)
 from tests.runs import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,9 +53,7 @@ def vae(tmp_path_factory):
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
     """Seven clips of 16 to 22 frames, one of them corrupt."""
-    folder = tmp_path_factory.mktemp("videos")
-    for number in range(6):
-        write_video(folder / f"{number}.mp4", cut(number, 16 + number)[:, ::2, ::2])
+    folder = make_clips(tmp_path_factory.mktemp("videos"), 6)
     (folder / "3b.mp4").write_bytes(b"corrupt")
     return folder
 
