@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SIDE, STRIDE, RATE = 64, 2, 12.5
 LENGTH, WINDOW, SHARED = 21, 13, 5  # frames of a video, of a clip of training, and of two windows together
 CHANNELS = 16
-TOKENS = 16
+TOKENS = 40  # the tokenizer knows few words, and spells the others
 CLIPS = (  # video, first frame, caption
     ("carphone_pristine.mp4", 0, "a man talks in a car"),
     ("carphone_pristine.mp4", 76, "a man leans to the window"),
@@ -251,4 +251,4 @@ def draw(videos: Tensor, made: Sequence[Tensor], file: Path) -> None:
         pen.text((0, text + row * high + 1), caption, "black")
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as temporary:
-        sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.BICUBIC).save(temporary, format="PNG")
+        sheet.save(temporary, format="PNG")
