@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import enum
+import logging
 import os
 import random
 import re
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -187,6 +189,20 @@ class HangDetector:
         except RuntimeError as error:
             return str(error) if time.monotonic() - started >= seconds else ""
         return ""
+
+
+def leave(code: int) -> NoReturn:
+    """End this process for an error that it has reported, with this exit code.
+
+    A rank that has met its peers ends at once: Python's own way out frees the process group while its threads run,
+    which aborts the process at times, and the exit code is lost.
+    """
+    if not dist.is_initialized():
+        raise SystemExit(code)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def end_process(sentence: str) -> None:

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import submitit
@@ -74,10 +75,10 @@ class Job(ABC):
             again = self.work()
         except ValueError as error:
             _note(files.error, error)
-            raise SystemExit(2) from None
+            _leave(2)
         except OSError as error:  # A full disk, which may be empty at the next start; a peer that hangs.
             _note(files.cause, error)
-            raise SystemExit(1) from None
+            _leave(1)
         if again and environment.global_rank == 0:
             files.again.touch()
         return again
@@ -106,6 +107,12 @@ def ports(job: str, start: int) -> Iterator[int]:
     """The ports that a job tries, in order: derived from its number and from how often it was started."""
     first = int(job) + 97 * start
     yield from (FIRST_PORT + (first + 31 * attempt) % PORTS for attempt in range(PORTS))
+
+
+def _leave(code: int) -> NoReturn:
+    from fvdm.distributed import leave  # PyTorch, which the launcher itself does not need.
+
+    leave(code)
 
 
 def _note(path: Path, error: Exception) -> None:

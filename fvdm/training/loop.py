@@ -6,6 +6,7 @@ been, on the same or another number of ranks.
 """
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,7 +20,7 @@ from fvdm import config as settings
 from fvdm.checkpoints.layout import STEP
 from fvdm.data.loader import batches
 from fvdm.data.shards import LatentShards
-from fvdm.distributed import Stop, StopFlag, from_environment, seed_everything
+from fvdm.distributed import Stop, StopFlag, from_environment, leave, seed_everything
 from fvdm.models.backbone import Backbone
 from fvdm.models.compilation import compile_blocks
 from fvdm.serving.registry import log_model
@@ -301,7 +302,8 @@ def main(parse: Callable[[type[TrainConfig]], TrainConfig] = settings.parse) -> 
     try:
         stop_reason = train(parse(TrainConfig))
     except (ValueError, OSError) as error:
-        settings.fail(error)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        leave(2)
     raise SystemExit(75 if stop_reason else 0)
 
 
