@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.config import EncodeConfig
 from data_prep.job import exit_status, run_job
-from data_prep.slurm_queue import SlurmQueue
+from data_prep.slurm_queue import SlurmQueue, use_cluster
 from fvdm.files import write_text
 
 if TYPE_CHECKING:
@@ -244,6 +244,7 @@ def _stopped(job: Any) -> bool:
 
 def queued(config: EncodeConfig) -> list[Any]:
     """The Slurm jobs of an earlier start of this command that have not ended, with their fellows."""
+    use_cluster(config.slurm)
     folder = Path(config.out).resolve() / SLURM_LOGS
     if config.cluster != "slurm" or not shutil.which("sbatch"):
         return []

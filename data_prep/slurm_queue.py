@@ -1,15 +1,28 @@
 """Which jobs of an array wait, run, or have left Slurm's queue. Asks the controller alone: many clusters keep no
 accounting, and jobs that were cancelled before their start may never be in it."""
 
+import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 GRACE = 15.0  # seconds in which the result of a job that has left the queue may still reach this machine
 SHORTEST_PAUSE, LONGEST_PAUSE = 2.0, 30.0  # seconds between two looks
 # The states of a job that ended without having done its work. Slurm starts none of them again: it says PENDING then.
 BROKEN = ("BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
 ENDED = ("COMPLETED", *BROKEN)
+
+
+def use_cluster(words: Iterable[str]) -> None:
+    """Let the Slurm commands of this process speak to the cluster that jobs are sent to: squeue, scancel, sinfo.
+
+    Args:
+        words: options of sbatch, such as `clusters=gpu`; without that one, nothing changes.
+    """
+    for word in words:
+        name, _, value = word.lstrip("-").partition("=")
+        if name == "clusters" and value:
+            os.environ["SLURM_CLUSTERS"] = value
 
 
 class SlurmQueue:

@@ -12,7 +12,7 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import _make_sbatch_string
 
-from data_prep.slurm_queue import ENDED
+from data_prep.slurm_queue import ENDED, use_cluster
 from fvdm.tracking.provenance import command_line
 from launchers.after import STATUS, Files, ask, close_mlflow_run
 from launchers.config import Resources, array_numbers
@@ -81,6 +81,7 @@ def launch(jobs: Sequence[Job], folder: Path, name: str) -> int:
     if resources.dry_run:
         print(sbatch_file(resources, folder, name))
         return 0
+    use_cluster(resources.sbatch)
     runs = submit(jobs, folder, name)
     first = runs[0]
     if len(runs) > 1:

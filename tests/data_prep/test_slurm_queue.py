@@ -3,7 +3,7 @@
 import pytest
 
 from data_prep import slurm_queue
-from data_prep.slurm_queue import SlurmQueue
+from data_prep.slurm_queue import SlurmQueue, use_cluster
 
 INVALID = "slurm_load_jobs error: Invalid job id specified"
 JOBS = ("7_0", "7_1", "7_2")
@@ -62,3 +62,10 @@ def test_nothing_is_lost_while_slurm_does_not_answer_and_a_requeued_job_comes_ba
 def test_a_single_job_has_no_number_in_an_array(squeue):
     squeue(r"7|CANCELLED\n")
     assert SlurmQueue(["7"]).lost(["7"]) == {"7": "CANCELLED"}
+
+
+def test_squeue_is_asked_about_the_cluster_that_the_jobs_are_sent_to(monkeypatch, squeue):
+    monkeypatch.setenv("SLURM_CLUSTERS", "")
+    squeue(r"CLUSTER: '$SLURM_CLUSTERS'\n7_0|RUNNING\n7_1|'$SLURM_CLUSTERS'\n7_2|RUNNING\n")
+    use_cluster(["mem=8G", "clusters=CANCELLED"])
+    assert SlurmQueue(JOBS).lost(JOBS) == {"7_1": "CANCELLED"}
