@@ -33,7 +33,8 @@ def tiny_wan_vae(folder: Path, seed: int = 0, **settings: Any) -> Path:
         "latents_mean": [0.1, -0.2, 0.3, 0.0],
         "latents_std": [0.5, 0.7, 0.9, 1.1],
     }
-    AutoencoderKLWan(**tiny | settings).save_pretrained(folder)
+    model: Any = AutoencoderKLWan(**tiny | settings)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -90,7 +91,7 @@ def tiny_wan(folder: Path, seed: int = 0) -> Path:
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(seed)
-    model = WanTransformer3DModel(
+    model: Any = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=2,
         attention_head_dim=12,
