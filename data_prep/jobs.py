@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.config import EncodeConfig
 from data_prep.job import exit_status, run_job
-from data_prep.slurm_queue import SlurmQueue, use_cluster
+from data_prep.slurm_queue import SlurmQueue, remove_result, use_cluster
 from fvdm.files import write_text
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class ArrayJob:
         """Makes this job's shards; returns the exit status of the command."""
         import submitit
 
-        submitit.JobEnvironment().paths.result_pickle.unlink(missing_ok=True)  # of the time before a requeue
+        remove_result(submitit.JobEnvironment().paths.result_pickle)
         return run_job(self.config, self.number)
 
     def checkpoint(self) -> Any:

@@ -1,10 +1,14 @@
-"""Which jobs of an array wait, run, or have left Slurm's queue. Asks the controller alone: many clusters keep no
-accounting, and jobs that were cancelled before their start may never be in it."""
+"""What submitit leaves open: which jobs of an array wait, run, or have left the queue, and what an earlier start left.
+
+The controller alone is asked: many clusters keep no accounting, and jobs that were cancelled before their start may
+never be in it.
+"""
 
 import os
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 GRACE = 15.0  # seconds in which the result of a job that has left the queue may still reach this machine
 SHORTEST_PAUSE, LONGEST_PAUSE = 2.0, 30.0  # seconds between two looks
@@ -23,6 +27,19 @@ def use_cluster(words: Iterable[str]) -> None:
         name, _, value = word.lstrip("-").partition("=")
         if name == "clusters" and value:
             os.environ["SLURM_CLUSTERS"] = value
+
+
+def remove_result(path: Path) -> None:
+    """Remove what an earlier start of a requeued job left as its result, before this start writes its own.
+
+    A result would be taken for this start's. At the temporary file of one, which a kill or a full disk leaves, submitit
+    stops with an error, at the end of every start.
+
+    Args:
+        path: of the result, `paths.result_pickle` of submitit's environment.
+    """
+    for left in (path, path.with_suffix(f"{path.suffix}.save_tmp")):
+        left.unlink(missing_ok=True)
 
 
 class SlurmQueue:

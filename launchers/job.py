@@ -17,6 +17,7 @@ from typing import NoReturn
 import psutil
 import submitit
 
+from data_prep.slurm_queue import remove_result
 from launchers.after import Files
 from launchers.config import Resources
 
@@ -61,7 +62,7 @@ class Job(ABC):
             SystemExit: code 2 for a mistake of the user's, 1 for a disk or a hung peer; the sentence goes to a file.
         """
         environment = submitit.JobEnvironment()
-        environment.paths.result_pickle.unlink(missing_ok=True)  # Left by a requeued job, it would be taken for ours.
+        remove_result(environment.paths.result_pickle)
         files = Files(Path(os.environ["SUBMITIT_FOLDER"]), environment.job_id)
         if launcher:
             _end_with(launcher)

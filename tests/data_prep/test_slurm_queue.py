@@ -1,9 +1,10 @@
 """What follows from squeue's answers, here as Slurm 22.05 gave them; tests/slurm/test_encode.py asks a real one."""
 
 import pytest
+from submitit.core.utils import temporary_save_path
 
 from data_prep import slurm_queue
-from data_prep.slurm_queue import SlurmQueue, use_cluster
+from data_prep.slurm_queue import SlurmQueue, remove_result, use_cluster
 
 INVALID = "slurm_load_jobs error: Invalid job id specified"
 JOBS = ("7_0", "7_1", "7_2")
@@ -69,3 +70,18 @@ def test_squeue_is_asked_about_the_cluster_that_the_jobs_are_sent_to(monkeypatch
     squeue(r"CLUSTER: '$SLURM_CLUSTERS'\n7_0|RUNNING\n7_1|'$SLURM_CLUSTERS'\n7_2|RUNNING\n")
     use_cluster(["mem=8G", "clusters=CANCELLED"])
     assert SlurmQueue(JOBS).lost(JOBS) == {"7_1": "CANCELLED"}
+
+
+def test_a_start_writes_its_result_whatever_an_earlier_one_left(tmp_path):
+    path = tmp_path / "7_0_result.pkl"
+    (tmp_path / "7_0_result.pkl.save_tmp").touch()  # as a full disk does
+    with pytest.raises(AssertionError, match="already exists"), temporary_save_path(path):
+        pass
+    path.write_bytes(b"of the last start")
+    remove_result(path)
+    assert list(tmp_path.iterdir()) == []
+    with temporary_save_path(path) as partial:
+        partial.write_bytes(b"new")
+    assert path.read_bytes() == b"new"
+    remove_result(path)
+    remove_result(path)
