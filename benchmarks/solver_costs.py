@@ -1,17 +1,14 @@
 """What a solver costs, and how near it comes: the measurements of benchmarks/sampler_speed.py."""
 
-import contextlib
 import itertools
-import math
-import re
 import statistics
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks import process_memory
 from benchmarks.models import open_model
 from benchmarks.sampler_config import SamplerSpeedConfig
 from fvdm.diffusion.guidance import Guidance
@@ -193,18 +190,14 @@ def reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the high-water mark of the process.
+        process_memory.reset_peak()
 
 
 def peak() -> float:
     """Largest memory since, in MiB: of the GPU's allocator, or of the whole process; NaN where that is not known."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    with contextlib.suppress(OSError):
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(found[1]) / 2**10 if found else math.nan
-    return math.nan
+    return process_memory.peak() / 2**20
 
 
 def _synchronize() -> None:

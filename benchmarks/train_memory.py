@@ -6,7 +6,6 @@ Runs optimizer steps on random latents, on GPUs where there are any, and logs to
 """
 
 import logging
-import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 if __package__ in (None, ""):  # run as a file: the folder above holds the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import process_memory
 from fvdm import config as settings
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def peak(device: "torch.device") -> float:
     import torch
 
     if device.type != "cuda":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+        return process_memory.peak()
     free, total = torch.cuda.mem_get_info(device)
     outside = total - free - torch.cuda.memory_reserved(device)
     # What the allocator has given back since is part of the peak.

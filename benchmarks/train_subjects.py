@@ -5,7 +5,6 @@ import functools
 import importlib.util
 import itertools
 import multiprocessing
-import resource
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks import process_memory
 from benchmarks.peers import DiffusersLatte, DiffusersWan
 from fvdm.models.compilation import compile_blocks
 from fvdm.models.config import BackboneConfig, Backend
@@ -126,10 +126,11 @@ def matrix_rate(precision: str, device: torch.device) -> float:
 def _own_peak(name: str, config: BackboneConfig, precision: str, batch: int) -> float:
     """In a process of its own: bytes that two steps add to what the process holds before."""
     subject = Subject(name, config, precision, batch, torch.device("cpu"))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    process_memory.reset_peak()
+    before = process_memory.peak()
     subject.step()
     subject.step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024.0
+    return process_memory.peak() - before
 
 
 def peak_memory(name: str, config: BackboneConfig, precision: str, batch: int, device: torch.device) -> float:
