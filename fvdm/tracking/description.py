@@ -1,6 +1,8 @@
 """The Markdown description of a run, which MLflow shows on its overview page."""
 
+import bisect
 import hashlib
+import itertools
 import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -10,6 +12,7 @@ from urllib.parse import quote
 from fvdm.tracking.journal import ENDS
 
 TAG = "mlflow.note.content"
+TABLE = 4000  # characters; MLflow cuts a description after 8000, in the middle of a row
 OUTCOMES = {
     "FINISHED": "Finished",
     "FAILED": "Failed",
@@ -87,8 +90,7 @@ def render(
     text, _, rest = (start.get("description") or _plain(start)).partition("\n\n")
     parts = [f"{text} {story.outcome()}"]
     if story.figures:
-        rows = "".join(f"| {_line(name)} | {value:.4g} |\n" for name, value in story.figures.items())
-        parts.append(f"| figure | value |\n|---|---|\n{rows}")
+        parts.append(_table(story.figures))
     parts.append(rest)
     page, _, mode = artifacts.partition("?")
     shown = []
@@ -103,6 +105,15 @@ def render(
     if videos:
         parts.append("Newest videos: " + ", ".join(videos[-8:]))
     return "\n\n".join(part for part in parts if part)
+
+
+def _table(figures: Mapping[str, float]) -> str:
+    """The figures as a table of no more than `TABLE` characters; a line counts those that are left out."""
+    rows = [f"| {_line(name)} | {value:.4g} |\n" for name, value in figures.items()]
+    sizes = list(itertools.accumulate(map(len, rows)))
+    shown = bisect.bisect_right(sizes, TABLE)
+    more = f"\n{len(rows) - shown} more figures are among the run's parameters." if shown < len(rows) else ""
+    return "| figure | value |\n|---|---|\n" + "".join(rows[:shown]) + more
 
 
 class _Story:
