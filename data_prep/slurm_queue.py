@@ -76,7 +76,7 @@ class SlurmQueue:
         states = _ask(self.jobs[0].partition("_")[0])
         if states is None:
             if not self._silent:
-                print("Slurm does not answer; this command waits for it, and the jobs go on.", flush=True)
+                print("Slurm does not answer; this command waits for it, and the jobs continue.", flush=True)
             self._silent = True
             return
         self._silent = False

@@ -112,7 +112,7 @@ def _table(figures: Mapping[str, float]) -> str:
     rows = [f"| {_line(name)} | {value:.4g} |\n" for name, value in figures.items()]
     sizes = list(itertools.accumulate(map(len, rows)))
     shown = bisect.bisect_right(sizes, TABLE)
-    more = f"\n{len(rows) - shown} more figures are among the run's parameters." if shown < len(rows) else ""
+    more = f"\nand {len(rows) - shown} more figures" if shown < len(rows) else ""
     return "| figure | value |\n|---|---|\n" + "".join(rows[:shown]) + more
 
 

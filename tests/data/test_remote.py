@@ -167,8 +167,6 @@ def test_a_rank_that_starts_late_finds_its_share_of_the_cache_free(folder, serve
         next(late)
     for _ in range(40):
         next(early)
-    cached = node.cached(LatentShards(folder))
-    assert {name for (_, name), count in server.given.items() if count > 1 + (name in cached)} == set()
     assert max(server.given.values()) == 1
     node.close()
 
