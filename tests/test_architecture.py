@@ -12,7 +12,16 @@ SOURCES = sorted(path for folder in TOP for path in (ROOT / folder).rglob("*.py"
 # From the bottom up. A module may import what is in its own layer or in one below it, never from above; modules of one
 # layer must not import each other in a circle. A package stands for all its modules.
 LAYERS = (
-    ("fvdm.background", "fvdm.files", "fvdm.help", "fvdm.hub", "fvdm.interrupts", "fvdm.config", "fvdm.distributed"),
+    (
+        "fvdm.background",
+        "fvdm.choices",
+        "fvdm.files",
+        "fvdm.help",
+        "fvdm.hub",
+        "fvdm.interrupts",
+        "fvdm.config",
+        "fvdm.distributed",
+    ),
     ("fvdm.diffusion", "fvdm.media", "fvdm.tracking"),
     ("fvdm.models", "fvdm.data", "fvdm.checkpoints"),
     ("fvdm.generation",),

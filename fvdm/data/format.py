@@ -22,8 +22,9 @@ frames. Format `fvdm-latents/1` (whole videos, one table in JSON per shard) is s
 import json
 import math
 import re
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
 CLIP_FORMAT = "fvdm-latents/2"
 EMPTY_PROMPT = "empty_prompt.npy"
@@ -64,6 +65,23 @@ def check_sha256(digest: Any) -> None:
 def check_count(value: Any, what: str, least: int = 0) -> None:
     """Raises FormatError unless `value` is an integer of at least `least`; `what` names it."""
     check(isinstance(value, int) and not isinstance(value, bool) and value >= least, f"{what} is {value!r}")
+
+
+def check_file(file: "ClipShard | IndexInfo", suffix: str, counted: str) -> None:
+    """A file that a manifest lists, with its size, its checksum and the number of what it holds.
+
+    Args:
+        file: its entry.
+        suffix: that its name ends with.
+        counted: the field of the entry that holds the number.
+
+    Raises:
+        FormatError: the entry is not of such a file.
+    """
+    check_name(file.name, suffix)
+    check_sha256(file.sha256)
+    check_count(getattr(file, counted), f"the number of {counted} of {file.name}", 1)
+    check_count(file.bytes, f"the size of {file.name}", 1)
 
 
 def index_file(split: str) -> str:
@@ -183,10 +201,7 @@ class ClipShard:
 
     def validate(self) -> None:
         """Raises FormatError for what cannot be."""
-        check_name(self.name, ".tar")
-        check_sha256(self.sha256)
-        check_count(self.samples, f"the number of samples of {self.name}", 1)
-        check_count(self.bytes, f"the size of {self.name}", 1)
+        check_file(self, ".tar", "samples")
 
 
 @dataclass(frozen=True)
@@ -201,14 +216,41 @@ class IndexInfo:
 
     def validate(self) -> None:
         """Raises FormatError for what cannot be."""
-        check_name(self.name, ".arrow")
-        check_sha256(self.sha256)
-        check_count(self.rows, f"the number of rows of {self.name}", 1)
-        check_count(self.bytes, f"the size of {self.name}", 1)
+        check_file(self, ".arrow", "rows")
 
 
 @dataclass(frozen=True)
-class ClipManifest:
+class StoredManifest(ABC):
+    """What the manifests of both formats can do: become JSON, and be read from it."""
+
+    def to_json(self) -> str:
+        """JSON text, the same for the same manifest."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """The manifest of what `to_json` wrote.
+
+        Raises:
+            FormatError: a value that cannot be, such as a shard's name that leads out of the folder.
+            TypeError, KeyError: something else than a manifest.
+        """
+        manifest = cls(**(data | cls.parts(data)))
+        manifest.validate()
+        return manifest
+
+    @staticmethod
+    @abstractmethod
+    def parts(data: dict[str, Any]) -> dict[str, Any]:
+        """The fields that JSON holds as lists and dictionaries, as what they are in a manifest."""
+
+    @abstractmethod
+    def validate(self) -> None:
+        """Raises FormatError for what cannot be."""
+
+
+@dataclass(frozen=True)
+class ClipManifest(StoredManifest):
     """What made a folder of shards of format 2, and what is in it.
 
     Attributes:
@@ -251,28 +293,16 @@ class ClipManifest:
     rejected: int
     uncaptioned: int = 0
 
-    def to_json(self) -> str:
-        """JSON text, the same for the same manifest."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "ClipManifest":
-        """The manifest of what `to_json` wrote.
-
-        Raises:
-            FormatError: a value that cannot be, such as a shard's name that leads out of the folder.
-            TypeError, KeyError: something else than a manifest.
-        """
-        parts = {
+    @staticmethod
+    def parts(data: dict[str, Any]) -> dict[str, Any]:
+        """Shards, tables, shapes, classes and the text encoder, of what `to_json` wrote."""
+        return {
             "shards": tuple(ClipShard(**shard) for shard in data["shards"]),
             "indices": tuple(IndexInfo(**index) for index in data["indices"]),
             "buckets": tuple(Bucket(**bucket | {"size": tuple(bucket["size"])}) for bucket in data["buckets"]),
             "classes": tuple(data["classes"]),
             "text": TextEncoderInfo(**data["text"]) if data["text"] else None,
         }
-        manifest = cls(**(data | parts))
-        manifest.validate()
-        return manifest
 
     def validate(self) -> None:
         """Raises FormatError for what cannot be."""

@@ -12,15 +12,14 @@ A folder of shards holds
 Moments are the VAE's mean and log-variance, unscaled, as float16, or as bfloat16 in an array of uint16.
 """
 
-import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from fvdm.data.format import DTYPES, Bucket, check, check_count, check_name, check_sha256
+from fvdm.data.format import DTYPES, Bucket, StoredManifest, check, check_count, check_name, check_sha256
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -42,7 +41,7 @@ class ShardInfo:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(StoredManifest):
     """What made a folder of shards.
 
     Attributes:
@@ -59,7 +58,12 @@ class Manifest:
         classes: class names, sorted by label; empty without labels.
         rejected: number of videos that could not be used.
         shards: the shards of all splits.
+        causal: false: the frames of a video were encoded one by one.
+        text: none: there are no captions in this format.
     """
+
+    causal: ClassVar[bool] = False
+    text: ClassVar[None] = None
 
     format: str
     vae: str
@@ -75,26 +79,14 @@ class Manifest:
     rejected: int
     shards: tuple[ShardInfo, ...]
 
-    def to_json(self) -> str:
-        """JSON text, the same for the same manifest."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Manifest":
-        """The manifest of what `to_json` wrote.
-
-        Raises:
-            FormatError: a value that cannot be, such as a shard's name that leads out of the folder.
-            TypeError, KeyError: something else than a manifest.
-        """
-        parts = {
+    @staticmethod
+    def parts(data: dict[str, Any]) -> dict[str, Any]:
+        """Shards, the shape of a frame and classes, of what `to_json` wrote."""
+        return {
             "shards": tuple(ShardInfo(**shard) for shard in data["shards"]),
             "latent_shape": tuple(data["latent_shape"]),
             "classes": tuple(data["classes"]),
         }
-        manifest = cls(**(data | parts))
-        manifest.validate()
-        return manifest
 
     def validate(self) -> None:
         """Raises FormatError for what cannot be."""
@@ -108,16 +100,6 @@ class Manifest:
             check_sha256(shard.index_sha256)
             for name in ("samples", "frames", "bytes"):
                 check_count(getattr(shard, name), f"{name} of {shard.name}")
-
-    @property
-    def causal(self) -> bool:
-        """False: the frames of a video were encoded one by one."""
-        return False
-
-    @property
-    def text(self) -> None:
-        """There are no captions in this format."""
-        return None
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from fvdm.choices import one_of
+
 NUM_TIMESTEPS = 1000
 ObjectiveName = Literal["eps", "v", "flow"]
 
@@ -32,10 +34,7 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
-        if self.objective not in get_args(ObjectiveName):
-            raise ValueError(
-                f"objective {self.objective!r} is unknown; choose one of {', '.join(get_args(ObjectiveName))}"
-            )
+        one_of("objective", self.objective, get_args(ObjectiveName))
         if self.num_timesteps < 2 or not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError("a noise process needs 2 or more timesteps and betas 0 < beta_start <= beta_end < 1")
         if self.min_snr < 0:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fvdm.choices import one_of
 from fvdm.diffusion.process import Diffusion, Prediction, interpolate_log_variance
 
 
@@ -135,11 +136,10 @@ def solver(name: str, eta: float = 0.0) -> Solver:
     Raises:
         ValueError: if there is none (lists those there are), or it has no `eta`.
     """
-    if name not in SOLVERS:
-        raise ValueError(f"solver {name!r} is unknown; choose one of {', '.join(SOLVERS)}")
+    make = SOLVERS[one_of("solver", name, SOLVERS)]
     if eta and name != "ddim":
         raise ValueError(f"eta belongs to ddim; {name} has none")
-    return ddim(eta) if name == "ddim" else SOLVERS[name]()
+    return ddim(eta) if name == "ddim" else make()
 
 
 def _log_snr(diffusion: Diffusion, t: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fvdm.choices import one_of
 from fvdm.diffusion.timesteps import evenly_spaced, hold_clean, staggered, together
 
 
@@ -317,9 +318,7 @@ def find(task: str) -> Task:
     Raises:
         ValueError: if there is none; lists those there are.
     """
-    if task not in TASKS:
-        raise ValueError(f"task {task!r} is unknown; choose one of {', '.join(TASKS)}")
-    return TASKS[task]
+    return TASKS[one_of("task", task, TASKS)]
 
 
 def on_window(task: str, levels: Tensor, window: int, length: int = 0) -> TaskPlan:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from fvdm.choices import one_of
 from fvdm.diffusion.config import NUM_TIMESTEPS
 
 
@@ -201,9 +202,7 @@ def spaced(spacing: str, steps: int, noise: Tensor, shift: float = 3.0) -> Tenso
     Raises:
         ValueError: if there is no such spacing (lists those there are), or steps are out of range.
     """
-    if spacing not in SPACINGS:
-        raise ValueError(f"spacing {spacing!r} is unknown; choose one of {', '.join(SPACINGS)}")
-    return SPACINGS[spacing](steps, noise, shift)
+    return SPACINGS[one_of("spacing", spacing, SPACINGS)](steps, noise, shift)
 
 
 def _check_steps(steps: int, num_timesteps: int) -> None:

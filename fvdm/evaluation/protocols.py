@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from fvdm.choices import one_of
+
 LENGTHS = (16, 128)  # frames of the clips behind published distances
 RESOLUTION = 256  # pixels of the videos behind them
 
@@ -79,9 +81,7 @@ def protocol(name: str) -> Protocol:
     Raises:
         ValueError: if there is none; lists those there are.
     """
-    if name not in PROTOCOLS:
-        raise ValueError(f"protocol {name!r} is unknown; choose one of {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[name]
+    return PROTOCOLS[one_of("protocol", name, PROTOCOLS)]
 
 
 def select_real(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from fvdm.choices import one_of
 from fvdm.diffusion.config import NUM_TIMESTEPS
 from fvdm.tracking.config import TrackingConfig
 
@@ -158,8 +159,7 @@ class GenerateCommand(GenerationConfig):
         from fvdm.media.writing import FORMATS
 
         for form in self.forms or [""]:
-            if form not in FORMATS:
-                raise ValueError(f"format {form!r} is unknown; choose among {', '.join(FORMATS)}")
+            one_of("format", form, FORMATS)
 
     @property
     def forms(self) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fvdm.choices import one_of
 from fvdm.models.blockwise import blockwise_attention
 from fvdm.models.config import BACKENDS, Backend
 
@@ -148,8 +149,7 @@ def choose(device: str, dtype: torch.dtype, reach: float, width: int, backend: B
 @functools.cache
 def _chosen(device: str, dtype: torch.dtype, reach: float, width: int, backend: Backend) -> str:
     """Cached, so that each choice is made, and logged, once."""
-    if backend not in BACKENDS:
-        raise ValueError(f"attention backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    one_of("attention backend", backend, BACKENDS)
     fits = device == "cuda" and dtype in HALF and width <= 256 and width % 8 == 0
     installed = FLASH is not None
     if backend == "flash" and not (fits and installed):

@@ -77,13 +77,23 @@ class BackboneConfig:
         raise NotImplementedError
 
     @property
-    def token_width(self) -> int:
-        """Numbers that a block takes and returns for each token."""
+    def width(self) -> int:
+        """Numbers d that a block takes and returns for each token."""
+        raise NotImplementedError
+
+    @property
+    def heads(self) -> int:
+        """Attention heads."""
+        raise NotImplementedError
+
+    @property
+    def patch(self) -> int:
+        """Side of a patch, which becomes a token, in latent pixels."""
         raise NotImplementedError
 
     def summary(self) -> str:
         """The network's size in words."""
-        raise NotImplementedError
+        return f"{self.depth} blocks of width {self.width}, {self.heads} heads, patches of {self.patch}"
 
     def block_bytes(self, number_size: int) -> int:
         """Bytes for each token that a block keeps for its backward pass, with numbers of `number_size` bytes."""
@@ -180,15 +190,6 @@ class LatteConfig(BackboneConfig):
         """Tokens of the longest clip."""
         rows, columns = self.grid
         return self.frames * rows * columns
-
-    @property
-    def token_width(self) -> int:
-        """Numbers that a block takes and returns for each token."""
-        return self.width
-
-    def summary(self) -> str:
-        """The network's size in words."""
-        return f"{self.depth} blocks of width {self.width}, {self.heads} heads, patches of {self.patch}"
 
     def block_bytes(self, number_size: int) -> int:
         """Bytes for each token that a block keeps for its backward pass, with numbers of `number_size` bytes.

@@ -84,7 +84,7 @@ class WanConfig(BackboneConfig):
 
     @property
     def width(self) -> int:
-        """Channels d of a token."""
+        """Numbers d that a block takes and returns for each token."""
         return self.heads * self.head_width
 
     @property
@@ -101,15 +101,6 @@ class WanConfig(BackboneConfig):
     def tokens(self) -> int:
         """Tokens of the longest clip."""
         return self.frames * (self.size[0] // self.patch) * (self.size[1] // self.patch)
-
-    @property
-    def token_width(self) -> int:
-        """Numbers that a block takes and returns for each token."""
-        return self.width
-
-    def summary(self) -> str:
-        """The network's size in words."""
-        return f"{self.depth} blocks of width {self.width}, {self.heads} heads, patches of {self.patch}"
 
     def block_bytes(self, number_size: int) -> int:
         """Bytes for each token that a block keeps for its backward pass, with numbers of `number_size` bytes.

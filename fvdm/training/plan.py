@@ -101,7 +101,7 @@ def activation_bytes(
     if lora.rank:
         block += size * lora.rank * -(-len(lora_shapes(model, lora.targets)) // model.depth)
     complete = [not every or i % every != 0 for i in range(model.depth)]
-    stored = sum(block if each else model.token_width * size for each in complete)
+    stored = sum(block if each else model.width * size for each in complete)
     recomputed = block if not all(complete) else 0  # the block whose backward pass runs
     return micro_batch * model.tokens * (stored + recomputed)
 
