@@ -31,6 +31,14 @@ def latents(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    """The path of a real video of 40 frames."""
+    from tests.data_fixtures import real_frames, write_video
+
+    return str(write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", real_frames()[:40]))
+
+
+@pytest.fixture(scope="session")
 def undisturbed(latents, tmp_path_factory):
     """Eight steps of a training on two ranks, in one go."""
     from tests.runs import train, words
@@ -38,6 +46,19 @@ def undisturbed(latents, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     train(2, words(latents, folder, "run", "--steps", 8), folder)
     return folder
+
+
+@pytest.fixture
+def refusal(capsys):
+    """A function: what a command says of words that it refuses, with exit code 2."""
+
+    def of(main, words):
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    return of
 
 
 def pytest_collection_modifyitems(items):

@@ -23,7 +23,6 @@ from fvdm.generation.inputs import read_source
 from fvdm.generation.videos import batches
 from fvdm.tracking.config import TrackingConfig
 from fvdm.tracking.tracker import Tracker
-from tests.data_fixtures import real_frames, write_video
 from tests.generation.test_pipeline import FRAMES, SIDE, make_run
 from tests.runs import wait_until
 
@@ -33,11 +32,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return str(write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", real_frames()[:40]))
 
 
 FIVE_LINES = """

@@ -14,17 +14,7 @@ from fvdm.data.location import CorruptShardError, Location
 from fvdm.data.opening import read_manifest
 from fvdm.data.shards import LatentShards
 from tests.data_fixtures import make_shards
-from tests.loading import LENGTHS, config, sequence, take
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_shards(tmp_path_factory.mktemp("shards"), LENGTHS)
-
-
-@pytest.fixture(scope="module")
-def shards(folder):
-    return LatentShards(folder)
+from tests.loading import config, sequence, take
 
 
 def damaged(folder, tmp_path, at=40_000):

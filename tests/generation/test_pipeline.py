@@ -22,7 +22,7 @@ from fvdm.generation.videos import batches, prepare
 from fvdm.media.vae import load_vae
 from fvdm.models import build, preset
 from fvdm.training.config import TrainConfig
-from tests.data_fixtures import real_frames, write_video
+from tests.data_fixtures import real_frames
 from tests.latte import randomised
 
 FRAMES, SIDE = 8, 32
@@ -52,11 +52,6 @@ def make_run(root, classes=()):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return str(write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", real_frames()[:40]))
 
 
 @pytest.fixture(scope="module")

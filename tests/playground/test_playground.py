@@ -13,17 +13,8 @@ from fvdm import load
 from fvdm.diffusion.timesteps import full_sequence, hold_clean
 from fvdm.generation.config import GenerateCommand, GenerationConfig, read_schedule
 from fvdm.generation.inputs import read_frames
+from fvdm.playground import session
 from fvdm.playground.config import PlayConfig
-from fvdm.playground.session import (
-    CancelledError,
-    command_line,
-    given_images,
-    missing_given,
-    plan_of,
-    request_of,
-    run,
-    write_schedule,
-)
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("gradio", reason="the extra `play` is not installed")
@@ -43,28 +34,28 @@ def rabbit(tmp_path_factory):
 
 def request_for(model, rabbit, **changes):
     config = GenerationConfig(**{"task": "image-to-video", "steps": 3, "seed": 5} | changes)
-    return request_of(model, config, [str(rabbit)])
+    return session.request_of(model, config, [str(rabbit)])
 
 
 def last(model, request):
-    return list(run(model, request, threading.Event()))[-1]
+    return list(session.run(model, request, threading.Event()))[-1]
 
 
 def test_each_given_image_is_shown_at_the_frame_that_takes_it(model, rabbit):
     other = rabbit.parent / "other.png"
     Image.new("RGB", (64, 64), (255, 0, 0)).save(other)
     config = GenerationConfig(task="any-frame", steps=3, frames="3,-1")
-    shown = given_images(model, request_of(model, config, [str(rabbit), str(other)]))
+    shown = session.given_images(model, session.request_of(model, config, [str(rabbit), str(other)]))
     assert list(shown) == [3, 15]
     assert torch.equal(shown[3], read_frames(str(rabbit), model.size)[0])
     assert torch.equal(shown[15], read_frames(str(other), model.size)[0])
-    assert given_images(model, request_of(model, config, [])) == {}
+    assert session.given_images(model, session.request_of(model, config, [])) == {}
 
 
 def test_the_clip_is_that_of_the_command_line_it_shows(model, rabbit, monkeypatch):
     monkeypatch.chdir(rabbit.parent)
     request = request_for(model, rabbit)
-    words = shlex.split(command_line("example", request))
+    words = shlex.split(session.command_line("example", request))
     assert words[:2] == ["fvdm", "generate"]
     config = settings.parse(GenerateCommand, words[2:])
     assert (config.task, config.num, config.paths) == ("image-to-video", 1, [rabbit.name])
@@ -77,36 +68,36 @@ def test_the_clip_is_that_of_the_command_line_it_shows(model, rabbit, monkeypatc
 
 def test_a_schedule_drawn_by_hand_is_read_back_and_sampled(model, rabbit, tmp_path):
     schedule = hold_clean(full_sequence(3, 16), [0])
-    write_schedule(schedule, tmp_path / "schedule.csv")
+    session.write_schedule(schedule, tmp_path / "schedule.csv")
     assert torch.equal(read_schedule(str(tmp_path / "schedule.csv")), schedule)
     hand = request_for(model, rabbit, task="custom", schedule=str(tmp_path / "schedule.csv"), frames="0")
-    assert plan_of(model, hand)[1] == (0,)
+    assert session.plan_of(model, hand)[1] == (0,)
     assert torch.equal(last(model, hand).frames, last(model, request_for(model, rabbit)).frames)
 
 
 def test_what_is_missing_is_a_sentence_and_the_schedule_shows_all_the_same(model, rabbit):
     config = GenerationConfig(task="interpolate", steps=3)
-    empty = request_of(model, config, [])
-    assert plan_of(model, empty)[1] == (0, 15)
-    assert missing_given(model, empty) == (
+    empty = session.request_of(model, config, [])
+    assert session.plan_of(model, empty)[1] == (0, 15)
+    assert session.missing_given(model, empty) == (
         "interpolate takes given frames: drop images or a video on the field at the top"
     )
-    assert missing_given(model, request_for(model, rabbit)) == ""
+    assert session.missing_given(model, request_for(model, rabbit)) == ""
     assert request_for(model, rabbit, task="generate").clips == (), "a task that takes no given frames leaves them out"
 
 
 def test_cancelling_ends_the_sampling(model, rabbit):
     cancel = threading.Event()
-    snapshots = run(model, request_for(model, rabbit, steps=50), cancel)
+    snapshots = session.run(model, request_for(model, rabbit, steps=50), cancel)
     assert next(snapshots).step >= 1
     cancel.set()
-    with pytest.raises(CancelledError):
+    with pytest.raises(session.CancelledError):
         list(snapshots)
     assert not [thread for thread in threading.enumerate() if thread.name == "sampling"]
 
 
 def test_an_abandoned_request_ends_its_thread(model, rabbit):
-    snapshots = run(model, request_for(model, rabbit, steps=50), threading.Event())
+    snapshots = session.run(model, request_for(model, rabbit, steps=50), threading.Event())
     next(snapshots)
     snapshots.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "sampling"]
@@ -152,6 +143,6 @@ def test_the_prompts_of_the_page_are_in_the_command(model):
 
     shared = (None, 3, 0, "ddim", "", "", 5, "a dog's day", "snow")
     request = Page(model, PlayConfig()).request(shared, ("generate", 0, "", 0.6, []))
-    words = shlex.split(command_line("runs/wan", request))
+    words = shlex.split(session.command_line("runs/wan", request))
     config = settings.parse(GenerateCommand, words[2:])
     assert (config.prompt, config.negative_prompt, config.guidance) == ("a dog's day", "snow", 5)

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,20 +143,27 @@ class Chaos:
     def partition(self, draw: random.Random) -> str:
         """A node that nobody reaches for a while, its ranks alive."""
         node = self.node(draw)
-        self.cluster("cut", node)
-        time.sleep(draw.uniform(5, 30))
-        self.cluster("restore", node)
+        with self.cut(node):
+            time.sleep(draw.uniform(5, 30))
         return node
 
     def kill_and_cut(self, draw: random.Random) -> str:
         """A rank killed at the same time as its node is cut off: srun may never hear of its end."""
         victim = self.rank(draw)
         node = victim.environ()["SLURMD_NODENAME"]
-        self.cluster("cut", node)
-        victim.kill()
-        time.sleep(18)
-        self.cluster("restore", node)
+        with self.cut(node):
+            victim.kill()
+            time.sleep(18)
         return node
+
+    @contextlib.contextmanager
+    def cut(self, node: str) -> Iterator[None]:
+        """Nobody reaches the node meanwhile."""
+        self.cluster("cut", node)
+        try:
+            yield
+        finally:
+            self.cluster("restore", node)
 
     def outage(self, draw: random.Random) -> str:
         """Slurm's controller is away when a rank fails, and comes back."""
