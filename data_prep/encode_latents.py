@@ -42,9 +42,9 @@ def main(config: EncodeConfig) -> int:
         StrictError: a video cannot be used, and `config.strict`.
     """
     from data_prep.encoder import Models, check_device, open_models
-    from data_prep.jobs import queued
     from data_prep.planning import make_plan
     from data_prep.reporting import EncodeReport
+    from data_prep.slurm_jobs import queued
 
     demo = not config.videos
     config = resolve(config)

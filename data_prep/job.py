@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from signal import SIGINT
 from data_prep.config import EncodeConfig, StrictError
 from fvdm.interrupts import Interrupted, interrupts
 
+ROOT = Path(__file__).resolve().parents[1]
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
 
@@ -69,3 +71,8 @@ def exit_status(work: Callable[[], int], *, signals: bool = True) -> int:
         advice = "What is done is kept; fix that and start the same command again."
         print(f"error: cannot write{path}: {error.strerror}. {advice}", file=sys.stderr)
     return 2
+
+
+def python_path() -> str:
+    """PYTHONPATH by which a job finds this project, installed or not."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,27 @@ class EncodeReport:
                 "encode/frames_per_second": frames / self.seconds,
             }
             self.tracker.metrics(values, self.before + videos)
+
+    def follow(self, work: Work, ended: Callable[[], bool], seconds: float) -> int:
+        """Shows how far the jobs are until they have ended.
+
+        Args:
+            work: what they make.
+            ended: asked once a look whether all have ended.
+            seconds: between two looks.
+
+        Returns:
+            frames that the jobs have encoded meanwhile.
+        """
+        counted = FrameCount.of_all_jobs(work.out)
+        frames, over = 0, False
+        while not over:
+            over = ended()
+            frames = FrameCount.of_all_jobs(work.out) - counted
+            self.update(sum(map(work.done, work.plan.shards)) - self.before, frames)
+            if not over:
+                time.sleep(seconds)
+        return frames
 
     def finish(self, manifest: "Manifest | ClipManifest", frames: int) -> str:
         """Reports the result; returns the summary, one line.

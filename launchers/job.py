@@ -17,7 +17,7 @@ from typing import NoReturn
 import psutil
 import submitit
 
-from data_prep.slurm_queue import remove_result
+from data_prep.slurm_jobs import remove_result
 from launchers.after import Files
 from launchers.config import Resources
 

@@ -12,7 +12,7 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import _make_sbatch_string
 
-from data_prep.slurm_queue import ENDED, use_cluster
+from data_prep.slurm_jobs import ENDED, use_cluster
 from fvdm.tracking.provenance import command_line
 from launchers.after import STATUS, Files, ask, close_mlflow_run
 from launchers.config import Resources, array_numbers

@@ -57,7 +57,7 @@ DOORS = {
     "peft": {"fvdm/models/lora.py"},
     "gradio": {"fvdm/playground/app.py"},
     "pyarrow": {f"fvdm/data/{name}.py" for name in ("index", "opening", "former")},
-    "submitit": {f"launchers/{name}.py" for name in ("job", "local", "submission")} | {"data_prep/jobs.py"},
+    "submitit": {f"launchers/{name}.py" for name in ("job", "local", "submission")} | {"data_prep/slurm_jobs.py"},
 }
 # Pure functions of tensors: no files, no ranks, no printing; randomness comes in as a generator.
 MATHEMATICS = sorted((ROOT / "fvdm" / "diffusion").glob("*.py")) + [

@@ -255,11 +255,12 @@ def test_upright_without_an_orientation_is_the_frame(tmp_path):
 
 
 MEMORY = """
-import resource, sys
+import sys
+from benchmarks.process_memory import peak
 from fvdm.media.videos import Preprocess, read_video
 for part in read_video(sys.argv[1], 16, Preprocess(), 4):
     pass
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(round(peak() / 2**20))
 """
 
 

@@ -113,12 +113,13 @@ def test_a_given_still_gives_eight_frames_per_second(tmp_path, name, side):
 
 
 MEMORY = """
-import resource, sys
+import sys
+from benchmarks.process_memory import peak
 from fvdm.media.videos import Preprocess, read_video
 frames = 0
 for part in read_video(sys.argv[1], 32, Preprocess(), 64):
     frames += len(part) if hasattr(part, "shape") else 0
-print(frames, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(frames, round(peak() / 2**20))
 """
 
 

@@ -225,13 +225,14 @@ def test_an_even_number_of_latents_of_cogvideox_follows_the_frame_map():
 
 
 PEAK = """
-import resource, sys, torch
+import sys, torch
+from benchmarks.process_memory import peak
 from fvdm.media.vae import load_vae
 vae = load_vae(sys.argv[1])
 latents = (torch.zeros(1, vae.channels, 8, 8) for _ in range(int(sys.argv[2])))
 frames = sum(part.shape[1] for part in vae.decode_stream(latents))
 vae.encode(torch.zeros(4 * int(sys.argv[2]) - 3, 3, 64, 64, dtype=torch.uint8))
-print(frames, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(frames, round(peak() / 2**20))
 """
 
 

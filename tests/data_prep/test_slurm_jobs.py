@@ -3,8 +3,8 @@
 import pytest
 from submitit.core.utils import temporary_save_path
 
-from data_prep import slurm_queue
-from data_prep.slurm_queue import SlurmQueue, remove_result, use_cluster
+from data_prep import slurm_jobs
+from data_prep.slurm_jobs import SlurmQueue, remove_result, use_cluster
 
 INVALID = "slurm_load_jobs error: Invalid job id specified"
 JOBS = ("7_0", "7_1", "7_2")
@@ -15,8 +15,8 @@ def squeue(tmp_path, monkeypatch):
     """Sets what squeue prints, and to stderr, where it fails."""
     script = tmp_path / "squeue"
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(slurm_queue, "SHORTEST_PAUSE", 0.0)
-    monkeypatch.setattr(slurm_queue, "LONGEST_PAUSE", 0.0)
+    monkeypatch.setattr(slurm_jobs, "SHORTEST_PAUSE", 0.0)
+    monkeypatch.setattr(slurm_jobs, "LONGEST_PAUSE", 0.0)
 
     def prints(lines="", error=""):
         script.write_text(f"#!/bin/sh\nprintf '{lines}'\n" + (f"echo '{error}' >&2; exit 1\n" if error else ""))
@@ -42,12 +42,12 @@ def test_a_job_is_lost_once_the_queue_has_it_no_longer(monkeypatch, squeue, line
     queue = SlurmQueue(JOBS)
     assert queue.active() == [job for job in JOBS if job not in states]
     assert queue.lost(JOBS) == (states if lost_at_once else {})
-    monkeypatch.setattr(slurm_queue, "GRACE", 0.0)
+    monkeypatch.setattr(slurm_jobs, "GRACE", 0.0)
     assert queue.lost(JOBS) == states
 
 
 def test_nothing_is_lost_while_slurm_does_not_answer_and_a_requeued_job_comes_back(monkeypatch, squeue, capsys):
-    monkeypatch.setattr(slurm_queue, "GRACE", 0.0)
+    monkeypatch.setattr(slurm_jobs, "GRACE", 0.0)
     squeue(error="slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
     queue = SlurmQueue(JOBS)
     for _ in range(3):
