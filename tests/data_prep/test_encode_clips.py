@@ -1,10 +1,7 @@
 """Format 2 by the command: clips of a causal VAE, buckets, images and captions, beside diffusers and transformers."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 
 import diffusers
@@ -30,6 +27,7 @@ from fvdm.media.preprocess import Preprocess
 from fvdm.media.text import load_text_encoder
 from fvdm.media.vae import load_vae
 from tests.data_fixtures import cut, make_vae, rejected, write_frames, write_video
+from tests.data_prep.killing import kill_encodings
 from tests.data_prep.test_encode_latents import contents
 from tests.tiny_models import tiny_text_encoder, tiny_wan_vae
 
@@ -320,43 +318,6 @@ def test_text_embeddings_that_are_not_finite_reject_the_video(videos, models, tm
     assert "0.mp4" in LatentShards(tmp_path / "out").sources
 
 
-KILLS = """
-import os, random, signal, sys, time
-from pathlib import Path
-
-import av, diffusers, torch, transformers, webdataset, pyarrow
-import data_prep.encoding, fvdm.media.text, fvdm.media.vae
-from diffusers import AutoencoderKL, AutoencoderKLWan
-from transformers import AutoConfig, AutoTokenizer, UMT5EncoderModel
-from data_prep.config import EncodeConfig, resolve
-from data_prep.decoding import Restarted, decode
-from data_prep.encode_latents import run
-from data_prep.encoder import open_models
-from data_prep.encoding import encode_shards
-from data_prep.planning import make_plan
-from data_prep.shards import Work
-from fvdm.config import parse
-
-out, words, kills = Path(sys.argv[1]), sys.argv[3:], int(sys.argv[2])
-draw = random.Random(0)
-while kills:
-    before = len(list(out.rglob("*")))
-    pid = os.fork()
-    if not pid:
-        os.setsid()
-        os._exit(run(words))
-    some = before + draw.randrange(1, 6)  # files: not every process comes as far
-    while len(list(out.rglob("*"))) < some and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        time.sleep(0.002)
-    time.sleep(draw.uniform(0, 0.05))
-    os.kill(pid, signal.SIGKILL)
-    status = os.waitpid(pid, 0)[1]
-    kills -= os.WIFSIGNALED(status)
-    print(kills, sorted(path.name for path in out.glob("*.tar")), flush=True)
-    assert os.WIFSIGNALED(status), "it came to its end before it was killed"
-"""
-
-
 @pytest.mark.slow
 def test_killed_twenty_times(models, tmp_path):
     """Kill -9 of a bucketed, captioned encoding: the same bytes as undisturbed; none twice, none lost."""
@@ -366,11 +327,8 @@ def test_killed_twenty_times(models, tmp_path):
         (tmp_path / "v" / f"{number:02d}.txt").write_text(f"a talking man\na red car {number}")
     (tmp_path / "v" / "07.mp4").write_bytes(b"corrupt")
     assert encode(tmp_path / "v", tmp_path / "good", models) == 3
-    (tmp_path / "out").mkdir()
     given = words(tmp_path / "v", tmp_path / "out", models)
-    script = [sys.executable, "-c", KILLS, str(tmp_path / "out"), "20", *given]
-    done = subprocess.run(script, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    kill_encodings(given, tmp_path / "out", tmp_path / "good", 20)
     assert encode(tmp_path / "v", tmp_path / "out", models) == 3
     assert contents(tmp_path / "out") == contents(tmp_path / "good")
     keys = LatentShards(tmp_path / "out").keys

@@ -4,11 +4,9 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +37,6 @@ from tests.data_fixtures import (
     write_frames,
     write_video,
 )
-from tests.runs import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 32
@@ -55,15 +52,6 @@ def videos(tmp_path_factory):
     """Seven clips of 16 to 22 frames, one of them corrupt."""
     folder = make_clips(tmp_path_factory.mktemp("videos"), 6)
     (folder / "3b.mp4").write_bytes(b"corrupt")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def longer(tmp_path_factory):
-    """Thirty clips of 60 frames: work to interrupt."""
-    folder = tmp_path_factory.mktemp("longer")
-    for number in range(30):
-        write_video(folder / f"{number}.mp4", cut(number, 60))
     return folder
 
 
@@ -243,25 +231,6 @@ def test_a_plan_with_jobs_in_the_queue_stands(videos, vae, tmp_path):
         make_plan(replace(config, dtype="bfloat16"), open_models(config).vae, replace_idle=False)
 
 
-@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
-def test_a_signal_ends_the_command_and_its_children(longer, vae, tmp_path, number, jobs):
-    """The exit status says which signal, standard error says what to type, and the same command continues."""
-    command = [sys.executable, str(ROOT / "data_prep" / "encode_latents.py")]
-    command += words(longer, tmp_path / "out", vae, "--jobs", str(jobs))
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not list((tmp_path / "out").glob(".work/*/*.tar")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(number)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + number, error
-    assert f"stopped by {number.name}; what is done is kept. To continue, type: python" in error
-    assert str(tmp_path / "out") in error
-    assert "Traceback" not in error
-    wait_until(lambda: not _members(process.pid), seconds=30)  # the last of them end when their pipe is closed
-
-
 def test_strict_stops_at_the_first(videos, vae, tmp_path, capsys):
     assert encode(videos, tmp_path / "out", vae, "--strict") == 3
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -382,59 +351,6 @@ def test_help_is_instant_and_unknown_words_are_refused():
     done = subprocess.run([*command, "--videos", "x", "--out", "y", "--sise", "3"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "there is no setting sise; did you mean size?" in done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("more", "kills"), [((), 6), (("--jobs", "2"), 2)])
-def test_killed_at_random_moments(longer, vae, tmp_path, more, kills):
-    """Kill -9 of the command at moments of its work: the same bytes as undisturbed, and no process stays behind.
-
-    A moment is that at which a number of files, drawn at random, are new: kills fall on all stages of the work, on any
-    machine, and none on the imports before it.
-    """
-    random = np.random.default_rng(3)
-    command = [sys.executable, str(ROOT / "data_prep" / "encode_latents.py")]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run([*command, *words(longer, tmp_path / "good", vae, *more)], check=True, **quiet)
-    good = contents(tmp_path / "good")
-    again = [*command, *words(longer, tmp_path / "out", vae, *more)]
-    killed = 0
-    while killed < kills:
-        before, new = _files(tmp_path / "out"), int(random.integers(1, 6))
-        process = subprocess.Popen(again, start_new_session=True, **quiet)
-        wait_until(lambda: process.poll() is not None or len(_files(tmp_path / "out") - before) >= new)  # noqa: B023
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            killed += 1
-            found = contents(tmp_path / "out")
-            assert all(good[name] == digest for name, digest in found.items() if name.endswith(("tar", "manifest.json"))
-                       and name in good)  # fmt: skip
-        else:
-            assert process.returncode == 0
-            shutil.rmtree(tmp_path / "out")  # done before it was killed: begin again
-        wait_until(lambda: not _members(process.pid), seconds=30)  # noqa: B023
-    subprocess.run(again, check=True, **quiet)
-    assert contents(tmp_path / "out") == good
-
-
-def _files(folder: Path) -> set[str]:
-    """Names of all files below a folder, temporary ones too."""
-    return {str(path) for path in folder.rglob("*")} if folder.exists() else set()
-
-
-def _members(session: int) -> list[int]:
-    """Live processes of a session."""
-    import psutil
-
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.pid)
-        except (psutil.Error, ProcessLookupError):
-            continue
-    return found
 
 
 def test_frame_folder_with_one_bad_frame_is_rejected(vae, tmp_path):
