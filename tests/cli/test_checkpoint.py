@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -17,6 +15,7 @@ from fvdm.checkpoints.save import save
 from fvdm.diffusion.config import DiffusionConfig
 from fvdm.generation.pipeline import load
 from fvdm.models import build, preset
+from tests.commands import fvdm
 from tests.latte import randomised
 
 
@@ -38,41 +37,33 @@ def write(run, step, seed=0):
     return save(run / "checkpoints", step, slices, [0], state, 0, 1, lambda error="": None)
 
 
-def command(*words):
-    done = subprocess.run(
-        [sys.executable, "-m", "fvdm", "checkpoint", *map(str, words)], capture_output=True, text=True
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
-
-
 def test_list_and_verify(tmp_path):
     run = tmp_path / "run"
     _, new = write(run, 10), write(run, 20)
-    listed = command("list", run).stdout
+    listed = fvdm("checkpoint", "list", run).stdout
     assert [re.findall(r"step-(\d+).* (\d+) ranks  complete", line) for line in listed.splitlines()] == [
         [("00000010", "1")],
         [("00000020", "1")],
     ]
-    assert command("verify", run).returncode == 0
+    assert fvdm("checkpoint", "verify", run).returncode == 0
     data = bytearray((new / "ema.safetensors").read_bytes())
     data[-1] ^= 1
     (new / "ema.safetensors").write_bytes(data)
-    done = command("verify", run)
+    done = fvdm("checkpoint", "verify", run)
     assert done.returncode == 2
     assert "corrupt: the checksum of ema.safetensors" in done.stdout
     set_aside(new, "for a test")
-    done = command("verify", run)
+    done = fvdm("checkpoint", "verify", run)
     assert done.returncode == 0
     assert re.search("corrupt-step-00000020 .* corrupt: for a test", done.stdout)
-    assert "no checkpoint" in command("list", tmp_path / "nothing").stderr
+    assert "no checkpoint" in fvdm("checkpoint", "list", tmp_path / "nothing").stderr
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_export_writes_a_model_folder_that_load_takes(tmp_path, dtype):
     run = tmp_path / "run"
     checkpoint = write(run, 10)
-    done = command("export", run, tmp_path / "out", "--dtype", dtype)
+    done = fvdm("checkpoint", "export", run, tmp_path / "out", "--dtype", dtype)
     assert done.returncode == 0, done.stderr
     names = {"config.json", "diffusion_pytorch_model.safetensors", "inference.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
@@ -81,7 +72,7 @@ def test_export_writes_a_model_folder_that_load_takes(tmp_path, dtype):
     weights = {name: value.to(getattr(torch, dtype)).float() for name, value in read_weights(checkpoint).items()}
     assert all(torch.equal(value, weights[name]) for name, value in after.model.state_dict().items())
     assert (after.model.config.attention, after.model.config.activation_checkpointing) == ("auto", 0)
-    assert "exists" in command("export", run, tmp_path / "out").stderr
+    assert "exists" in fvdm("checkpoint", "export", run, tmp_path / "out").stderr
 
 
 def test_what_earlier_versions_exported_still_loads(tmp_path):
@@ -117,7 +108,7 @@ def test_a_checkpoint_with_a_nan_is_not_exported(tmp_path):
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["files"]["ema.safetensors"] = digest(checkpoint / "ema.safetensors")
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    done = command("export", checkpoint, tmp_path / "out")
+    done = fvdm("checkpoint", "export", checkpoint, tmp_path / "out")
     assert done.returncode == 2
     assert "not finite: final_layer.weight" in done.stderr
     assert not (tmp_path / "out").exists()

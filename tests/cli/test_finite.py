@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fvdm.models import from_official
+from tests.commands import fvdm
 from tests.data_fixtures import make_shards
 from tests.latte import OfficialLatte, randomised
 from tests.runs import words
@@ -30,10 +31,6 @@ def files(tmp_path_factory):
     return root
 
 
-def run(*line):
-    return subprocess.run([sys.executable, "-m", *map(str, line)], capture_output=True, text=True)
-
-
 def refused(done, name):
     assert done.returncode == 2, done.stderr
     assert f"are not finite: {name}, of" in done.stderr
@@ -41,18 +38,18 @@ def refused(done, name):
 
 
 def test_convert_refuses_them_and_writes_nothing(files, tmp_path):
-    refused(run("fvdm", "convert", files / "nan.pt", tmp_path / "out", "--heads", "2"), NAME)
+    refused(fvdm("convert", files / "nan.pt", tmp_path / "out", "--heads", "2"), NAME)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("source", "name"), [("nan.pt", NAME), ("folder", "final_layer.bias")])
 def test_generate_refuses_them_and_writes_nothing(files, tmp_path, source, name):
-    refused(run("fvdm", "generate", "--checkpoint", files / source, "--out", tmp_path / "out"), name)
+    refused(fvdm("generate", "--checkpoint", files / source, "--out", tmp_path / "out"), name)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("source", "name"), [("nan.pt", NAME), ("folder", "final_layer.bias")])
 def test_init_refuses_them(files, tmp_path, source, name):
     latents = make_shards(tmp_path / "latents", [20] * 4)
-    line = ["fvdm.training.loop", *words(latents, tmp_path, "run", "--init", files / source)]
-    refused(run(*line), name)
+    line = [sys.executable, "-m", "fvdm.training.loop", *words(latents, tmp_path, "run", "--init", files / source)]
+    refused(subprocess.run(line, capture_output=True, text=True), name)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from data_prep.encode_latents import run
-from fvdm.cli.main import main
 from fvdm.data.shards import LatentShards
 from fvdm.generation.inputs import read_source
 from fvdm.media.videos import Preprocess, count_frames, read_video
+from tests.commands import fvdm
 from tests.data_fixtures import make_vae, rejected, write_video
 
 INPUTS = Path(__file__).parents[1] / "data" / "inputs"
@@ -87,16 +87,17 @@ def test_all_of_them_are_encoded(tmp_path, capsys):
     assert {row["source"]: row["fps"] for row in index["samples"]} == {n: v[1] for n, v in VIDEOS.items()}
 
 
-def generate(capsys, name, *words):
+def generate(name, *words):
     """What `fvdm generate` prints."""
-    main(["generate", "--checkpoint", "example", "--task", "image-to-video", "--given", str(INPUTS / name), *words])
-    return capsys.readouterr().out
+    done = fvdm("generate", "--checkpoint", "example", "--task", "image-to-video", "--given", INPUTS / name, *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("name", VIDEOS)
-def test_all_of_them_are_given(capsys, name):
+def test_all_of_them_are_given(name):
     frames, fps, side = VIDEOS[name]
-    output = generate(capsys, name, "--show-schedule")
+    output = generate(name, "--show-schedule")
     assert f"{name}: {frames} frames of {side[0]} x {side[1]} at {fps} frames/s" in output
     assert NOTES.get(name, "") in output
     assert f"fps: {fps}" in output
@@ -104,9 +105,9 @@ def test_all_of_them_are_given(capsys, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "side"), [("grey16.png", "256 x 256"), ("rgb.avif", "200 x 160")])
-def test_a_given_still_gives_eight_frames_per_second(capsys, tmp_path, name, side):
+def test_a_given_still_gives_eight_frames_per_second(tmp_path, name, side):
     tracking = ("--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db")
-    output = generate(capsys, name, "--steps", "1", "--num", "1", "--out", str(tmp_path / "out"), *tracking)
+    output = generate(name, "--steps", "1", "--num", "1", "--out", str(tmp_path / "out"), *tracking)
     assert f"{name}: 1 frame of {side};" in output
     assert json.loads((tmp_path / "out" / "image-to-video.json").read_text())["fps"] == 8
 

@@ -19,6 +19,7 @@ from fvdm.tracking.config import TrackingConfig
 from fvdm.tracking.logged_model import LoggedModel
 from fvdm.tracking.tracker import Tracker
 from fvdm.training.config import TrainConfig
+from tests.commands import fvdm
 from tests.data_fixtures import make_shards, real_frames, write_video
 from tests.generation.test_pipeline import FRAMES, SIDE, make_run
 from tests.runs import train, words
@@ -228,8 +229,7 @@ def test_rows_are_clips_and_a_wrong_one_is_named(run, tmp_path):
 
 
 def test_what_is_no_model_is_refused_with_a_sentence(tmp_path):
-    command = [sys.executable, "-m", "fvdm", "register", "--checkpoint", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = fvdm("register", "--checkpoint", tmp_path)
     assert done.returncode == 2
     assert "holds no complete checkpoint" in done.stderr
 
