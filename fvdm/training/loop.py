@@ -297,13 +297,17 @@ def _say_what_is_next(run: Run, stop_reason: Stop) -> None:
 
 
 def main(parse: Callable[[type[TrainConfig]], TrainConfig] = settings.parse) -> None:
-    """`python -m fvdm.training.loop --config FILE.yaml`: one rank of a training run, under torchrun or alone."""
+    """`python -m fvdm.training.loop --config FILE.yaml`: one rank of a training run, under torchrun or alone.
+
+    Raises:
+        SystemExit: 0 at the end, 75 when it was stopped, 2 for a mistake of the user's, 1 for a disk or a hung peer.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
     try:
         stop_reason = train(parse(TrainConfig))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        leave(2)
+        leave(2 if isinstance(error, ValueError) else 1)  # A full disk or a peer that hangs may be well next time.
     raise SystemExit(75 if stop_reason else 0)
 
 
