@@ -10,12 +10,12 @@ import numpy as np
 
 from fvdm.distributed import Ranks
 from fvdm.evaluation import fvd
-from fvdm.evaluation.config import FVDConfig, SampleConfig
+from fvdm.evaluation.config import FVDConfig
 from fvdm.evaluation.distances import bootstrap, extrapolate, floor, kernel_distance, quiet
 from fvdm.evaluation.i3d import I3D, MIN_FRAMES
 from fvdm.evaluation.measure import clip_features
 from fvdm.evaluation.protocols import Clip, departures, protocol, select_fake, select_real
-from fvdm.evaluation.sources import ClipSource, Samples, Shards, device, open_source
+from fvdm.evaluation.sources import ClipSource, Samples, Shards, device, is_run, open_source
 from fvdm.generation.prompts import read_prompts
 
 LOG_EVERY = 30.0  # seconds between two lines in a log
@@ -50,20 +50,12 @@ class Comparison:
         self.usual = self.rules.stride_on(config.dataset)
         self.stride = config.real_stride or self.usual
         self.count = config.clips or self.rules.fake
-        sampling = SampleConfig(
-            config.frames,
-            self.count * self.repeats,
-            self.seed,
-            config.steps,
-            config.solver,
-            config.guidance,
-            config.weights,
-            config.vae,
-            config.precision,
-            config.text_encoder,
-            config.base,
+        videos = self.count * self.repeats
+        self.fake: ClipSource = (
+            Samples(config.fake, config, frames=config.frames, num=videos, seed=self.seed)
+            if is_run(config.fake)
+            else open_source(config.fake, config.size, config.fake_pattern, config.fake_split)
         )
-        self.fake = open_source(config.fake, config.size, config.fake_pattern, config.fake_split, sampling)
         # Both sides at one size, or sharpness alone would tell them apart.
         size = self.fake.size if self.fake.generated else config.size
         self.real = open_source(config.real, size, config.real_pattern, config.real_split or self.rules.split)

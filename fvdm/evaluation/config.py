@@ -4,27 +4,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """How a checkpoint is sampled.
 
     Attributes:
-        frames: frames of a video; more than the model's window make a long video.
-        num: number of videos.
-        seed: of the first video; the k-th has seed + k.
-        steps: sampling steps.
-        solver: solver by name.
-        guidance: classifier-free guidance scale.
-        weights: ema or model.
-        vae: VAE by name or path; empty takes the one the model was trained with.
-        precision: bf16 or fp32; empty takes bf16 on a GPU.
-        text_encoder: text encoder by name or path; empty takes the one the model was trained with.
-        base: base model of a LoRA; empty is where it was in training.
+        steps: sampling steps of a checkpoint.
+        solver: solver of a checkpoint.
+        guidance: guidance of a checkpoint with classes or texts; 1 is none.
+        weights: weights of a checkpoint.
+        vae: VAE of a checkpoint; empty takes the one it was trained with.
+        precision: of sampling; empty takes bf16 on a GPU.
+        text_encoder: text encoder of a checkpoint; empty takes the one it was trained with.
+        base: base model of a LoRA, where it is no longer where it was in training; a path, or wan: and a hub name.
     """
 
-    frames: int = 16
-    num: int = 2048
-    seed: int = 0
     steps: int = 50
     solver: str = "ddim"
     guidance: float = 1.0
@@ -36,7 +30,7 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
-class FVDConfig:
+class FVDConfig(SampleConfig):
     """A Fréchet video distance.
 
     Attributes:
@@ -54,16 +48,8 @@ class FVDConfig:
         fake_pattern: which of the generated videos, by name.
         real_split: split of real latent shards; empty takes the protocol's.
         fake_split: split of generated latent shards.
-        steps: sampling steps of a checkpoint.
-        solver: solver of a checkpoint.
-        guidance: guidance of a checkpoint with classes or texts; 1 is none.
-        weights: weights of a checkpoint.
-        vae: VAE of a checkpoint; empty takes the one it was trained with.
-        precision: of sampling; empty takes bf16 on a GPU.
         prompts: file of prompts for a checkpoint that takes texts, one a line, used in turn; empty takes the captions
             of the real clips.
-        text_encoder: text encoder of a checkpoint; empty takes the one it was trained with.
-        base: base model of a LoRA, where it is no longer where it was in training; a path, or wan: and a hub name.
         still: also compare the middle frames alone, as still clips.
         bootstrap: resamplings behind the interval; 0 is none.
         chunk: clips that go through the networks at once.
@@ -85,15 +71,7 @@ class FVDConfig:
     fake_pattern: str = "*"
     real_split: str = ""
     fake_split: str = "train"
-    steps: int = 50
-    solver: str = "ddim"
-    guidance: float = 1.0
-    weights: Literal["ema", "model"] = "ema"
-    vae: str = ""
-    precision: Literal["", "bf16", "fp32"] = ""
     prompts: str = ""
-    text_encoder: str = ""
-    base: str = ""
     still: bool = False
     bootstrap: int = 100
     chunk: int = 4

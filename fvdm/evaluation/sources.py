@@ -53,9 +53,7 @@ class ClipSource(Protocol):
         """What the card says of it."""
 
 
-def open_source(
-    path: str, size: int, pattern: str = "*", split: str = "train", sampling: SampleConfig | None = None
-) -> ClipSource:
+def open_source(path: str, size: int, pattern: str = "*", split: str = "train") -> ClipSource:
     """The source behind a path: latent shards, a run or checkpoint, or a folder of videos or of frame folders.
 
     Args:
@@ -63,19 +61,19 @@ def open_source(
         size: pixels at which videos are read; shards and checkpoints have a size of their own.
         pattern: which of the videos of a folder, by name.
         split: which split of latent shards.
-        sampling: how a checkpoint is sampled.
 
     Raises:
         ValueError: if it is none of these, or holds nothing.
     """
-    if re.match(r"^(pipe:|[a-z0-9]+://)", path) or ((Path(path) / "manifest.json").is_file() and not _is_run(path)):
+    if re.match(r"^(pipe:|[a-z0-9]+://)", path) or ((Path(path) / "manifest.json").is_file() and not is_run(path)):
         return Shards(path, split)
-    if _is_run(path):
-        return Samples(path, sampling or SampleConfig())
+    if is_run(path):
+        return Samples(path, SampleConfig())
     return Files(path, size, pattern)
 
 
-def _is_run(path: str) -> bool:
+def is_run(path: str) -> bool:
+    """Whether a path is that of a run or a checkpoint."""
     return (Path(path) / "state.json").is_file() or (Path(path) / "checkpoints").is_dir()
 
 
@@ -203,6 +201,7 @@ class Samples:
     """Videos of a checkpoint, made when they are asked for; video k from the seed `seed + k`.
 
     Attributes:
+        seed: of the first video.
         prompts: of the videos, for a model that takes texts; whoever compares them with real videos sets it.
         origin: where the prompts are from, in words.
     """
@@ -211,8 +210,22 @@ class Samples:
     prompts: Sequence[str] = ()
     origin = ""
 
-    def __init__(self, path: str, config: SampleConfig, trained: Trained | None = None) -> None:
-        self.path, self.config = path, config
+    def __init__(
+        self,
+        path: str,
+        config: SampleConfig,
+        *,
+        frames: int = 16,
+        num: int = 2048,
+        seed: int = 0,
+        trained: Trained | None = None,
+    ) -> None:
+        """Of `num` videos of `frames` frames; more frames than the model's window make long videos.
+
+        Raises:
+            ValueError: if the checkpoint cannot be opened, or its videos are not square.
+        """
+        self.path, self.config, self.seed = path, config, seed
         self.trained = trained or load(
             path,
             config.weights,
@@ -227,8 +240,8 @@ class Samples:
             raise ValueError(f"{path} makes videos of {height} x {width}; FVD compares square ones only")
         self.size = height
         window = self.trained.frame_map.pixel_frames(self.trained.window)
-        self.task = "long" if config.frames > window else "generate"
-        self.lengths = [max(config.frames, window)] * config.num
+        self.task = "long" if frames > window else "generate"
+        self.lengths = [max(frames, window)] * num
 
     def read(self, clips: Sequence[Clip]) -> Tensor:
         """uint8 `(b f 3 size size)`; the clips' videos follow each other.
@@ -243,7 +256,7 @@ class Samples:
             self.task,
             num=len(clips),
             batch_size=len(clips),
-            seed=self.config.seed + first,
+            seed=self.seed + first,
             steps=self.config.steps,
             solver=self.config.solver,
             guidance=self.config.guidance,
@@ -267,9 +280,9 @@ class Samples:
         names = json.loads((trained.folder / "state.json").read_text())["settings"]
         origin = f"{names['model']}, p = {names['p']}, step {trained.step}, {config.weights}"
         return {
-            "data": f"sampled, task {self.task}, seeds {config.seed} to {config.seed + config.num - 1}",
+            "data": f"sampled, task {self.task}, seeds {self.seed} to {self.seed + len(self.lengths) - 1}",
             "split": "-",
-            "videos": str(config.num),
+            "videos": str(len(self.lengths)),
             "codec": "none: pixels of the VAE",
             "first resize": f"none: {self.size} x {self.size}",
             "checkpoint": f"{trained.folder} ({origin})",

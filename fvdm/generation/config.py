@@ -106,8 +106,29 @@ class GenerationConfig:
         given_noise(self.given_noise)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """How a trained model is opened.
+
+    Attributes:
+        weights: ema (the average) or model (the weights themselves).
+        base: base model of a LoRA, where it is no longer where it was in training; a path, or wan: and a hub name.
+        vae: VAE by name or path; empty takes the one the model was trained with.
+        text_encoder: text encoder by name or path; empty takes the one the model was trained with.
+        device: where to run, such as cuda or cpu; empty takes a GPU if there is one.
+        precision: bf16 or fp32; empty takes bf16 on a GPU, fp32 on the CPU.
+    """
+
+    weights: Literal["ema", "model"] = "ema"
+    base: str = ""
+    vae: str = ""
+    text_encoder: str = ""
+    device: str = ""
+    precision: Literal["", "bf16", "fp32"] = ""
+
+
 @dataclass(frozen=True)
-class GenerateCommand(GenerationConfig):
+class GenerateCommand(ModelConfig, GenerationConfig):
     """Settings of a video to generate, what it starts from, and where to write it.
 
     Attributes:
@@ -122,12 +143,6 @@ class GenerateCommand(GenerationConfig):
         fps: frames per second of the files; 0 keeps the speed of the given video, or is 8 without one.
         num: number of samples.
         show_schedule: print the timestep schedule, and generate nothing.
-        weights: ema (the average) or model (the weights themselves).
-        base: base model of a LoRA, where it is no longer where it was in training; a path, or wan: and a hub name.
-        vae: VAE by name or path; empty takes the one the model was trained with.
-        text_encoder: text encoder by name or path; empty takes the one the model was trained with.
-        device: where to run, such as cuda or cpu; empty takes a GPU if there is one.
-        precision: bf16 or fp32; empty takes bf16 on a GPU, fp32 on the CPU.
         compile: make the model faster with torch.compile; needs a C++ compiler, and a minute at the start.
         tracking: where the videos are reported, beside the folder.
     """
@@ -140,12 +155,6 @@ class GenerateCommand(GenerationConfig):
     fps: float = 0.0
     num: int = field(default=4, kw_only=True)
     show_schedule: bool = False
-    weights: Literal["ema", "model"] = "ema"
-    base: str = ""
-    vae: str = ""
-    text_encoder: str = ""
-    device: str = ""
-    precision: Literal["", "bf16", "fp32"] = ""
     compile: bool = False
     tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig(system_metrics=False))
 

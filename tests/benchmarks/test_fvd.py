@@ -126,7 +126,7 @@ def test_the_card_says_at_which_frame_rates_the_clips_run(rates, stride, text):
 
 
 def test_the_frame_rate_of_a_checkpoint_is_that_of_its_training_data(tmp_path):
-    source = Samples(str(make_run(tmp_path)), SampleConfig(frames=8, num=2, steps=1))
+    source = Samples(str(make_run(tmp_path)), SampleConfig(steps=1), frames=8, num=2)
     source.trained = dataclasses.replace(source.trained, stride=3)
     assert source.frame_rate(1) == "that of its training data, every 3rd frame"
 
@@ -163,12 +163,12 @@ def test_so_does_a_checkpoint_that_is_sampled(clips, tmp_path):
 
 def test_a_checkpoint_is_sampled_in_any_order_of_chunks(tmp_path):
     run = make_run(tmp_path)
-    source = Samples(str(run), SampleConfig(frames=8, num=6, seed=3, steps=2))
+    source = Samples(str(run), SampleConfig(steps=2), frames=8, num=6, seed=3)
     together = source.read([Clip(k, tuple(range(8))) for k in range(6)])
     later = source.read([Clip(k, tuple(range(8))) for k in (4, 5)])
     assert (together[4:].int() - later.int()).abs().max() <= 1
     assert source.task == "generate"
-    long = Samples(str(run), SampleConfig(frames=20, num=2, steps=1), source.trained)
+    long = Samples(str(run), SampleConfig(steps=1), frames=20, num=2, trained=source.trained)
     assert long.task == "long"
     assert long.read([Clip(0, tuple(range(20)))]).shape == (1, 20, 3, 32, 32)
     card = long.describe()
