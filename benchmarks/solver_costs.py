@@ -23,6 +23,7 @@ from fvdm.evaluation.protocols import protocol, select_real
 from fvdm.evaluation.sources import device, open_source
 from fvdm.generation.frames import class_numbers
 from fvdm.generation.pipeline import Trained
+from fvdm.media.preprocess import one_spelling
 from fvdm.models.compilation import compile_blocks
 from fvdm.models.config import Backend
 
@@ -135,9 +136,9 @@ class Truth:
         bench.source = self.source
         self.latents, *_ = bench.sample("ddim", config.reference_steps)
         self.net = fvd.load_i3d(device=device()) if config.real else None
-        self.real = self._features(config, bench.trained.size) if config.real else None
+        self.real = self._features(config, one_spelling(bench.trained.frame_size)) if config.real else None
 
-    def _features(self, config: SamplerSpeedConfig, size: int) -> Tensor:
+    def _features(self, config: SamplerSpeedConfig, size: int | tuple[int, int]) -> Tensor:
         assert self.net is not None
         source = open_source(config.real, size)
         clips = select_real(protocol("even"), source.lengths, self.latents.shape[1], clips=config.clips)

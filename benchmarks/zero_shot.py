@@ -95,6 +95,7 @@ def methods(config: ZeroShotConfig) -> "list[Completion]":
     """
     from benchmarks.models import open_model
     from fvdm.evaluation.completion import Completion
+    from fvdm.evaluation.sources import shape
 
     def completion(name: str, trained: "Trained") -> "Completion":
         return Completion(name, trained, config.solver, config.steps, config.resamples)
@@ -103,10 +104,11 @@ def methods(config: ZeroShotConfig) -> "list[Completion]":
     found = [completion("held", trained)]
     if config.baseline:
         other = open_model(config.baseline, config.precision, frames=config.frames)
-        if (other.size, other.model.config.frames) != (trained.size, trained.model.config.frames):
+        if (other.frame_size, other.model.config.frames) != (trained.frame_size, trained.model.config.frames):
             raise ValueError(
-                f"{config.baseline} makes clips of {other.model.config.frames} frames of {other.size} pixels, "
-                f"{config.checkpoint} of {trained.model.config.frames} of {trained.size}: train them on the same data"
+                f"{config.baseline} makes clips of {other.model.config.frames} frames of {shape(other.frame_size)}, "
+                f"{config.checkpoint} of {trained.model.config.frames} of {shape(trained.frame_size)}: train them on "
+                "the same data"
             )
         found += [completion(name, other) for name in ("replacement", "repaint")]
     return [*found, completion("frozen", trained), completion("vae", trained)]
@@ -174,7 +176,8 @@ def run_all(config: ZeroShotConfig) -> dict[str, dict[str, dict[str, Any]]]:
 
     from fvdm.evaluation import fvd
     from fvdm.evaluation.i3d import MIN_FRAMES
-    from fvdm.evaluation.sources import device, open_source
+    from fvdm.evaluation.sources import device, open_source, shape
+    from fvdm.media.preprocess import one_spelling, sides
     from fvdm.media.writing import write_strips
 
     unknown = set(config.tasks) - set(TASKS)
@@ -182,10 +185,11 @@ def run_all(config: ZeroShotConfig) -> dict[str, dict[str, dict[str, Any]]]:
         raise ValueError(f"task {', '.join(sorted(unknown))} has no ground truth here; choose of {', '.join(TASKS)}")
     compared = methods(config)
     trained = compared[0].trained
-    source = open_source(config.real, trained.size)
-    if source.size != trained.size:
+    source = open_source(config.real, one_spelling(trained.frame_size))
+    if sides(source.size) != trained.frame_size:
         raise ValueError(
-            f"{config.real} holds {source.size} pixels, the model makes {trained.size}: encode at that size"
+            f"{config.real} holds clips of {shape(source.size)} pixels, the model makes {shape(trained.frame_size)}: "
+            "encode at that size"
         )
     net = fvd.load_i3d(device=device()) if trained.model.config.frames >= MIN_FRAMES and config.i3d else None
     results: dict[str, dict[str, dict[str, Any]]] = {}

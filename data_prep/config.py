@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fvdm.config import in_range
+from fvdm.config import in_range, sides_of
 
 LayoutName = Literal["auto", "ffs", "ucf101", "sky", "taichi", "mixed"]
 DEMO_CLIPS, DEMO_LATENTS = "demo/clips", "latents/sample"
@@ -171,22 +171,13 @@ class EncodeConfig(RunConfig, WriteConfig, ReadConfig, ClipConfig):
         Raises:
             ValueError: one is not of the form HxW.
         """
-        if not self.buckets and isinstance(self.size, int):
-            return ((self.size, self.size),)
         words = [word for entry in (*self.buckets, str(self.size or "")) for word in entry.split(",") if word]
-        return tuple(dict.fromkeys(_shape(word) for word in words))
+        return tuple(dict.fromkeys(sides_of(word) for word in words))
 
     @property
     def here(self) -> bool:
         """This process encodes, and no job does."""
         return self.jobs == 1 and self.cluster == "local"
-
-
-def _shape(word: str) -> tuple[int, int]:
-    numbers = word.strip().lower().split("x")
-    if len(numbers) != 2 or not all(number.isdecimal() and int(number) > 0 for number in numbers):
-        raise ValueError(f"{word!a} is no shape: write height x width in pixels, such as 480x832.")
-    return int(numbers[0]), int(numbers[1])
 
 
 def resolve(config: EncodeConfig) -> EncodeConfig:

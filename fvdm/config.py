@@ -245,6 +245,18 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def sides_of(size: int | str) -> tuple[int, int]:
+    """(height, width) in pixels of a size as it is written: the side of a square, or such as 480x832.
+
+    Raises:
+        ValueError: it is neither, or a side is 0.
+    """
+    numbers = str(size).strip().lower().split("x")
+    if len(numbers) > 2 or not all(number.isdecimal() and int(number) > 0 for number in numbers):
+        raise ValueError(f"{size!a} is no shape: write height x width in pixels, such as 480x832.")
+    return int(numbers[0]), int(numbers[-1])
+
+
 def in_range(config: Any, section: str = "", **ranges: tuple[float, float]) -> None:
     """Refuse settings out of their range.
 

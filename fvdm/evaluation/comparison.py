@@ -1,5 +1,6 @@
 """A Fréchet video distance from two sources to a number with its card: which clips, by which protocol, how sure."""
 
+import math
 import sys
 import time
 import warnings
@@ -8,15 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from fvdm.config import sides_of
 from fvdm.distributed import Ranks
 from fvdm.evaluation import fvd
 from fvdm.evaluation.config import FVDConfig
 from fvdm.evaluation.distances import bootstrap, extrapolate, floor, kernel_distance, quiet
 from fvdm.evaluation.i3d import I3D, MIN_FRAMES
 from fvdm.evaluation.measure import clip_features
-from fvdm.evaluation.protocols import Clip, departures, protocol, select_fake, select_real
+from fvdm.evaluation.protocols import Clip, departures, pixels, protocol, select_fake, select_real
 from fvdm.evaluation.sources import ClipSource, Samples, Shards, device, is_run, open_source
 from fvdm.generation.prompts import read_prompts
+from fvdm.media.preprocess import one_spelling, sides
 
 LOG_EVERY = 30.0  # seconds between two lines in a log
 TOO_SHORT = (
@@ -38,9 +41,12 @@ class Comparison:
         Raises:
             ValueError: if one cannot be opened, or a number is out of range.
         """
-        for name, least in (("repeats", 0), ("clips", 0), ("real_stride", 0), ("chunk", 1), ("size", 8)):
+        for name, least in (("repeats", 0), ("clips", 0), ("real_stride", 0), ("chunk", 1)):
             if getattr(config, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}: give {least} or more")
+        asked = one_spelling(sides_of(config.size))
+        if min(sides(asked)) < 8:
+            raise ValueError(f"--size is {config.size}: give 8 or more pixels")
         if config.frames < MIN_FRAMES:
             raise ValueError(f"--frames is {config.frames}: {TOO_SHORT}")
         self.config, self.rules = config, protocol(config.protocol)
@@ -54,15 +60,16 @@ class Comparison:
         self.fake: ClipSource = (
             Samples(config.fake, config, frames=config.frames, num=videos, seed=self.seed)
             if is_run(config.fake)
-            else open_source(config.fake, config.size, config.fake_pattern, config.fake_split)
+            else open_source(config.fake, asked, config.fake_pattern, config.fake_split)
         )
         # Both sides at one size, or sharpness alone would tell them apart.
-        size = self.fake.size if self.fake.generated else config.size
+        size = self.fake.size if self.fake.generated else asked
         self.real = open_source(config.real, size, config.real_pattern, config.real_split or self.rules.split)
         if self.real.size != self.fake.size:
+            smaller = min(self.real.size, self.fake.size, key=lambda side: math.prod(sides(side)))
             raise ValueError(
-                f"real clips have {self.real.size} pixels, generated ones {self.fake.size}: sharpness would tell them "
-                f"apart; give --size {min(self.real.size, self.fake.size)}, or encode at one size"
+                f"real clips have {pixels(self.real.size)}, generated ones {pixels(self.fake.size)}: that alone would "
+                f"tell them apart; give --size {'x'.join(map(str, sides(smaller)))}, or encode at one size"
             )
         if isinstance(self.fake, Samples) and self.fake.trained.text:
             self.fake.prompts, self.fake.origin = self._prompts()
@@ -159,7 +166,7 @@ class Comparison:
             "stride": f"real {self.stride}, fake 1",
             "frames/s": f"real {self.real.frame_rate(self.stride)}; fake {self.fake.frame_rate(1)}",
             "seed": f"{self.seed}, {self.repeats} draw(s), the k-th with seed + k",
-            "resolution": f"real {self.real.size}, fake {size} pixels",
+            "resolution": f"real {pixels(self.real.size)}, fake {pixels(size)}",
             "second resize": RESIZES[rules.resize],
             "detector": f"I3D Kinetics-400 RGB, sha256 {detector}",
             "feature": "400 logits, averaged over time, before softmax; float32 network, float64 statistics",

@@ -43,7 +43,7 @@ class FVDConfig(SampleConfig):
         real_stride: take every n-th frame of the real videos; 0 takes the protocol's.
         repeats: choices of clips, whose mean is taken; 0 takes the protocol's.
         seed: of the choice of clips, and of the first sample; the protocol's when not given.
-        size: pixels at which videos are read; a checkpoint has its own size.
+        size: pixels at which videos are read, the side of a square or HxW; a checkpoint has its own size.
         real_pattern: which of the real videos, by name.
         fake_pattern: which of the generated videos, by name.
         real_split: split of real latent shards; empty takes the protocol's.
@@ -66,7 +66,7 @@ class FVDConfig(SampleConfig):
     real_stride: int = 0
     repeats: int = 0
     seed: int | None = None
-    size: int = 256
+    size: int | str = 256
     real_pattern: str = "*"
     fake_pattern: str = "*"
     real_split: str = ""

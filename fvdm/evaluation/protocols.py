@@ -16,6 +16,11 @@ LENGTHS = (16, 128)  # frames of the clips behind published distances
 RESOLUTION = 256  # pixels of the videos behind them
 
 
+def pixels(size: int | tuple[int, int]) -> str:
+    """How large a frame is, in words: such as `256 pixels` of a square, `480 x 832 pixels` of another shape."""
+    return f"{size if isinstance(size, int) else ' x '.join(map(str, size))} pixels"
+
+
 class Clip(NamedTuple):
     """One clip: the number of its video, and the numbers of its frames."""
 
@@ -134,7 +139,7 @@ def departures(
     *,
     clips: tuple[int, int],
     frames: int,
-    size: int,
+    size: int | tuple[int, int],
     stride: int,
     usual: int,
     videos: int,
@@ -149,7 +154,7 @@ def departures(
         rules: the protocol.
         clips: real and generated clips that were taken.
         frames: frames of a clip.
-        size: side of the videos, in pixels.
+        size: side of the videos, or (height, width), in pixels.
         stride: of the real clips.
         usual: the protocol's stride for these data.
         videos: real videos that are long enough.
@@ -162,7 +167,7 @@ def departures(
     if rules.equal and clips[0] != clips[1]:
         found.append(f"{clips[0]} real and {clips[1]} generated clips, not as many of both")
     found += [f"clips of {frames} frames, not of {' or '.join(map(str, LENGTHS))}"] if frames not in LENGTHS else []
-    found += [f"videos of {size} pixels, not {RESOLUTION}"] if size != RESOLUTION else []
+    found += [f"videos of {pixels(size)}, not {RESOLUTION}"] if size != RESOLUTION else []
     found += [f"stride {stride}, not {usual}"] if stride != usual else []
     found += [f"{repeats} draw(s), not {rules.repeats}"] if repeats != rules.repeats else []
     found += [f"seed {seed}, not {rules.seed}"] if seed != rules.seed else []

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fvdm.data.format import filled_buckets
 from fvdm.data.shards import LatentShards
 from fvdm.diffusion.solvers import solver
 from fvdm.evaluation.config import SampleConfig
@@ -25,6 +26,7 @@ from fvdm.evaluation.protocols import Clip
 from fvdm.generation.grid import latent_length
 from fvdm.generation.pipeline import Trained, load
 from fvdm.media.layouts import PAPER, caption_file, list_videos
+from fvdm.media.preprocess import one_spelling, sides
 from fvdm.media.vae import load_vae, sample_latents
 from fvdm.media.videos import Info, VideoError, codec_of, count_frames, frame_rate_of, read_video
 
@@ -36,12 +38,12 @@ class ClipSource(Protocol):
     """Numbered videos, from which clips are read."""
 
     path: str
-    size: int
+    size: int | tuple[int, int]
     lengths: list[int]
     generated: bool
 
     def read(self, clips: Sequence[Clip]) -> Tensor:
-        """uint8 `(b f 3 size size)`."""
+        """uint8 `(b f 3 h w)`."""
 
     def frame_rate(self, stride: int) -> str:
         """Frames per second of clips that take every `stride`-th frame."""
@@ -53,12 +55,13 @@ class ClipSource(Protocol):
         """What the card says of it."""
 
 
-def open_source(path: str, size: int, pattern: str = "*", split: str = "train") -> ClipSource:
+def open_source(path: str, size: int | tuple[int, int], pattern: str = "*", split: str = "train") -> ClipSource:
     """The source behind a path: latent shards, a run or checkpoint, or a folder of videos or of frame folders.
 
     Args:
         path: folder, or a URL of shards.
-        size: pixels at which videos are read; shards and checkpoints have a size of their own.
+        size: at which videos are read, the side of a square or (height, width), in pixels; shards and checkpoints have
+            a size of their own.
         pattern: which of the videos of a folder, by name.
         split: which split of latent shards.
 
@@ -78,11 +81,11 @@ def is_run(path: str) -> bool:
 
 
 class Files:
-    """Video files and frame folders below a folder, in sorted order; squares as the encoder makes them."""
+    """Video files and frame folders below a folder, in sorted order; of one size, as the encoder makes them."""
 
     generated = False
 
-    def __init__(self, path: str, size: int, pattern: str = "*") -> None:
+    def __init__(self, path: str, size: int | tuple[int, int], pattern: str = "*") -> None:
         listing = list_videos(path)
         self.path, self.size, self.layout = path, size, listing.layout
         names = [source.name for source in listing.sources]
@@ -101,7 +104,7 @@ class Files:
             raise ValueError(f"cannot read {os.path.join(self.path, name)}: {error}") from None
 
     def read(self, clips: Sequence[Clip]) -> Tensor:
-        """uint8 `(b f 3 size size)`. ValueError for a video that cannot be decoded."""
+        """uint8 `(b f 3 h w)`. ValueError for a video that cannot be decoded."""
         return torch.stack([self._clip(clip) for clip in clips])
 
     def _clip(self, clip: Clip) -> Tensor:
@@ -138,13 +141,14 @@ class Files:
 
     def describe(self) -> dict[str, str]:
         """What the card says of it."""
-        crop = "shorter side, then centre" if self.preprocess.resize == "shorter-side" else "centre square, then scaled"
+        centre = "centre square" if isinstance(self.size, int) else "centre of that shape"
+        crop = "shorter side, then centre" if self.preprocess.resize == "shorter-side" else f"{centre}, then scaled"
         return {
             "data": str(Path(self.path).resolve()),
             "split": "as the folder has it",
             "videos": str(len(self.names)),
             "codec": ", ".join(sorted({codec_of(os.path.join(self.path, name)) for name in self.names})),
-            "first resize": f"to {self.size} x {self.size}: {crop}; bilinear, no antialias",
+            "first resize": f"to {shape(self.size)}: {crop}; bilinear, no antialias",
         }
 
 
@@ -156,13 +160,17 @@ class Shards:
     def __init__(self, path: str, split: str) -> None:
         self.path, self.split = path, split
         self.shards = LatentShards(path, split)
-        self.size = self.shards.manifest.size
+        shapes = {bucket.size for bucket in filled_buckets(self.shards.manifest.buckets)}
+        if len(shapes) > 1:
+            found = ", ".join(shape(size) for size in sorted(shapes))
+            raise ValueError(f"{path} holds clips of {found}: FVD compares clips of one size; encode one alone")
+        self.size = one_spelling(shapes.pop())
         self.vae = load_vae(self.shards.manifest.vae, device())
         self.shards.require(vae_identity=self.vae.identity)
         self.lengths = [self.vae.frame_map.pixel_frames(frames) for frames in self.shards.frames.tolist()]
 
     def read(self, clips: Sequence[Clip]) -> Tensor:
-        """uint8 `(b f 3 size size)` of the means of the stored posteriors."""
+        """uint8 `(b f 3 h w)` of the means of the stored posteriors."""
         if self.vae.is_video:
             return torch.cat([self._decode(clip.video, clip.frames[-1] + 1)[:, list(clip.frames)] for clip in clips])
         moments = np.stack([self.shards.read(clip.video, np.array(clip.frames)) for clip in clips])
@@ -170,7 +178,7 @@ class Shards:
         return self.vae.decode(latents).cpu()
 
     def _decode(self, video: int, frames: int) -> Tensor:
-        """uint8 `(1 f 3 size size)`, the first frames of a clip of a causal VAE, whole latent frames of them."""
+        """uint8 `(1 f 3 h w)`, the first frames of a clip of a causal VAE, whole latent frames of them."""
         latent_frames = np.arange(latent_length(self.vae.frame_map, frames))
         moments = torch.from_numpy(self.shards.read(video, latent_frames))
         return self.vae.decode(sample_latents(moments, self.shards.normalisation, None)[None]).cpu()
@@ -192,7 +200,7 @@ class Shards:
             "split": self.split,
             "videos": str(len(self.lengths)),
             "codec": f"latents as {made.dtype}, decoded by the VAE",
-            "first resize": f"to {made.size} x {made.size}, when they were encoded: {made.preprocess}",
+            "first resize": f"to {shape(self.size)}, when they were encoded: {made.preprocess}",
             "VAE": f"{made.vae} ({made.vae_identity[:23]})",
         }
 
@@ -235,16 +243,13 @@ class Samples:
             text_encoder=config.text_encoder,
             base=config.base,
         )
-        height, width = self.trained.frame_size
-        if height != width:
-            raise ValueError(f"{path} makes videos of {height} x {width}; FVD compares square ones only")
-        self.size = height
+        self.size = one_spelling(self.trained.frame_size)
         window = self.trained.frame_map.pixel_frames(self.trained.window)
         self.task = "long" if frames > window else "generate"
         self.lengths = [max(frames, window)] * num
 
     def read(self, clips: Sequence[Clip]) -> Tensor:
-        """uint8 `(b f 3 size size)`; the clips' videos follow each other.
+        """uint8 `(b f 3 h w)`; the clips' videos follow each other.
 
         Raises:
             ValueError: if they do not, or a setting does not fit the model.
@@ -284,7 +289,7 @@ class Samples:
             "split": "-",
             "videos": str(len(self.lengths)),
             "codec": "none: pixels of the VAE",
-            "first resize": f"none: {self.size} x {self.size}",
+            "first resize": f"none: {shape(self.size)}",
             "checkpoint": f"{trained.folder} ({origin})",
             "sampler": f"{config.solver}, steps spaced {solver(config.solver).spacing}",
             "steps": str(config.steps),
@@ -317,6 +322,11 @@ def ordinal(number: int) -> str:
     """Such as 2nd."""
     suffix = {1: "st", 2: "nd", 3: "rd"}.get(number % 10 if number % 100 not in (11, 12, 13) else 0, "th")
     return f"{number}{suffix}"
+
+
+def shape(size: int | tuple[int, int]) -> str:
+    """Such as 480 x 832."""
+    return " x ".join(map(str, sides(size)))
 
 
 def device() -> torch.device:

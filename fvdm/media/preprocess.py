@@ -99,6 +99,11 @@ def sides(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
+def one_spelling(shape: tuple[int, int]) -> int | tuple[int, int]:
+    """The side of a square, or (height, width): sizes compare equal however they were written."""
+    return shape[0] if shape[0] == shape[1] else shape
+
+
 def to_square(frame: np.ndarray, size: int, preprocess: Preprocess, side: tuple[int, int] | None = None) -> np.ndarray:
     """A frame as a square of `size` pixels, uint8 (3 size size); see `to_size`."""
     return to_size(frame, sides(size), preprocess, side)

@@ -26,10 +26,15 @@ def folder(tmp_path_factory):
         (root / "videos" / f"{k}.txt").write_text(f"{caption}\nanother caption\n")
     pipeline = tiny_pipeline(root / "pipeline")
     tiny_wan_run(root / "run", pipeline, (4, 4, SIDE // 8, SIDE // 8), TOKENS)
-    what = ["--videos", root / "videos", "--out", root / "latents", "--size", SIDE, "--clip-frames", FRAMES]
+    encode(root, "latents", "--size", SIDE)
+    return root
+
+
+def encode(root, name, *shape):
+    what = ["--videos", root / "videos", "--out", root / name, *shape, "--clip-frames", FRAMES]
+    pipeline = root / "pipeline"
     models = ["--vae", pipeline / "vae", "--text-encoder", pipeline, "--max-tokens", TOKENS, "--mlflow", "none"]
     assert encode_latents.run([str(word) for word in [*what, *models]]) == 0
-    return root
 
 
 def comparison(folder, real="videos", **changes):
@@ -79,3 +84,32 @@ def test_clips_of_a_causal_vae_are_counted_and_read_in_pixel_frames(folder):
     complete = shards.vae.decode(latents[None])
     (frames,) = shards.read([Clip(1, (1, 4, 6))])
     assert torch.equal(frames, complete[0, [1, 4, 6]])
+
+
+def test_clips_that_are_not_square_are_compared_in_their_shape(folder):
+    tiny_wan_run(folder / "wide", folder / "pipeline", (4, 4, 4, 6), TOKENS)
+    encode(folder, "wide_latents", "--size", "32x48")
+    videos, latents = (
+        Comparison(FVDConfig(str(folder / real), str(folder / "wide"), frames=9, clips=3, steps=1))
+        for real in ("videos", "wide_latents")
+    )
+    for task in (videos, latents):
+        (real, *_), (fake, *_) = task.clips(0)
+        assert task.real.read([real]).shape == task.fake.read([fake]).shape == (1, 9, 3, 32, 48)
+    assert "real 32 x 48 pixels, fake 32 x 48 pixels" in videos.card([], [], "").values()
+    folders = FVDConfig(str(folder / "videos"), str(folder / "videos"), frames=9, size="24x40")
+    assert Comparison(folders).fake.read([Clip(0, tuple(range(9)))]).shape == (1, 9, 3, 24, 40)
+    with pytest.raises(ValueError, match="give --size 32x32, or encode at one size"):
+        Comparison(FVDConfig(str(folder / "latents"), str(folder / "wide"), frames=9, clips=3))
+    with pytest.raises(ValueError, match="'40x' is no shape"):
+        Comparison(FVDConfig(str(folder / "videos"), str(folder / "videos"), frames=9, size="40x"))
+
+
+def test_shards_of_several_shapes_are_refused(folder):
+    wide = real_frames()[:FRAMES, ::4, ::4][:, :24, :40]
+    write_video(folder / "shapes" / "videos" / "wide.mp4", wide, fps=16)
+    write_video(folder / "shapes" / "videos" / "square.mp4", wide[:, :, :24], fps=16)
+    (folder / "shapes" / "pipeline").symlink_to(folder / "pipeline")
+    encode(folder / "shapes", "latents", "--buckets", "32x48,32x32", "--uncaptioned", "empty")
+    with pytest.raises(ValueError, match="holds clips of 32 x 32, 32 x 48: FVD compares clips of one size"):
+        Shards(str(folder / "shapes" / "latents"), "train")
