@@ -7,7 +7,6 @@ checkpoint, the time for which training stands still, and by how much the checkp
 in all than these steps without it.
 """
 
-import logging
 import shutil
 import statistics
 import sys
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # run as a file: the folder above holds the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fvdm import config as settings
+from benchmarks.on_ranks import run_on_ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,7 +92,25 @@ class TrainingState:
         writer.begin(self.engine.state() | self.engine.own("ema", self.ema.shards), write)
 
 
-def measure(training: TrainingState, steps: int, rounds: int) -> dict[str, float]:
+def measure(config: CheckpointStallConfig, ranks: "Ranks") -> dict[str, float]:
+    """The times, in seconds, and the GB of a rank; no checkpoint is left. Collective.
+
+    Raises:
+        ValueError: if there is no such model, or the folder holds checkpoints.
+    """
+    folder = Path(config.out) / "checkpoints"
+    if folder.exists():  # It is removed at the end.
+        raise ValueError(f"--out {config.out} holds checkpoints already; name another folder, or remove them")
+    training = TrainingState(config, ranks)
+    figures = time_checkpoints(training, config.steps, config.rounds)
+    figures["rank_gb"] = 16 * sum(map(len, training.engine.slices)) / 1e9
+    training.engine.close()
+    if ranks.is_main:
+        shutil.rmtree(folder)
+    return figures
+
+
+def time_checkpoints(training: TrainingState, steps: int, rounds: int) -> dict[str, float]:
     """Medians over the rounds, in seconds; both ways take turns. Collective."""
     import torch.distributed as dist
 
@@ -120,24 +137,7 @@ def measure(training: TrainingState, steps: int, rounds: int) -> dict[str, float
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, and log to MLflow."""
-    logging.basicConfig(level=logging.WARNING)
-    try:
-        config = settings.parse(CheckpointStallConfig, argv, __doc__)
-        if (Path(config.out) / "checkpoints").exists():  # They are removed at the end.
-            raise ValueError(f"--out {config.out} holds checkpoints already; name another folder, or remove them")
-        from benchmarks.reporting import conclude
-        from fvdm.distributed import from_environment
-
-        ranks = from_environment()
-        training = TrainingState(config, ranks)
-        figures = measure(training, config.steps, config.rounds)
-        figures["rank_gb"] = 16 * sum(map(len, training.engine.slices)) / 1e9
-    except ValueError as error:
-        settings.fail(error)
-    training.engine.close()
-    if ranks.is_main:
-        shutil.rmtree(Path(config.out) / "checkpoints")
-        conclude(figures, config, f"checkpoint_stall {config.model} x{ranks.world_size}", "speed")
+    run_on_ranks(CheckpointStallConfig, argv, __doc__, measure, "checkpoint_stall", "speed")
 
 
 if __name__ == "__main__":

@@ -57,10 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         with ranks() as group:
             result = measure(config, group)
-            main_rank = group.is_main
     except ValueError as error:
         settings.fail(error)
-    if main_rank:
+    if result:  # This is the main rank.
         print("\n".join(lines(result)))
         report(result, config)
 

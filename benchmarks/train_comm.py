@@ -6,7 +6,6 @@ Takes optimizer steps on random latents over gloo, on the CPU, and asks the kern
 TCP connections: nothing is modelled. Logs to MLflow.
 """
 
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 if __package__ in (None, ""):  # run as a file: the folder above holds the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fvdm import config as settings
+from benchmarks.on_ranks import run_on_ranks
 
 if TYPE_CHECKING:
     from fvdm.distributed import Ranks
@@ -110,19 +109,8 @@ def steps(config: TrainCommConfig, ranks: "Ranks") -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, and log to MLflow."""
-    logging.basicConfig(level=logging.WARNING)
     os.environ["DS_ACCELERATOR"] = "cpu"
-    try:
-        config = settings.parse(TrainCommConfig, argv, __doc__)
-        from benchmarks.reporting import conclude
-        from fvdm.distributed import from_environment
-
-        ranks = from_environment()
-        figures = steps(config, ranks)
-    except ValueError as error:
-        settings.fail(error)
-    if ranks.is_main:
-        conclude(figures, config, f"train_comm {config.model} x{ranks.world_size}", "wire")
+    run_on_ranks(TrainCommConfig, argv, __doc__, steps, "train_comm", "wire")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 Runs optimizer steps on random latents, on GPUs where there are any, and logs to MLflow.
 """
 
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ if __package__ in (None, ""):  # run as a file: the folder above holds the packa
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import process_memory
-from fvdm import config as settings
+from benchmarks.on_ranks import run_on_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -117,18 +116,7 @@ def steps(config: TrainMemoryConfig, ranks: "Ranks") -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, and log to MLflow."""
-    logging.basicConfig(level=logging.WARNING)
-    try:
-        config = settings.parse(TrainMemoryConfig, argv, __doc__)
-        from benchmarks.reporting import conclude
-        from fvdm.distributed import from_environment
-
-        ranks = from_environment()
-        figures = steps(config, ranks)
-    except ValueError as error:
-        settings.fail(error)
-    if ranks.is_main:
-        conclude(figures, config, f"train_memory {config.model} x{ranks.world_size}", "memory")
+    run_on_ranks(TrainMemoryConfig, argv, __doc__, steps, "train_memory", "memory")
 
 
 if __name__ == "__main__":

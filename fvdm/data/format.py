@@ -199,10 +199,6 @@ class ClipShard:
     bytes: int
     sha256: str
 
-    def validate(self) -> None:
-        """Raises FormatError for what cannot be."""
-        check_file(self, ".tar", "samples")
-
 
 @dataclass(frozen=True)
 class IndexInfo:
@@ -213,10 +209,6 @@ class IndexInfo:
     rows: int
     bytes: int
     sha256: str
-
-    def validate(self) -> None:
-        """Raises FormatError for what cannot be."""
-        check_file(self, ".arrow", "rows")
 
 
 @dataclass(frozen=True)
@@ -313,9 +305,14 @@ class ClipManifest(StoredManifest):
         for value in self.normalisation.values():
             numbers = value if isinstance(value, list) else [value]
             check(all(isinstance(n, int | float) and math.isfinite(n) for n in numbers), "normalisation is not finite")
-        parts: list[Bucket | IndexInfo | ClipShard | TextEncoderInfo] = [*self.buckets, *self.indices, *self.shards]
-        for part in [*parts, self.text] if self.text else parts:
-            part.validate()
+        for bucket in self.buckets:
+            bucket.validate()
+        for index in self.indices:
+            check_file(index, ".arrow", "rows")
+        for shard in self.shards:
+            check_file(shard, ".tar", "samples")
+        if self.text:
+            self.text.validate()
         for index in self.indices:
             samples = sum(shard.samples for shard in self.shards if shard.split == index.split)
             check(samples == index.rows, f"{index.name} has {index.rows} rows for {samples} samples")

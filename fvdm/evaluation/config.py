@@ -29,8 +29,27 @@ class SampleConfig:
     base: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SourcesConfig:
+    """How videos and latent shards are read.
+
+    Attributes:
+        size: pixels at which videos are read, the side of a square or HxW; a checkpoint has its own size.
+        real_pattern: which of the real videos, by name.
+        fake_pattern: which of the generated videos, by name.
+        real_split: split of real latent shards; empty takes the protocol's.
+        fake_split: split of generated latent shards.
+    """
+
+    size: int | str = 256
+    real_pattern: str = "*"
+    fake_pattern: str = "*"
+    real_split: str = ""
+    fake_split: str = "train"
+
+
 @dataclass(frozen=True)
-class FVDConfig(SampleConfig):
+class FVDConfig(SampleConfig, SourcesConfig):
     """A Fréchet video distance.
 
     Attributes:
@@ -43,11 +62,6 @@ class FVDConfig(SampleConfig):
         real_stride: take every n-th frame of the real videos; 0 takes the protocol's.
         repeats: choices of clips, whose mean is taken; 0 takes the protocol's.
         seed: of the choice of clips, and of the first sample; the protocol's when not given.
-        size: pixels at which videos are read, the side of a square or HxW; a checkpoint has its own size.
-        real_pattern: which of the real videos, by name.
-        fake_pattern: which of the generated videos, by name.
-        real_split: split of real latent shards; empty takes the protocol's.
-        fake_split: split of generated latent shards.
         prompts: file of prompts for a checkpoint that takes texts, one a line, used in turn; empty takes the captions
             of the real clips.
         still: also compare the middle frames alone, as still clips.
@@ -66,11 +80,6 @@ class FVDConfig(SampleConfig):
     real_stride: int = 0
     repeats: int = 0
     seed: int | None = None
-    size: int | str = 256
-    real_pattern: str = "*"
-    fake_pattern: str = "*"
-    real_split: str = ""
-    fake_split: str = "train"
     prompts: str = ""
     still: bool = False
     bootstrap: int = 100

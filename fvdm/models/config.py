@@ -47,6 +47,11 @@ class BackboneConfig:
         return (self.frames, *self.latent_shape)
 
     @property
+    def patch(self) -> int:
+        """Side of a patch, which becomes a token, in latent pixels."""
+        raise NotImplementedError
+
+    @property
     def classes(self) -> int:
         """Number of class labels; 0 where the condition is another, or there is none."""
         return 0
@@ -84,11 +89,6 @@ class BackboneConfig:
     @property
     def heads(self) -> int:
         """Attention heads."""
-        raise NotImplementedError
-
-    @property
-    def patch(self) -> int:
-        """Side of a patch, which becomes a token, in latent pixels."""
         raise NotImplementedError
 
     def summary(self) -> str:

@@ -212,51 +212,69 @@ class PlanDataConfig:
     path: str = ""
 
 
-@dataclass(frozen=True)
-class PlanConfig:
-    """The training run that `fvdm plan` estimates.
+@dataclass(frozen=True, kw_only=True)
+class PlanClipsConfig:
+    """The clips that it trains on.
 
     Attributes:
-        model: size and patch, such as XL/2; or `wan:` and a folder or hub name of diffusers.
-        nodes: number of nodes.
-        gpus_per_node: GPUs of a node; 0 is one CPU rank a node.
-        batch_size: global batch in clips; 0 is one a rank.
-        micro_batch: clips that a rank takes at once; 0 is its whole share.
         frames: latent frames of a clip; 0 is the model's own number.
         channels: latent channels; 0 takes those of the data, or of the model without data.
         size: side of the latent frames; 0 takes that of the data, or of the model without data.
         data: the data that channels and size are taken from.
-        lora: low-rank updates of a pretrained model in place of all its weights.
-        activation_checkpointing: recompute the activations of every k-th block; 0 is none.
-        precision: of the weights.
+    """
+
+    frames: int = 0
+    channels: int = 0
+    size: int = 0
+    data: PlanDataConfig = field(default_factory=PlanDataConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanClusterConfig:
+    """The cluster that it runs on.
+
+    Attributes:
+        nodes: number of nodes.
+        gpus_per_node: GPUs of a node; 0 is one CPU rank a node.
         gpu: whose data sheet the time and what fits are estimated from.
         mfu: share of the GPU's rate that is reached.
         bandwidth: GB/s of a rank to its peers.
     """
 
-    model: str = "XL/2"
     nodes: int = 1
     gpus_per_node: int = 8
-    batch_size: int = 0
-    micro_batch: int = 0
-    frames: int = 0
-    channels: int = 0
-    size: int = 0
-    data: PlanDataConfig = field(default_factory=PlanDataConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    activation_checkpointing: int = 0
-    precision: Literal["bf16", "fp32"] = "bf16"
     gpu: Literal["4090", "a100-40", "a100-80", "b200", "h100", "h200", "l40s"] = "h100"
     mfu: float = 0.4
     bandwidth: float = 25.0
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.nodes * max(1, self.gpus_per_node)
+
+
+@dataclass(frozen=True)
+class PlanConfig(PlanClusterConfig, PlanClipsConfig):
+    """The training run that `fvdm plan` estimates.
+
+    Attributes:
+        model: size and patch, such as XL/2; or `wan:` and a folder or hub name of diffusers.
+        batch_size: global batch in clips; 0 is one a rank.
+        micro_batch: clips that a rank takes at once; 0 is its whole share.
+        lora: low-rank updates of a pretrained model in place of all its weights.
+        activation_checkpointing: recompute the activations of every k-th block; 0 is none.
+        precision: of the weights.
+    """
+
+    model: str = "XL/2"
+    batch_size: int = 0
+    micro_batch: int = 0
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    activation_checkpointing: int = 0
+    precision: Literal["bf16", "fp32"] = "bf16"
 
     def __post_init__(self) -> None:
         """Raises ValueError for a setting out of its range."""
         some = (1, math.inf)
         in_range(self, nodes=some, mfu=(0.01, 1), bandwidth=(0.01, math.inf))
         in_range(self, frames=(0, math.inf), channels=(0, math.inf), size=(0, math.inf))
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self.nodes * max(1, self.gpus_per_node)
