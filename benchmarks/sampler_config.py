@@ -1,4 +1,4 @@
-"""Settings of benchmarks/sampler_speed.py; imports no torch."""
+"""Settings of benchmarks/sampler_speed.py, and what zero_shot.py shares with them; imports no torch."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,25 @@ from fvdm.models.config import Backend
 TASKS = ("generate", "image-to-video", "interpolate", "long")  # the paper's
 
 
+@dataclass(frozen=True, kw_only=True)
+class SampledClipsConfig:
+    """The clips that are sampled.
+
+    Attributes:
+        frames: frames of a model of random weights.
+        seed: of the first clip.
+    """
+
+    frames: int = 16
+    seed: int = 0
+
+
 @dataclass(frozen=True)
-class SamplerSpeedConfig:
+class SamplerSpeedConfig(SampledClipsConfig):
     """Solvers, and what they are measured on.
 
     Attributes:
         checkpoint: run or checkpoint; or random:SIZE for random weights.
-        frames: frames of a model of random weights.
         tasks: tasks that need no file of the user's.
         batch_sizes: clips at once.
         precisions: fp32 and bf16.
@@ -23,7 +35,6 @@ class SamplerSpeedConfig:
         repeats: how often they are sampled; the median counts.
         reference_steps: steps of DDIM that count as exact.
         guidance: of a class-conditional model; 1 is none.
-        seed: of the first clip.
         compile: compile the blocks, as the setting compile of a training run does.
         real: real videos or latent shards; FVD of as many clips is measured then.
         smoke: a tiny model and few steps; takes a minute on two CPU cores.
@@ -31,7 +42,6 @@ class SamplerSpeedConfig:
     """
 
     checkpoint: str = "random:XS/2"
-    frames: int = 16
     tasks: tuple[str, ...] = TASKS
     batch_sizes: tuple[int, ...] = (1, 4)
     precisions: tuple[str, ...] = ("fp32", "bf16")
@@ -41,7 +51,6 @@ class SamplerSpeedConfig:
     repeats: int = 3
     reference_steps: int = 1000
     guidance: float = 1.0
-    seed: int = 0
     compile: bool = False
     real: str = ""
     smoke: bool = False

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if __package__ in (None, ""):  # run as a file: the folder above holds the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.sampler_config import SampledClipsConfig
 from fvdm import config as settings
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ TASKS = ("image-to-video", "interpolate", "long")
 
 
 @dataclass(frozen=True)
-class ZeroShotConfig:
+class ZeroShotConfig(SampledClipsConfig):
     """Tasks with given frames, against the truth.
 
     Attributes:
@@ -51,13 +52,11 @@ class ZeroShotConfig:
         clips: real clips.
         length: frames of the task long.
         stride: take every n-th frame; 0 takes the stride that the model was trained with.
-        frames: frames of a model of random weights.
         steps: sampling steps.
         solver: solver of the model with a timestep per frame; the baseline takes ddim.
         resamples: how often repaint takes each step.
         batch: clips at once.
         precision: of sampling; empty takes bf16 on a GPU.
-        seed: of the first clip.
         i3d: measure the distances of I3D features, and FVD.
         smoke: tiny models of random weights on made-up clips; takes a minute.
         out: folder for results and figures.
@@ -70,13 +69,11 @@ class ZeroShotConfig:
     clips: int = 256
     length: int = 128
     stride: int = 0
-    frames: int = 16
     steps: int = 50
     solver: str = "ddim"
     resamples: int = 5
     batch: int = 4
     precision: Literal["", "bf16", "fp32"] = ""
-    seed: int = 0
     i3d: bool = True
     smoke: bool = False
     out: str = "zero_shot"

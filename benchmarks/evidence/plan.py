@@ -56,9 +56,9 @@ class EvidenceConfig:
     out: str = ""
 
 
-@dataclass(frozen=True)
-class SetConfig:
-    """One set of clips, and what is asked of it.
+@dataclass(frozen=True, kw_only=True)
+class ClipsConfig:
+    """The clips of a set.
 
     Attributes:
         kind: videos, a folder of real videos; or digits, moving digits that are made.
@@ -67,8 +67,34 @@ class SetConfig:
         frames: frames of a clip.
         stride: every n-th frame of a video.
         hold_out: every n-th video is kept for tests.
-        clips_made: digits: clips made for training.
-        clips_held_out: digits: clips made for tests, on paths of their own.
+    """
+
+    kind: Literal["videos", "digits"] = "videos"
+    size: int = 64
+    vae: str = "builtin"
+    frames: int = 16
+    stride: int = 1
+    hold_out: int = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsConfig:
+    """The clips of a set of moving digits, which are made.
+
+    Attributes:
+        clips_made: for training.
+        clips_held_out: for tests, on paths of their own.
+    """
+
+    clips_made: int = 1000
+    clips_held_out: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmsConfig:
+    """The training runs on a set.
+
+    Attributes:
         model: size and patch of every arm.
         models: other sizes, trained at p = 0.2.
         p: the arms; 0 is the scalar baseline.
@@ -78,6 +104,24 @@ class SetConfig:
         steps: optimizer steps.
         validate_every: steps between two measurements of the held-out loss; 0 is none.
         train: further settings of the training runs, by name; engine.precision may be auto: bf16 where that is fast.
+    """
+
+    model: str = "XS/4"
+    models: tuple[str, ...] = ()
+    p: tuple[float, ...] = (0.0, 0.2, 1.0)
+    rules: tuple[Literal["chunk", "nondecreasing"], ...] = ()
+    seeds: tuple[int, ...] = (0, 1)
+    other_seeds: tuple[int, ...] = ()
+    steps: int = 1000
+    validate_every: int = 0
+    train: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasurementsConfig:
+    """What is measured on a set.
+
+    Attributes:
         protocol: of the FVD; see fvdm.evaluation.protocols.
         reference: the split that generated clips are compared with.
         windows: clips cut from each video of the set.
@@ -90,23 +134,6 @@ class SetConfig:
         guidance: of class-conditional models.
     """
 
-    kind: Literal["videos", "digits"] = "videos"
-    size: int = 64
-    vae: str = "builtin"
-    frames: int = 16
-    stride: int = 1
-    hold_out: int = 5
-    clips_made: int = 1000
-    clips_held_out: int = 64
-    model: str = "XS/4"
-    models: tuple[str, ...] = ()
-    p: tuple[float, ...] = (0.0, 0.2, 1.0)
-    rules: tuple[Literal["chunk", "nondecreasing"], ...] = ()
-    seeds: tuple[int, ...] = (0, 1)
-    other_seeds: tuple[int, ...] = ()
-    steps: int = 1000
-    validate_every: int = 0
-    train: dict[str, Any] = field(default_factory=dict)
     protocol: str = "even"
     reference: Literal["train", "test"] = "test"
     windows: int = 2
@@ -122,6 +149,11 @@ class SetConfig:
     def published(self) -> bool:
         """Whether FVD follows a published protocol, which has its own stride and counts."""
         return self.protocol != "even"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetConfig(MeasurementsConfig, ArmsConfig, DigitsConfig, ClipsConfig):
+    """One set of clips, and what is asked of it."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from fvdm.diffusion.solvers import solver
 from fvdm.evaluation.config import SampleConfig
 from fvdm.evaluation.protocols import Clip
 from fvdm.generation.grid import latent_length
-from fvdm.generation.pipeline import Trained, load
+from fvdm.generation.pipeline import load
 from fvdm.media.layouts import PAPER, caption_file, list_videos
 from fvdm.media.preprocess import one_spelling, sides
 from fvdm.media.vae import load_vae, sample_latents
@@ -218,23 +218,14 @@ class Samples:
     prompts: Sequence[str] = ()
     origin = ""
 
-    def __init__(
-        self,
-        path: str,
-        config: SampleConfig,
-        *,
-        frames: int = 16,
-        num: int = 2048,
-        seed: int = 0,
-        trained: Trained | None = None,
-    ) -> None:
+    def __init__(self, path: str, config: SampleConfig, *, frames: int = 16, num: int = 2048, seed: int = 0) -> None:
         """Of `num` videos of `frames` frames; more frames than the model's window make long videos.
 
         Raises:
             ValueError: if the checkpoint cannot be opened, or its videos are not square.
         """
         self.path, self.config, self.seed = path, config, seed
-        self.trained = trained or load(
+        self.trained = load(
             path,
             config.weights,
             config.vae,

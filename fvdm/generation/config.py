@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
-    """Settings of a video to generate. docs/tasks.md shows every task.
+class TaskConfig:
+    """The task, such as image-to-video; docs/tasks.md shows each.
 
     Attributes:
         task: generate, image-to-video, interpolate, any-frame, infill, transition, long, next-frame, progressive,
@@ -30,13 +30,54 @@ class GenerationConfig:
         strength: how much edit may change, 0 to 1.
         slope: how much nearer to pure noise each frame of progressive begins than the one before.
         schedule: file with the schedule of custom: a line per row, the timesteps of its frames separated by commas.
+    """
+
+    task: str = "generate"
+    frames: str = ""
+    length: int = 0
+    context: int = 0
+    delay: int = 0
+    strength: float = 0.6
+    slope: float = 0.1
+    schedule: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesConfig:
+    """Seeds and batches of the samples.
+
+    Attributes:
         num: number of samples.
         seed: seed of the first sample; the k-th has seed + k, whatever the batch size.
         batch_size: samples made at once.
+    """
+
+    num: int = 1
+    seed: int = 0
+    batch_size: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionConfig:
+    """Text or class, for a conditional model.
+
+    Attributes:
         prompt: text of a text-conditional model; empty is the empty prompt.
         negative_prompt: text that guidance pushes away from; empty is the empty prompt.
         class_: class of a class-conditional model, by name or number; empty picks one for each sample at random, from
             its seed.
+    """
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    class_: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepsConfig:
+    """Sampling steps and guidance.
+
+    Attributes:
         steps: sampling steps of a frame.
         solver: ddim, ddpm, dpm++ or unipc.
         spacing: where the steps lie: even (the paper's), trailing, leading, karras, log-snr or shift; empty is shift
@@ -47,6 +88,24 @@ class GenerationConfig:
         guidance_interval: lowest and highest timestep that is guided; empty is all.
         guidance_rescale: 0 to 1: how far a guided estimate gets its standard deviation back.
         history_guidance: guidance scale towards the clean frames that are seen; 1 is none.
+    """
+
+    steps: int = 50
+    solver: str = "ddim"
+    spacing: str = ""
+    shift: float = 0.0
+    eta: float = 0.0
+    guidance: float = 1.0
+    guidance_interval: tuple[int, int] | None = None
+    guidance_rescale: float = 0.0
+    history_guidance: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenConfig:
+    """Given frames, and those that a window takes from the one before.
+
+    Attributes:
         given_noise: noise on given frames: a timestep such as 50, a share of T such as 0.2, or a multiple of the t of
             the other frames such as 0.2t; one for all, or one for each given latent frame with commas. A timestep or a
             share is what the network is shown, and the frames stay bit-identical (one value is for all clean frames in
@@ -58,32 +117,14 @@ class GenerationConfig:
             again as the beginning of a clip of its own; keep, its latent frames as they are.
     """
 
-    task: str = "generate"
-    frames: str = ""
-    length: int = 0
-    context: int = 0
-    delay: int = 0
-    strength: float = 0.6
-    slope: float = 0.1
-    schedule: str = ""
-    num: int = 1
-    seed: int = 0
-    batch_size: int = 4
-    prompt: str = ""
-    negative_prompt: str = ""
-    class_: str = ""
-    steps: int = 50
-    solver: str = "ddim"
-    spacing: str = ""
-    shift: float = 0.0
-    eta: float = 0.0
-    guidance: float = 1.0
-    guidance_interval: tuple[int, int] | None = None
-    guidance_rescale: float = 0.0
-    history_guidance: float = 1.0
     given_noise: str = ""
     given_encoding: Literal["clip", "single"] = "clip"
     overlap: Literal["encode", "keep"] = "encode"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig(GivenConfig, StepsConfig, ConditionConfig, SamplesConfig, TaskConfig):
+    """Settings of a video to generate. A base that is named further right has its settings further to the front."""
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before a model is loaded."""

@@ -37,6 +37,11 @@ class BackboneConfig:
     activation_checkpointing: int = 0
 
     @property
+    def patch(self) -> int:
+        """Side of a patch, which becomes a token, in latent pixels."""
+        raise NotImplementedError
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width `(c, h, w)` of a latent frame."""
         raise NotImplementedError
@@ -45,11 +50,6 @@ class BackboneConfig:
     def clip_shape(self) -> tuple[int, int, int, int]:
         """The shape `(f, c, h, w)` of the longest clip."""
         return (self.frames, *self.latent_shape)
-
-    @property
-    def patch(self) -> int:
-        """Side of a patch, which becomes a token, in latent pixels."""
-        raise NotImplementedError
 
     @property
     def classes(self) -> int:

@@ -168,7 +168,7 @@ def test_a_checkpoint_is_sampled_in_any_order_of_chunks(tmp_path):
     later = source.read([Clip(k, tuple(range(8))) for k in (4, 5)])
     assert (together[4:].int() - later.int()).abs().max() <= 1
     assert source.task == "generate"
-    long = Samples(str(run), SampleConfig(steps=1), frames=20, num=2, trained=source.trained)
+    long = Samples(str(run), SampleConfig(steps=1), frames=20, num=2)
     assert long.task == "long"
     assert long.read([Clip(0, tuple(range(20)))]).shape == (1, 20, 3, 32, 32)
     card = long.describe()
