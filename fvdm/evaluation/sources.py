@@ -222,7 +222,7 @@ class Samples:
         """Of `num` videos of `frames` frames; more frames than the model's window make long videos.
 
         Raises:
-            ValueError: if the checkpoint cannot be opened, or its videos are not square.
+            ValueError: if the checkpoint cannot be opened.
         """
         self.path, self.config, self.seed = path, config, seed
         self.trained = load(
