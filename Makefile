@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DONE := $(VENV)/.installed
-# Three files at a time, on two cores, those of the Slurm cluster first: they wait more than they compute.
-PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# Four files at a time, on two cores, those of the Slurm cluster first: they wait more than they compute.
+PYTEST := $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install demo test test-fast chaos lint ui clean
 

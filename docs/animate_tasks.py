@@ -17,8 +17,8 @@ SIDE, GAP, TITLE = 176, 10, 22  # pixels
 BLUE = (54, 118, 214)
 FPS = 10
 VIDEOS: dict[str, tuple[list[str], dict[str, object], set[int]]] = {  # title: given images, settings, given frames
-    "generate": ([], {"seed": 4}, set()),
-    "image-to-video": (["rabbit-1.png"], {"seed": 2}, {0}),
+    "generate": ([], {"seed": 3}, set()),
+    "image-to-video": (["rabbit-1.png"], {"seed": 0}, {0}),
     "interpolate": (["rabbit-1.png", "rabbit-2.png"], {"seed": 0}, {0, 15}),
     "long": (["rabbit-1.png"], {"seed": 1, "length": 32}, {0}),
 }

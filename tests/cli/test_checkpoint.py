@@ -75,6 +75,23 @@ def test_export_writes_a_model_folder_that_load_takes(tmp_path, dtype):
     assert "exists" in fvdm("checkpoint", "export", run, tmp_path / "out").stderr
 
 
+def test_a_folder_with_the_names_of_version_0_1_still_loads(tmp_path):
+    write(tmp_path / "run", 10)
+    out = tmp_path / "out"
+    assert fvdm("checkpoint", "export", tmp_path / "run", out).returncode == 0
+    now = load(out, device="cpu")
+    former = {"config.json": {"activation_checkpointing": "recompute"}, "inference.json": {"stride": "interval"}}
+    for file, names in former.items():
+        values = json.loads((out / file).read_text())
+        values = {names.get(name, name): value for name, value in values.items()}
+        values |= {"_class_name": "VideoDiT"} if file == "config.json" else {}
+        (out / file).write_text(json.dumps(values))
+    then = load(out, device="cpu")
+    assert (then.stride, then.model.config) == (2, now.model.config)
+    pairs = zip(then.model.parameters(), now.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_what_earlier_versions_exported_still_loads(tmp_path):
     """Up to version 0.1, export copied two files of weights, the state and a manifest of these."""
     checkpoint = write(tmp_path / "run", 10)
