@@ -153,6 +153,13 @@ def test_every_target_of_make_exists():
     assert named <= set(targets)
 
 
+def test_every_file_that_the_pages_name_is_there():
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        tops = "fvdm|data_prep|launchers|benchmarks|tests|tools"
+        for name in re.findall(rf"(?<![\w/.-])(?:{tops})/[\w/]+\.(?:py|sh|yaml)", page.read_text()):
+            assert (ROOT / name).exists(), f"{page.relative_to(ROOT)}: {name}"
+
+
 def names_of_settings():
     """Every name that can stand behind `--`: fields and arguments of the sources, and what other programs take."""
     source = "\n".join(
