@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data_prep import jobs
+from data_prep import jobs, slurm_jobs
 from data_prep.config import EncodeConfig, resolve
 from data_prep.encode_latents import run
 from data_prep.encoder import open_models
@@ -83,8 +83,8 @@ def slurm(monkeypatch):
     import submitit
 
     monkeypatch.setattr(submitit, "AutoExecutor", Slurm)
-    monkeypatch.setattr(jobs.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(jobs, "queued", lambda config: [])
+    monkeypatch.setattr(slurm_jobs.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(slurm_jobs, "queued", lambda config: [])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(Slurm, "ends", (0,))
 
@@ -130,7 +130,7 @@ def test_a_job_asks_for_no_more_cores_than_a_node_has(videos, vae, tmp_path, slu
         assert command[0] == "sinfo"
         return SimpleNamespace(stdout=nodes["".join(command[3:])])
 
-    monkeypatch.setattr(jobs.subprocess, "run", sinfo)
+    monkeypatch.setattr(slurm_jobs.subprocess, "run", sinfo)
     for number, (more, cpus) in enumerate((((), 2), (("partition=big",), 4), (("cpus-per-task=3",), 3))):
         given = [
             *words(videos, tmp_path / str(number), vae),
@@ -234,9 +234,8 @@ def test_jobs_on_this_machine_take_its_gpus_in_turn(monkeypatch, named, gpus, ex
         terminate = wait = poll
 
     monkeypatch.setattr(jobs.subprocess, "Popen", Child)
-    monkeypatch.setattr(jobs, "_wait", lambda *_: 0)
     arguments = ["--videos", "v", "--out", "o", "--jobs", "4", *(["--device", named] if named else [])]
-    jobs._run_local(resolve(parse(EncodeConfig, arguments)), None, None)
+    jobs._run_here(resolve(parse(EncodeConfig, arguments)), None, SimpleNamespace(follow=lambda *_: 0))
     assert [config["device"] for config, _ in given] == expected
     assert [number for _, number in given] == [0, 1, 2, 3]
 

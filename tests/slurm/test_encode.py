@@ -43,31 +43,31 @@ def test_an_array_of_4_jobs_makes_the_same_shards(videos, vae, local, tmp_path, 
 
 def test_jobs_that_were_cancelled_are_submitted_again(videos, vae, local, tmp_path, monkeypatch, capsys):
     """Before they start, where Slurm forgets the jobs themselves, and once they run; the shards are the same."""
-    from data_prep import jobs
+    from data_prep.reporting import EncodeReport
 
-    wait = jobs._wait
+    follow = EncodeReport.follow
 
     def slurm(*command):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
-    def before_the_start(work, report, ended, seconds):
+    def before_the_start(report, work, ended, seconds):
         names = json.loads((work.out / ".slurm" / "jobs.json").read_text())
         slurm("scancel", names[1])
         slurm("scancel", "--name=encode")
         assert not set(names) & set(slurm("squeue", "--noheader", "--array", "--states=all", "--format=%i"))
-        return wait(work, report, ended, seconds)
+        return follow(report, work, ended, seconds)
 
-    def running(work, report, ended, seconds):
+    def running(report, work, ended, seconds):
         wait_until(lambda: slurm("squeue", "--noheader", "--name=encode", "--states=RUNNING"))
         slurm("scancel", "--name=encode")
-        return wait(work, report, ended, seconds)
+        return follow(report, work, ended, seconds)
 
     words = (videos, tmp_path / "slurm", vae, "--cluster", "slurm", "--jobs", "3")
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, "_wait", before_the_start)
+        patch.setattr(EncodeReport, "follow", before_the_start)
         assert encode(*words, "--slurm", "begin=now+3600") == 2
         assert re.search(r"error: Slurm job \d+_0, like 2 more, .*it never started.", capsys.readouterr().err)
-        patch.setattr(jobs, "_wait", running)
+        patch.setattr(EncodeReport, "follow", running)
         assert encode(*words) == 2
         assert re.search(r"error: Slurm job \d+_0, like 2 more, ended as CANCELLED", capsys.readouterr().err)
     assert encode(*words) == 3
