@@ -1,9 +1,11 @@
 """The job array of an encoding on a real Slurm."""
 
+import contextlib
 import json
 import re
 import subprocess
 
+import psutil
 import pytest
 
 from tests.data_fixtures import cut, make_vae, write_video
@@ -60,6 +62,10 @@ def test_jobs_that_were_cancelled_are_submitted_again(videos, vae, local, tmp_pa
     def running(report, work, ended, seconds):
         wait_until(lambda: slurm("squeue", "--noheader", "--name=encode", "--states=RUNNING"))
         slurm("scancel", "--name=encode")
+        for process in psutil.process_iter(["cmdline"]):  # which would go on until KillWait is over, and might finish
+            if str(work.out / ".slurm") in (process.info["cmdline"] or ()):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
         return follow(report, work, ended, seconds)
 
     words = (videos, tmp_path / "slurm", vae, "--cluster", "slurm", "--jobs", "3")
