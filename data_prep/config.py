@@ -171,6 +171,8 @@ class EncodeConfig(RunConfig, WriteConfig, ReadConfig, ClipConfig):
         Raises:
             ValueError: one is not of the form HxW.
         """
+        if not self.buckets and isinstance(self.size, int):
+            return (sides_of(self.size),)
         words = [word for entry in (*self.buckets, str(self.size or "")) for word in entry.split(",") if word]
         return tuple(dict.fromkeys(sides_of(word) for word in words))
 

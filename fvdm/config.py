@@ -246,15 +246,17 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def sides_of(size: int | str) -> tuple[int, int]:
-    """(height, width) in pixels of a size as it is written: the side of a square, or such as 480x832.
+    """(height, width) in pixels of a size as it is written: a number is the side of a square, a word such as 480x832.
 
     Raises:
-        ValueError: it is neither, or a side is 0.
+        ValueError: a word is of another form, or a side in it is 0.
     """
-    numbers = str(size).strip().lower().split("x")
-    if len(numbers) > 2 or not all(number.isdecimal() and int(number) > 0 for number in numbers):
+    if isinstance(size, int):
+        return size, size
+    numbers = size.strip().lower().split("x")
+    if len(numbers) != 2 or not all(number.isdecimal() and int(number) > 0 for number in numbers):
         raise ValueError(f"{size!a} is no shape: write height x width in pixels, such as 480x832.")
-    return int(numbers[0]), int(numbers[-1])
+    return int(numbers[0]), int(numbers[1])
 
 
 def in_range(config: Any, section: str = "", **ranges: tuple[float, float]) -> None:

@@ -122,9 +122,10 @@ class GivenConfig:
     overlap: Literal["encode", "keep"] = "encode"
 
 
+# The fields of the last base come first: --help begins with the task.
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig(GivenConfig, StepsConfig, ConditionConfig, SamplesConfig, TaskConfig):
-    """Settings of a video to generate. A base that is named further right has its settings further to the front."""
+    """Settings of a video to generate."""
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before a model is loaded."""

@@ -231,6 +231,7 @@ def test_captions_from_one_file(videos, models, tmp_path, suffix):
         (("--clip-frames", "9", "--format", "1"), "--format 1 holds whole videos of square frames: leave out"),
         (("--clip-frames", "9", "--size", "30x40"), "--size 30x40 is no multiple of 8"),
         (("--clip-frames", "9", "--size", "30by40"), "'30by40' is no shape: write height x width"),
+        (("--clip-frames", "9", "--buckets", "48"), "'48' is no shape: write height x width"),
         (("--clip-frames", "9", "--buckets", "8x8", "--size", "8"), "--size and --buckets both say"),
         (("--clip-frames", "9", "--fps", "0"), "fps is 0.0: it must be a number above 0"),
         (("--clip-frames", "9", "--captions", "x.txt"), "Cannot read the captions 'x.txt'"),
